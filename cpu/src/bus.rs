@@ -1,0 +1,45 @@
+//! What a processor needs of the machine around it.
+
+use paravane_memory::{PhysAddr, Port, VpIndex, Width};
+
+/// Registers returned by CPUID.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[expect(missing_docs, reason = "register names")]
+pub struct CpuidResult {
+    pub eax: u32,
+    pub ebx: u32,
+    pub ecx: u32,
+    pub edx: u32,
+}
+
+/// The machine does not know the MSR, or refuses the value: `#GP(0)`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MsrFault;
+
+/// The machine as seen by a processor. RAM never comes here; calls may come from any vCPU thread.
+pub trait CpuBus: Sync {
+    /// Loads from physical memory that is neither RAM nor ROM.
+    fn mmio_load(&self, vp: VpIndex, at: PhysAddr, width: Width) -> u64;
+    /// Stores to physical memory that is neither RAM nor ROM.
+    fn mmio_store(&self, vp: VpIndex, at: PhysAddr, width: Width, value: u64);
+    /// IN.
+    fn port_in(&self, vp: VpIndex, port: Port, width: Width) -> u32;
+    /// OUT.
+    fn port_out(&self, vp: VpIndex, port: Port, width: Width, value: u32);
+    /// INTA: takes the highest-priority interrupt the controllers offer this processor, if any.
+    fn acknowledge(&self, vp: VpIndex) -> Option<u8>;
+    /// CPUID leaves of the machine (hypervisor range 0x4000_0000…); `None`: the model's own leaf stands.
+    fn cpuid(&self, vp: VpIndex, leaf: u32, sub: u32) -> Option<CpuidResult>;
+    /// MSRs that are not the processor core's (APIC base, x2APIC, TSC deadline, hypervisor ranges).
+    fn rdmsr(&self, vp: VpIndex, msr: u32) -> Result<u64, MsrFault>;
+    /// Writes such an MSR.
+    fn wrmsr(&self, vp: VpIndex, msr: u32, value: u64) -> Result<(), MsrFault>;
+    /// CR8: the local APIC's task priority class.
+    fn read_cr8(&self, vp: VpIndex) -> u64;
+    /// Writes CR8 (0–15).
+    fn write_cr8(&self, vp: VpIndex, value: u64);
+    /// The time-stamp counter before the guest's own TSC_ADJUST offset.
+    fn tsc(&self, vp: VpIndex) -> u64;
+    /// FERR#: an unmasked x87 error with CR0.NE clear raises IRQ 13.
+    fn fpu_error(&self, vp: VpIndex);
+}

@@ -1,0 +1,109 @@
+//! What executes guest instructions: the interpreter and the translator behind one trait.
+
+use crate::bus::CpuBus;
+use crate::fault::Fault;
+use crate::state::{CpuState, FpuState};
+use paravane_memory::{GuestMemory, RamOffset, VpIndex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Per-vCPU flags that ask it to leave guest code at the next poll; set by any thread, taken by the vCPU.
+#[derive(Clone, Debug, Default)]
+pub struct Attention(Arc<AtomicU32>);
+
+impl Attention {
+    /// The interrupt controllers may have something for this vCPU.
+    pub const INTERRUPT: u32 = 1;
+    /// A non-maskable interrupt is pending.
+    pub const NMI: u32 = 2;
+    /// Pages with translated code were written from outside.
+    pub const CODE_WRITTEN: u32 = 4;
+    /// The machine wants the vCPU to return (pause, reset, power-off, debugger).
+    pub const STOP: u32 = 8;
+    /// The physical memory layout changed: drop cached translations.
+    pub const LAYOUT: u32 = 16;
+    /// INIT was received.
+    pub const INIT: u32 = 32;
+    /// An SMI-free machine has no SMM; reserved for start-up IPIs.
+    pub const STARTUP: u32 = 64;
+
+    /// Sets `flags`.
+    pub fn set(&self, flags: u32) {
+        self.0.fetch_or(flags, Ordering::SeqCst);
+    }
+
+    /// Clears `flags` and returns those that were set.
+    pub fn take(&self, flags: u32) -> u32 {
+        self.0.fetch_and(!flags, Ordering::SeqCst) & flags
+    }
+
+    /// The flags now; zero almost always.
+    #[inline]
+    pub fn get(&self) -> u32 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// The cell itself, for translated code that polls it.
+    pub fn cell(&self) -> &AtomicU32 {
+        &self.0
+    }
+}
+
+/// How far `Engine::run` may go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Budget {
+    /// Retired instructions after which to return [`Exit::Budget`]; `u64::MAX` for no limit. Where it is not
+    /// `u64::MAX` the engine stops exactly there.
+    pub instructions: u64,
+}
+
+impl Budget {
+    /// No limit.
+    pub const UNLIMITED: Budget = Budget { instructions: u64::MAX };
+}
+
+/// Why `Engine::run` returned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Exit {
+    /// `HLT` with nothing to do: wait for attention. RIP is after the HLT and `CpuState::halted` is set.
+    Halt,
+    /// The instruction budget is used up.
+    Budget,
+    /// [`Attention::STOP`] (or INIT, STARTUP) was seen; it is left set.
+    Stop,
+    /// Shutdown: a fault while delivering a double fault. The state is as it was then.
+    TripleFault,
+    /// An instruction no engine implements, named by `CpuState::rip`; never a silent skip.
+    Unsupported,
+}
+
+/// Executes guest instructions on one vCPU.
+pub trait Engine: Send {
+    /// Runs until something needs the machine. Interrupts are acknowledged and delivered inside.
+    fn run(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, budget: Budget) -> Exit;
+    /// Forgets everything derived from the page of guest memory holding `page`.
+    fn invalidate(&mut self, page: RamOffset);
+    /// Forgets every cached address translation (layout change, state loaded from outside).
+    fn flush_translations(&mut self);
+    /// Values of the engine's counters by name.
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+}
+
+/// Runs x87, MMX, SSE and AVX instructions on the host's own units, for the interpreter.
+pub trait VectorUnit: Send {
+    /// Executes one instruction whose bytes are `code` (re-encoded so that a memory operand, if any, is
+    /// `[rax]`, which points to `operand`), with `gpr[0..16]` in the general registers (RAX and RSP excepted) and
+    /// the status flags of `rflags`. Everything is written back. `Err` is the exception the host raised.
+    fn execute(
+        &mut self,
+        code: &[u8],
+        fpu: &mut FpuState,
+        gpr: &mut [u64; 16],
+        rflags: &mut u64,
+        operand: &mut [u8; 512],
+    ) -> Result<(), Fault>;
+    /// Brings `fpu` up to date if the live state is in host registers.
+    fn sync(&mut self, fpu: &mut FpuState, vp: VpIndex);
+    /// `fpu` was changed in memory: live copies in host registers are stale.
+    fn changed(&mut self, fpu: &FpuState, vp: VpIndex);
+}

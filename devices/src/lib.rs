@@ -1,0 +1,18 @@
+//! Bus, interrupt lines, clock, and every legacy device of the PC.
+//!
+//! A device is a plain struct built with its wiring ([`IrqLine`]s, [`Timer`]s, guest memory, a back end). It
+//! knows no bus address, no IRQ number, no thread and no host time. Optional abilities are optional traits.
+#![forbid(unsafe_code)]
+
+mod counters;
+mod device;
+mod irq;
+mod time;
+
+pub use counters::{Counter, Counters};
+pub use device::{
+    Device, DeviceHandle, Inspect, MmioDevice, PioDevice, ResetKind, TimedDevice, share,
+};
+pub use irq::{IrqLine, IrqSink, MsiSink};
+pub use paravane_memory::{Port, VpIndex, Width};
+pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};

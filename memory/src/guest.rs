@@ -1,0 +1,500 @@
+//! The guest's physical memory as processors and devices use it.
+
+use crate::addr::{PAGE_SHIFT, PAGE_SIZE, PhysAddr, PhysPage, RamOffset};
+use crate::backing::Backing;
+use crate::layout::{Layout, Mapped, OverlayId};
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
+
+/// The page holds bytes from which code was translated.
+const FLAG_CODE: u8 = 1;
+/// The page was written since the dirty log was last taken.
+const FLAG_DIRTY: u8 = 2;
+
+/// Backing bytes kept for ROMs and overlay pages.
+const OVERLAY_STORAGE: u64 = 64 << 20;
+
+/// How much RAM, and where it lies.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryConfig {
+    /// Bytes of RAM, a multiple of 4 KiB.
+    pub ram: u64,
+    /// Where RAM below 4 GiB must end at the latest (start of the PCI hole).
+    pub hole_start: u64,
+}
+
+impl MemoryConfig {
+    /// `ram` bytes with the PC's hole from 3 GiB to 4 GiB.
+    pub const fn pc(ram: u64) -> MemoryConfig {
+        MemoryConfig { ram, hole_start: 3 << 30 }
+    }
+}
+
+/// Why an access to guest memory was refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MemoryError {
+    /// Some byte of `len` bytes at `at` is neither RAM nor ROM.
+    OutOfRange {
+        /// First byte asked for.
+        at: PhysAddr,
+        /// Bytes asked for.
+        len: u64,
+    },
+    /// ROM and overlay storage is used up.
+    OverlayStorageFull,
+}
+
+impl fmt::Display for MemoryError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            MemoryError::OutOfRange { at, len } => write!(f, "{len} bytes at {at} are not guest memory"),
+            MemoryError::OverlayStorageFull => f.write_str("no storage left for ROMs and overlay pages"),
+        }
+    }
+}
+
+impl std::error::Error for MemoryError {}
+
+/// Told when a write that bypassed the processors hit a page with translated code.
+pub trait CodeWatcher: Send + Sync {
+    /// Pages are waiting in [`GuestMemory::take_code_writes`]; called on the writer's thread.
+    fn code_written(&self);
+}
+
+struct Inner {
+    backing: Backing,
+    flags: Box<[AtomicU8]>,
+    layout: RwLock<Layout>,
+    generation: AtomicU64,
+    overlay_next: Mutex<u64>,
+    code_writes: Mutex<Vec<RamOffset>>,
+    code_writes_pending: AtomicBool,
+    watcher: OnceLock<Box<dyn CodeWatcher>>,
+    ram: u64,
+}
+
+/// A cheap handle on the guest's physical memory, shared by processors, devices and workers.
+#[derive(Clone)]
+pub struct GuestMemory(Arc<Inner>);
+
+impl GuestMemory {
+    /// Reserves guest memory; pages are touched by the host only when the guest does.
+    pub fn new(config: MemoryConfig) -> io::Result<GuestMemory> {
+        let pages = config.ram >> PAGE_SHIFT;
+        let low_pages = pages.min(config.hole_start >> PAGE_SHIFT);
+        let layout = Layout::new(low_pages, pages - low_pages);
+        let total = (pages << PAGE_SHIFT)
+            .checked_add(OVERLAY_STORAGE)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let backing = Backing::new(total)?;
+        let flags = (0..total >> PAGE_SHIFT).map(|_| AtomicU8::new(0)).collect();
+        Ok(GuestMemory(Arc::new(Inner {
+            backing,
+            flags,
+            layout: RwLock::new(layout),
+            generation: AtomicU64::new(0),
+            overlay_next: Mutex::new(pages << PAGE_SHIFT),
+            code_writes: Mutex::new(Vec::new()),
+            code_writes_pending: AtomicBool::new(false),
+            watcher: OnceLock::new(),
+            ram: pages << PAGE_SHIFT,
+        })))
+    }
+
+    /// Bytes of RAM.
+    pub fn ram_size(&self) -> u64 {
+        self.0.ram
+    }
+
+    /// RAM as (first address, bytes), low part then high part; overlays not subtracted.
+    pub fn ram_ranges(&self) -> Vec<(PhysAddr, u64)> {
+        let l = self.0.layout.read().expect("layout lock");
+        let mut ranges = vec![(PhysAddr(0), l.low_pages << PAGE_SHIFT)];
+        if l.high_pages > 0 {
+            ranges.push((PhysPage(l.high_first).addr(), l.high_pages << PAGE_SHIFT));
+        }
+        ranges
+    }
+
+    /// What lies behind `page`.
+    pub fn resolve(&self, page: PhysPage) -> Mapped {
+        self.0.layout.read().expect("layout lock").resolve(page)
+    }
+
+    /// Counts layout changes; cached translations older than this are stale.
+    pub fn layout_generation(&self) -> u64 {
+        self.0.generation.load(Ordering::Acquire)
+    }
+
+    fn allocate_overlay(&self, pages: u64) -> Result<RamOffset, MemoryError> {
+        let mut next = self.0.overlay_next.lock().expect("overlay lock");
+        let at = *next;
+        let end = pages
+            .checked_mul(PAGE_SIZE)
+            .and_then(|n| at.checked_add(n))
+            .filter(|&end| end <= self.0.backing.len())
+            .ok_or(MemoryError::OverlayStorageFull)?;
+        *next = end;
+        Ok(RamOffset(at))
+    }
+
+    fn map(&self, first: PhysPage, pages: u64, storage: RamOffset, writable: bool) -> OverlayId {
+        let id = self.0.layout.write().expect("layout lock").add(first, pages, storage, writable);
+        self.0.generation.fetch_add(1, Ordering::Release);
+        id
+    }
+
+    /// Lays a ROM holding `image` (padded with zeroes to whole pages) over `first`.
+    pub fn map_rom(&self, first: PhysPage, image: &[u8]) -> Result<OverlayId, MemoryError> {
+        let pages = (image.len() as u64).div_ceil(PAGE_SIZE);
+        let storage = self.allocate_overlay(pages)?;
+        self.0.backing.write(storage, image);
+        Ok(self.map(first, pages, storage, false))
+    }
+
+    /// Lays `pages` zeroed RAM-like pages over `first`; what was beneath reappears when removed.
+    pub fn map_overlay(&self, first: PhysPage, pages: u64) -> Result<OverlayId, MemoryError> {
+        let storage = self.allocate_overlay(pages)?;
+        Ok(self.map(first, pages, storage, true))
+    }
+
+    /// Removes a ROM or overlay.
+    pub fn unmap(&self, id: OverlayId) {
+        self.0.layout.write().expect("layout lock").remove(id);
+        self.0.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// Calls `each` with every in-page piece of `len` bytes at `at`: what is mapped there, its length, and
+    /// the bytes already done. Nothing is called unless the whole range is RAM or ROM.
+    fn for_pieces(
+        &self,
+        at: PhysAddr,
+        len: u64,
+        mut each: impl FnMut(Mapped, u64, u64),
+    ) -> Result<(), MemoryError> {
+        let error = MemoryError::OutOfRange { at, len };
+        let end = at.0.checked_add(len).ok_or(error)?;
+        let layout = self.0.layout.read().expect("layout lock");
+        for check in [true, false] {
+            let mut pos = at.0;
+            while pos < end {
+                let here = PhysAddr(pos);
+                let n = (PAGE_SIZE - here.page_offset()).min(end - pos);
+                let piece = match layout.resolve(here.page()) {
+                    Mapped::Mmio => return Err(error),
+                    Mapped::Ram(o) => Mapped::Ram(RamOffset(o.0 + here.page_offset())),
+                    Mapped::Rom(o) => Mapped::Rom(RamOffset(o.0 + here.page_offset())),
+                };
+                if !check {
+                    each(piece, n, pos - at.0);
+                }
+                pos += n;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads RAM or ROM; on error nothing was read.
+    pub fn read(&self, at: PhysAddr, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.for_pieces(at, buf.len() as u64, |m, n, done| {
+            let (Mapped::Ram(o) | Mapped::Rom(o)) = m else { return };
+            self.0.backing.read(o, &mut buf[done as usize..(done + n) as usize]);
+        })
+    }
+
+    /// Writes RAM (ROM ignores it); on error nothing was written. Marks pages dirty and reports code writes.
+    pub fn write(&self, at: PhysAddr, buf: &[u8]) -> Result<(), MemoryError> {
+        self.for_pieces(at, buf.len() as u64, |m, n, done| {
+            let Mapped::Ram(o) = m else { return };
+            self.0.backing.write(o, &buf[done as usize..(done + n) as usize]);
+            self.wrote(o, n);
+        })
+    }
+
+    /// Fills RAM with `byte`.
+    pub fn fill(&self, at: PhysAddr, byte: u8, len: u64) -> Result<(), MemoryError> {
+        self.for_pieces(at, len, |m, n, _| {
+            let Mapped::Ram(o) = m else { return };
+            self.0.backing.fill(o, byte, n);
+            self.wrote(o, n);
+        })
+    }
+
+    /// Reads a little-endian integer of `N` bytes.
+    fn read_le<const N: usize>(&self, at: PhysAddr) -> Result<[u8; N], MemoryError> {
+        let mut b = [0; N];
+        self.read(at, &mut b)?;
+        Ok(b)
+    }
+
+    /// Reads a little-endian `u8`.
+    pub fn read_u8(&self, at: PhysAddr) -> Result<u8, MemoryError> {
+        self.read_le(at).map(u8::from_le_bytes)
+    }
+
+    /// Reads a little-endian `u16`.
+    pub fn read_u16(&self, at: PhysAddr) -> Result<u16, MemoryError> {
+        self.read_le(at).map(u16::from_le_bytes)
+    }
+
+    /// Reads a little-endian `u32`.
+    pub fn read_u32(&self, at: PhysAddr) -> Result<u32, MemoryError> {
+        self.read_le(at).map(u32::from_le_bytes)
+    }
+
+    /// Reads a little-endian `u64`.
+    pub fn read_u64(&self, at: PhysAddr) -> Result<u64, MemoryError> {
+        self.read_le(at).map(u64::from_le_bytes)
+    }
+
+    /// Reads from `file` at byte `pos` straight into guest memory, without a copy in between; bytes past the end
+    /// of the file read as zero. ROM is left alone. A range that is not all memory is an `InvalidInput` error.
+    pub fn read_from_file(&self, file: &File, pos: u64, at: PhysAddr, len: u64) -> io::Result<()> {
+        self.file_pieces(at, len, |m, n, done| {
+            let Mapped::Ram(o) = m else { return Ok(()) };
+            let mut got = 0;
+            while got < n {
+                match self.0.backing.read_file(file, pos + done + got, RamOffset(o.0 + got), n - got)? {
+                    0 => {
+                        self.0.backing.fill(RamOffset(o.0 + got), 0, n - got);
+                        break;
+                    }
+                    k => got += k as u64,
+                }
+            }
+            self.wrote(o, n);
+            Ok(())
+        })
+    }
+
+    /// Writes guest memory to `file` at byte `pos`, without a copy in between.
+    pub fn write_to_file(&self, file: &File, pos: u64, at: PhysAddr, len: u64) -> io::Result<()> {
+        self.file_pieces(at, len, |m, n, done| {
+            let (Mapped::Ram(o) | Mapped::Rom(o)) = m else { return Ok(()) };
+            let mut put = 0;
+            while put < n {
+                match self.0.backing.write_file(file, pos + done + put, RamOffset(o.0 + put), n - put)? {
+                    0 => return Err(io::ErrorKind::WriteZero.into()),
+                    k => put += k as u64,
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// `for_pieces` for file transfers, with neighbouring pieces merged so that one host call moves them all.
+    fn file_pieces(
+        &self,
+        at: PhysAddr,
+        len: u64,
+        mut each: impl FnMut(Mapped, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut runs: Vec<(Mapped, u64, u64)> = Vec::with_capacity(4);
+        self.for_pieces(at, len, |m, n, done| {
+            if let (Mapped::Ram(o), Some((Mapped::Ram(p), k, _))) = (m, runs.last_mut())
+                && p.0 + *k == o.0
+            {
+                *k += n;
+                return;
+            }
+            runs.push((m, n, done));
+        })
+        .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
+        runs.into_iter().try_for_each(|(m, n, done)| each(m, n, done))
+    }
+
+    // ---- the processors' own access, by backing offset --------------------------------------------------
+
+    /// Host address of the backing; `base + RamOffset` is a byte of guest memory. For the translator.
+    pub fn host_base(&self) -> *mut u8 {
+        self.0.backing.base()
+    }
+
+    /// Bytes of the backing (RAM, ROM and overlay storage).
+    pub fn backing_len(&self) -> u64 {
+        self.0.backing.len()
+    }
+
+    /// Little-endian load of 1, 2, 4 or 8 bytes at a backing offset.
+    #[inline]
+    pub fn ram_load(&self, at: RamOffset, size: usize) -> u64 {
+        self.0.backing.load(at, size)
+    }
+
+    /// Little-endian store of 1, 2, 4 or 8 bytes at a backing offset; the caller reports it with [`Self::wrote`].
+    #[inline]
+    pub fn ram_store(&self, at: RamOffset, size: usize, value: u64) {
+        self.0.backing.store(at, size, value);
+    }
+
+    /// Reads bytes at a backing offset.
+    #[inline]
+    pub fn ram_read(&self, at: RamOffset, buf: &mut [u8]) {
+        self.0.backing.read(at, buf);
+    }
+
+    /// Writes bytes at a backing offset; the caller reports it with [`Self::wrote`].
+    #[inline]
+    pub fn ram_write(&self, at: RamOffset, buf: &[u8]) {
+        self.0.backing.write(at, buf);
+    }
+
+    /// Copies inside guest memory, overlap allowed; the caller reports it with [`Self::wrote`].
+    pub fn ram_copy(&self, from: RamOffset, to: RamOffset, len: u64) {
+        self.0.backing.copy(from, to, len);
+    }
+
+    /// Fills bytes at a backing offset; the caller reports it with [`Self::wrote`].
+    pub fn ram_fill(&self, at: RamOffset, byte: u8, len: u64) {
+        self.0.backing.fill(at, byte, len);
+    }
+
+    /// Atomic compare-exchange of an aligned cell of 1, 2, 4 or 8 bytes; `Err` holds what was there.
+    #[inline]
+    pub fn ram_compare_exchange(&self, at: RamOffset, size: usize, old: u64, new: u64) -> Result<u64, u64> {
+        self.0.backing.compare_exchange(at, size, old, new)
+    }
+
+    // ---- who wrote where --------------------------------------------------------------------------------
+
+    /// Marks the pages of `len` bytes at `at` dirty and queues those with translated code for invalidation.
+    #[inline]
+    pub fn wrote(&self, at: RamOffset, len: u64) {
+        if len == 0 {
+            return;
+        }
+        for page in (at.0 >> PAGE_SHIFT)..=((at.0 + len - 1) >> PAGE_SHIFT) {
+            let flag = &self.0.flags[page as usize];
+            let seen = flag.load(Ordering::Relaxed);
+            if seen & FLAG_DIRTY == 0 {
+                flag.fetch_or(FLAG_DIRTY, Ordering::Relaxed);
+            }
+            if seen & FLAG_CODE != 0 {
+                self.queue_code_write(RamOffset(page << PAGE_SHIFT));
+            }
+        }
+    }
+
+    #[cold]
+    fn queue_code_write(&self, page: RamOffset) {
+        let mut queue = self.0.code_writes.lock().expect("code write lock");
+        if queue.last() != Some(&page) {
+            queue.push(page);
+        }
+        self.0.code_writes_pending.store(true, Ordering::Release);
+        drop(queue);
+        if let Some(w) = self.0.watcher.get() {
+            w.code_written();
+        }
+    }
+
+    /// Sets who is told about code writes; may be set once.
+    pub fn set_code_watcher(&self, watcher: Box<dyn CodeWatcher>) {
+        let _already_set = self.0.watcher.set(watcher);
+    }
+
+    /// Whether [`Self::take_code_writes`] would return anything.
+    #[inline]
+    pub fn code_writes_pending(&self) -> bool {
+        self.0.code_writes_pending.load(Ordering::Acquire)
+    }
+
+    /// Backing offsets of pages with translated code that were written since the last call.
+    pub fn take_code_writes(&self) -> Vec<RamOffset> {
+        let mut queue = self.0.code_writes.lock().expect("code write lock");
+        self.0.code_writes_pending.store(false, Ordering::Release);
+        std::mem::take(&mut *queue)
+    }
+
+    /// Declares whether translated code came from the page holding `at`.
+    pub fn set_code(&self, at: RamOffset, has_code: bool) {
+        let flag = &self.0.flags[(at.0 >> PAGE_SHIFT) as usize];
+        if has_code {
+            flag.fetch_or(FLAG_CODE, Ordering::SeqCst);
+        } else {
+            flag.fetch_and(!FLAG_CODE, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether translated code came from the page holding `at`.
+    #[inline]
+    pub fn has_code(&self, at: RamOffset) -> bool {
+        self.0.flags[(at.0 >> PAGE_SHIFT) as usize].load(Ordering::SeqCst) & FLAG_CODE != 0
+    }
+
+    /// Returns and clears the set of dirty RAM pages, as guest physical pages.
+    pub fn take_dirty(&self) -> Vec<PhysPage> {
+        let layout = self.0.layout.read().expect("layout lock");
+        let mut dirty = Vec::new();
+        for (i, flag) in self.0.flags.iter().enumerate() {
+            if flag.load(Ordering::Relaxed) & FLAG_DIRTY != 0 {
+                flag.fetch_and(!FLAG_DIRTY, Ordering::Relaxed);
+                dirty.extend(layout.page_of(RamOffset((i as u64) << PAGE_SHIFT)));
+            }
+        }
+        dirty
+    }
+}
+
+impl fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestMemory").field("ram", &self.0.ram).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory() -> GuestMemory {
+        GuestMemory::new(MemoryConfig { ram: 16 << 20, hole_start: 8 << 20 }).expect("memory")
+    }
+
+    #[test]
+    fn ram_lies_below_the_hole_and_above_four_gib() {
+        let m = memory();
+        assert_eq!(m.ram_ranges(), vec![(PhysAddr(0), 8 << 20), (PhysAddr(4 << 30), 8 << 20)]);
+        m.write(PhysAddr((4 << 30) + 5), b"high").expect("high RAM");
+        assert_eq!(m.resolve(PhysPage((4 << 30) >> 12)), Mapped::Ram(RamOffset(8 << 20)));
+        assert!(m.read_u8(PhysAddr(8 << 20)).is_err());
+    }
+
+    #[test]
+    fn an_access_that_leaves_memory_does_nothing() {
+        let m = memory();
+        assert!(m.write(PhysAddr((8 << 20) - 2), &[1; 4]).is_err());
+        assert_eq!(m.read_u16(PhysAddr((8 << 20) - 2)), Ok(0));
+        assert!(m.read(PhysAddr(u64::MAX), &mut [0; 2]).is_err());
+    }
+
+    #[test]
+    fn rom_ignores_writes_and_overlays_give_back_what_was_beneath() {
+        let m = memory();
+        m.write(PhysAddr(0xF000), &[7]).expect("RAM");
+        let rom = m.map_rom(PhysPage(0xF), &[1, 2, 3]).expect("ROM");
+        m.write(PhysAddr(0xF000), &[9]).expect("ignored");
+        assert_eq!(m.read_u8(PhysAddr(0xF000)), Ok(1));
+        m.unmap(rom);
+        assert_eq!(m.read_u8(PhysAddr(0xF000)), Ok(7));
+    }
+
+    #[test]
+    fn writes_to_code_pages_are_queued_once_each() {
+        let m = memory();
+        m.set_code(RamOffset(0x3000), true);
+        m.write(PhysAddr(0x2FFF), &[0; 2]).expect("RAM");
+        assert_eq!(m.take_code_writes(), vec![RamOffset(0x3000)]);
+        assert!(!m.code_writes_pending());
+    }
+
+    #[test]
+    fn dirty_pages_are_reported_by_physical_page() {
+        let m = memory();
+        m.write(PhysAddr((4 << 30) + 0x1000), &[1]).expect("RAM");
+        assert_eq!(m.take_dirty(), vec![PhysPage((1 << 20) + 1)]);
+        assert!(m.take_dirty().is_empty());
+    }
+}
