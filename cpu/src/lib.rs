@@ -5,8 +5,12 @@
 #![forbid(unsafe_code)]
 
 mod bus;
+mod cpuid;
 mod engine;
+mod exec;
 mod fault;
+mod interp;
+mod mmu;
 mod state;
 
 pub use bus::{CpuBus, CpuidResult, MsrFault};

@@ -1,0 +1,4 @@
+//! CPUID models.
+/// A processor model.
+#[derive(Debug, Clone)]
+pub struct CpuModel;

@@ -1,0 +1,2 @@
+//! The interpreter's instruction semantics.
+pub(crate) mod system;
