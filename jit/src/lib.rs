@@ -1,1 +1,3 @@
-//! x
+//! The binary translator, and single guest instructions executed by the host itself.
+
+pub mod signal;
