@@ -4,15 +4,20 @@
 //! knows no bus address, no IRQ number, no thread and no host time. Optional abilities are optional traits.
 #![forbid(unsafe_code)]
 
+pub mod block;
+mod bus;
+mod control;
 mod counters;
 mod device;
+pub mod ide;
 mod irq;
+pub mod pci;
 mod time;
 
+pub use bus::{Bus, BusDevice, Claim};
+pub use control::{A20Gate, A20Source, MachineControl};
 pub use counters::{Counter, Counters};
-pub use device::{
-    Device, DeviceHandle, Inspect, MmioDevice, PioDevice, ResetKind, TimedDevice, share,
-};
+pub use device::{Device, DeviceHandle, Inspect, MmioDevice, PioDevice, ResetKind, TimedDevice, share};
 pub use irq::{IrqLine, IrqSink, MsiSink};
 pub use paravane_memory::{Port, VpIndex, Width};
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};
