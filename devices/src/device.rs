@@ -29,6 +29,10 @@ pub trait Device: Inspect + Send {
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
         None
     }
+    /// The device as something that moves whole buffers through a port (REP INS, REP OUTS).
+    fn as_string_pio(&mut self) -> Option<&mut dyn StringPio> {
+        None
+    }
     /// The device as something with memory-mapped registers.
     fn as_mmio(&mut self) -> Option<&mut dyn MmioDevice> {
         None
@@ -45,6 +49,14 @@ pub trait PioDevice {
     fn port_in(&mut self, port: Port, width: Width) -> u32;
     /// Writes `value` at `port` (absolute).
     fn port_out(&mut self, port: Port, width: Width, value: u32);
+}
+
+/// Port access by the buffer: what a repeated string instruction would move, in one call.
+pub trait StringPio {
+    /// Fills as much of `buf` as the port gives without a pause, in units of `width`; returns the bytes filled.
+    fn pio_in_string(&mut self, port: Port, width: Width, buf: &mut [u8]) -> usize;
+    /// Takes as much of `buf` as the port accepts without a pause, in units of `width`; returns the bytes taken.
+    fn pio_out_string(&mut self, port: Port, width: Width, buf: &[u8]) -> usize;
 }
 
 /// Memory-mapped registers; offsets are relative to the start of the mapped region.

@@ -17,7 +17,9 @@ mod time;
 pub use bus::{Bus, BusDevice, Claim};
 pub use control::{A20Gate, A20Source, MachineControl};
 pub use counters::{Counter, Counters};
-pub use device::{Device, DeviceHandle, Inspect, MmioDevice, PioDevice, ResetKind, TimedDevice, share};
+pub use device::{
+    Device, DeviceHandle, Inspect, MmioDevice, PioDevice, ResetKind, StringPio, TimedDevice, share,
+};
 pub use irq::{IrqLine, IrqSink, MsiSink};
 pub use paravane_memory::{Port, VpIndex, Width};
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};
