@@ -2,11 +2,13 @@
 //!
 //! Host and guest have the same instruction set, so whatever the interpreter need not understand (x87, MMX,
 //! SSE, AVX: SDM 1, chapters 8 to 14) the host executes itself with the guest's registers loaded, bit-exact.
-//! [`HostVectorUnit`] does that for the interpreter. `Native` runs whole user-mode instructions, memory
+//! [`HostVectorUnit`] does that for the interpreter. [`Native`] runs whole user-mode instructions, memory
 //! operands and faults included, and is the oracle the engines are compared with.
 
 mod area;
+mod native;
 mod vector;
 
 pub use area::CodeArea;
+pub use native::{Native, NativeLayout, NativeMode, NativeState, NativeStop};
 pub use vector::HostVectorUnit;

@@ -215,14 +215,14 @@ impl HostVectorUnit {
 }
 
 /// Makes the area fit for XRSTOR: its contents count, header bits that would raise `#GP` are zero.
-fn loadable(fpu: &mut FpuState) {
+pub(super) fn loadable(fpu: &mut FpuState) {
     fpu.set_mxcsr(fpu.mxcsr() & MXCSR_BITS);
     fpu.0[512..576].fill(0);
     fpu.0[512] = (X87 | SSE | AVX) as u8;
 }
 
 /// The components the operating system enabled, of those the guest may have; zero without XSAVE.
-fn enabled_components() -> u32 {
+pub(super) fn enabled_components() -> u32 {
     if !std::is_x86_feature_detected!("xsave") {
         return 0;
     }
