@@ -1,1 +1,3 @@
-fn main(){}
+//! The command `paravane`.
+
+fn main() {}

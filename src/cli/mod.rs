@@ -1,0 +1,325 @@
+//! The command line (DESIGN section 7): what can be asked for, and what is refused by name.
+
+mod values;
+
+use crate::compare::{CompareConfig, Guest};
+use crate::machine::{Boot, ClockKind, DiskConfig, EngineKind, MachineConfig, SerialConfig};
+use clap::{Args, Parser, Subcommand};
+use std::fmt;
+use std::path::PathBuf;
+pub use values::{parse_port, parse_size};
+
+/// Runs unmodified x86 guests by binary translation: no KVM, no root, no kernel module.
+#[derive(Parser, Debug)]
+#[command(name = "paravane", version, about, max_term_width = 110)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run a guest.
+    #[command(after_help = RUN_HELP)]
+    Run(Box<RunArgs>),
+    /// Measure the emulated against the paravirtual device of one kind, over one and the same back end.
+    #[command(after_help = COMPARE_HELP)]
+    Compare(CompareArgs),
+    /// Create, show, check or convert disk images (not there yet).
+    Image {
+        /// create, info, check, convert, trim and their operands.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Say what this host offers, which engine runs and what is missing.
+    Doctor,
+}
+
+const RUN_HELP: &str = "\
+Keys on the terminal: Ctrl-A x quits, Ctrl-A h helps, Ctrl-A Ctrl-A sends Ctrl-A.
+
+Exit status: 0 the guest powered off (or asked for a reset under --no-reboot); 1 usage or host error;
+3 triple fault; (value << 1) | 1 for a value written to the --debug-exit port; 128 + n for signal n.
+
+Example:
+  paravane run --kernel vmlinuz --initrd initrd.gz --append 'console=ttyS0' \\
+               --disk a.img --disk b.img,bus=virtio";
+
+const COMPARE_HELP: &str = "\
+Without --guest linux the lab guest that is part of paravane runs: no file is needed.
+The disk image is made in the temporary directory and removed afterwards.
+
+Example:
+  paravane compare disk --runs 5 --json result.json";
+
+/// Options of `paravane run`.
+#[derive(Args, Debug, Default)]
+pub struct RunArgs {
+    /// Linux kernel (bzImage), PVH or multiboot ELF, or flat image.
+    #[arg(long, value_name = "F")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for --kernel.
+    #[arg(long, value_name = "F", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, value_name = "S", requires = "kernel")]
+    pub append: Option<String>,
+    /// CD-ROM image (not there yet).
+    #[arg(long, value_name = "F")]
+    pub cdrom: Option<PathBuf>,
+    /// Floppy image (not there yet).
+    #[arg(long, value_name = "F")]
+    pub floppy: Option<PathBuf>,
+    /// BIOS image to start at reset (not there yet).
+    #[arg(long, value_name = "F")]
+    pub bios: Option<PathBuf>,
+    /// RAM, with K, M, G or T; a bare number means MiB.
+    #[arg(long, value_name = "SIZE", default_value = "512M")]
+    pub memory: String,
+    /// Number of processors (only 1 for now).
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// Processor model: max, or a named one; an unknown name lists them.
+    #[arg(long, value_name = "MODEL", default_value = "max")]
+    pub cpu: String,
+    /// What executes guest code.
+    #[arg(long, value_enum, default_value_t = EngineKind::Jit)]
+    pub engine: EngineKind,
+    /// Where time comes from: the host, or retired instructions (1 ns each; deterministic).
+    #[arg(long, value_enum, default_value_t = ClockKind::Host)]
+    pub clock: ClockKind,
+    /// A disk: FILE[,bus=ide|virtio][,format=raw][,readonly=on][,snapshot=on]; repeatable. The default bus is
+    /// ide, where every guest has a driver; snapshot=on keeps writes in memory; ',,' is a comma in a name.
+    #[arg(long, value_name = "SPEC")]
+    pub disk: Vec<String>,
+    /// A network card (only `none` for now); repeatable.
+    #[arg(long, value_name = "SPEC")]
+    pub net: Vec<String>,
+    /// Which hypervisor the guest sees (only none for now).
+    #[arg(long, value_name = "NAME", default_value = "none")]
+    pub personality: String,
+    /// A serial port: stdio, file=F, unix=F (a socket we listen on) or none; repeatable: COM1, COM2 …
+    /// [default: stdio]
+    #[arg(long, value_name = "SPEC")]
+    pub serial: Vec<String>,
+    /// Paravirtual console (not there yet).
+    #[arg(long, value_name = "F")]
+    pub console: Option<String>,
+    /// Display (only none for now).
+    #[arg(long, value_name = "SPEC", default_value = "none")]
+    pub display: String,
+    /// Write the screen to a PNG file at exit (not there yet).
+    #[arg(long, value_name = "F.png")]
+    pub screenshot: Option<PathBuf>,
+    /// Debugger connection (not there yet).
+    #[arg(long, value_name = "SPEC")]
+    pub gdb: Option<String>,
+    /// Wait for the debugger (not there yet).
+    #[arg(long)]
+    pub wait: bool,
+    /// Control socket (not there yet).
+    #[arg(long, value_name = "SPEC")]
+    pub control: Option<String>,
+    /// A value written to this I/O port ends the process with (value << 1) | 1.
+    #[arg(long, value_name = "PORT")]
+    pub debug_exit: Option<String>,
+    /// End with 0 instead of rebooting when the guest asks for a reset.
+    #[arg(long)]
+    pub no_reboot: bool,
+    /// Write every counter to this file at exit.
+    #[arg(long, value_name = "F.json")]
+    pub stats: Option<PathBuf>,
+    /// Trace events (not there yet).
+    #[arg(long, value_name = "SPEC")]
+    pub trace: Option<String>,
+}
+
+/// Options of `paravane compare`.
+#[derive(Args, Debug)]
+pub struct CompareArgs {
+    /// disk (net, console, clock and all are not there yet).
+    #[arg(value_name = "WHAT", default_value = "disk")]
+    pub what: String,
+    /// Which guest does the work.
+    #[arg(long, value_enum, default_value_t = GuestName::Lab)]
+    pub guest: GuestName,
+    /// Kernel for --guest linux.
+    #[arg(long, value_name = "F")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk for --guest linux, made by `cargo xtask guests`.
+    #[arg(long, value_name = "F")]
+    pub initrd: Option<PathBuf>,
+    /// Measured runs of every device.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub runs: u32,
+    /// Less data, for a first look or a test.
+    #[arg(long)]
+    pub quick: bool,
+    /// Also write the results to this file.
+    #[arg(long, value_name = "F")]
+    pub json: Option<PathBuf>,
+    /// HTML report (not there yet).
+    #[arg(long, value_name = "F")]
+    pub html: Option<PathBuf>,
+    /// What executes guest code.
+    #[arg(long, value_enum, default_value_t = EngineKind::Jit)]
+    pub engine: EngineKind,
+}
+
+/// Guests of `paravane compare`.
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum GuestName {
+    /// The freestanding guest inside paravane.
+    Lab,
+    /// A Linux kernel with its own drivers.
+    Linux,
+}
+
+/// Why a command line was refused.
+#[derive(Debug, PartialEq, Eq)]
+pub enum CliError {
+    /// The option is known, and nothing stands behind it yet.
+    NotYet(String),
+    /// The value makes no sense; what is wrong and what would be right.
+    Value {
+        /// The option's name.
+        option: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl fmt::Display for CliError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CliError::NotYet(what) => write!(f, "{what}: not there yet"),
+            CliError::Value { option, problem } => write!(f, "{option}: {problem}"),
+        }
+    }
+}
+
+impl std::error::Error for CliError {}
+
+pub(crate) fn bad(option: &'static str, problem: impl Into<String>) -> CliError {
+    CliError::Value { option, problem: problem.into() }
+}
+
+impl RunArgs {
+    /// The options nothing stands behind yet.
+    fn refuse(&self) -> Result<(), CliError> {
+        let given = [
+            ("--cdrom", self.cdrom.is_some()),
+            ("--floppy", self.floppy.is_some()),
+            ("--bios", self.bios.is_some()),
+            ("--console", self.console.is_some()),
+            ("--screenshot", self.screenshot.is_some()),
+            ("--gdb", self.gdb.is_some()),
+            ("--wait", self.wait),
+            ("--control", self.control.is_some()),
+            ("--trace", self.trace.is_some()),
+        ];
+        if let Some((name, _)) = given.iter().find(|g| g.1) {
+            return Err(CliError::NotYet((*name).into()));
+        }
+        if let Some(net) = self.net.iter().find(|n| *n != "none") {
+            return Err(values::not_yet("--net", net, &["user", "tap"]));
+        }
+        if self.personality != "none" {
+            return Err(values::not_yet(
+                "--personality",
+                &self.personality,
+                &["kvm", "xen", "hyperv", "vmware"],
+            ));
+        }
+        if self.display != "none" {
+            return Err(values::not_yet("--display", &self.display, &["terminal", "vnc"]));
+        }
+        match self.cpus {
+            1 => Ok(()),
+            0 => Err(bad("--cpus", "0 is no number of processors")),
+            n => Err(CliError::NotYet(format!("--cpus {n}: more than one processor"))),
+        }
+    }
+
+    /// Checks everything that can be checked without opening a file.
+    pub fn config(&self) -> Result<MachineConfig, CliError> {
+        self.refuse()?;
+        let Some(kernel) = self.kernel.clone() else {
+            return Err(if self.disk.is_empty() {
+                bad("--kernel", "nothing to run: give --kernel F (and --initrd, --disk)")
+            } else {
+                CliError::NotYet("booting from a disk: give --kernel F as well".into())
+            });
+        };
+        let boot = Boot::Kernel {
+            kernel,
+            initrd: self.initrd.clone(),
+            append: self.append.clone().unwrap_or_default(),
+        };
+        let disks =
+            self.disk.iter().map(|s| values::parse_disk(s)).collect::<Result<Vec<DiskConfig>, _>>()?;
+        let serial = values::parse_serials(&self.serial)?;
+        Ok(MachineConfig {
+            memory: parse_size(&self.memory).map_err(|p| bad("--memory", p))?,
+            model: self.cpu.clone(),
+            engine: self.engine,
+            clock: self.clock,
+            boot,
+            disks,
+            serial,
+            debug_exit: self.debug_exit.as_deref().map(parse_port).transpose()?,
+            reboot: !self.no_reboot,
+            lab_port: false,
+        })
+    }
+}
+
+impl CompareArgs {
+    /// Checks the combination of options.
+    pub fn config(&self) -> Result<CompareConfig, CliError> {
+        match self.what.as_str() {
+            "disk" => {}
+            "net" | "console" | "clock" | "all" => {
+                return Err(CliError::NotYet(format!("compare {}", self.what)));
+            }
+            other => {
+                return Err(bad("compare", format!("'{other}' is none of disk, net, console, clock, all")));
+            }
+        }
+        if self.html.is_some() {
+            return Err(CliError::NotYet("--html".into()));
+        }
+        if !(1..=1000).contains(&self.runs) {
+            return Err(bad("--runs", format!("{} is not between 1 and 1000", self.runs)));
+        }
+        let guest = match (self.guest, &self.kernel, &self.initrd) {
+            (GuestName::Lab, None, None) => Guest::Lab,
+            (GuestName::Lab, ..) => {
+                return Err(bad("--guest", "--kernel and --initrd belong to --guest linux"));
+            }
+            (GuestName::Linux, Some(kernel), Some(initrd)) => {
+                Guest::Linux { kernel: kernel.clone(), initrd: initrd.clone() }
+            }
+            (GuestName::Linux, ..) => {
+                return Err(bad(
+                    "--guest",
+                    "linux needs --kernel F and --initrd F (`cargo xtask guests` makes them)",
+                ));
+            }
+        };
+        Ok(CompareConfig {
+            guest,
+            runs: self.runs,
+            quick: self.quick,
+            json: self.json.clone(),
+            engine: self.engine,
+        })
+    }
+}
+
+/// What `SerialConfig` a run without `--serial` has.
+pub fn default_serial() -> Vec<SerialConfig> {
+    vec![SerialConfig::Stdio]
+}

@@ -1,0 +1,138 @@
+//! One vCPU: runs the engine, sleeps while halted, and tells the machine how it ends.
+
+use super::dossier;
+use super::lifecycle::{Lifecycle, Request};
+use super::park::Vcpu;
+use crate::machine::InstructionClock;
+use paravane_cpu::{Attention, Budget, CpuBus, CpuState, Engine, Exit};
+use paravane_devices::{Clock, TimerQueue};
+use paravane_memory::{GuestMemory, VpIndex};
+use std::sync::Arc;
+
+/// Instructions in one slice under the instruction clock: how far machine time may lag behind inside guest code.
+const SLICE: u64 = 10_000;
+
+/// Who moves machine time.
+#[derive(Clone)]
+pub enum TimeKeeper {
+    /// The host; the event loop fires timers.
+    Host,
+    /// This vCPU, which fires timers itself between two slices.
+    Instructions(Arc<InstructionClock>, Arc<TimerQueue>),
+}
+
+/// Looks at a vCPU between two instructions.
+pub type Probe = Box<dyn FnMut(&CpuState, &dyn Engine) + Send>;
+
+/// A virtual processor and everything it needs to run.
+pub struct VcpuRunner<B: CpuBus> {
+    /// Architectural state.
+    pub cpu: CpuState,
+    /// What executes.
+    pub engine: Box<dyn Engine>,
+    /// RAM.
+    pub mem: GuestMemory,
+    /// The machine.
+    pub bus: Arc<B>,
+    /// The mailbox.
+    pub vcpu: Arc<Vcpu>,
+    /// Where the end is told.
+    pub lifecycle: Lifecycle,
+    /// Who moves time.
+    pub time: TimeKeeper,
+    /// Called when the vCPU was stopped though nobody asked for the end.
+    pub probe: Option<Probe>,
+}
+
+impl<B: CpuBus> VcpuRunner<B> {
+    /// Runs until a lifecycle request is there.
+    pub fn run(&mut self) {
+        loop {
+            let budget = self.budget();
+            let before = self.cpu.instructions;
+            let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.bus, budget);
+            self.time_passed(self.cpu.instructions.wrapping_sub(before));
+            match exit {
+                Exit::Halt => self.halted(),
+                Exit::Budget => {}
+                Exit::Stop => {
+                    if self.stopped() {
+                        return;
+                    }
+                }
+                Exit::TripleFault => {
+                    return self.lifecycle.request(Request::TripleFault(dossier::registers(&self.cpu)));
+                }
+                Exit::Unsupported => return self.lifecycle.request(Request::Host(self.unsupported())),
+            }
+        }
+    }
+
+    fn budget(&self) -> Budget {
+        match &self.time {
+            TimeKeeper::Host => Budget::UNLIMITED,
+            TimeKeeper::Instructions(clock, timers) => {
+                let left = timers.next_deadline().map_or(SLICE, |at| at.since(clock.now()));
+                Budget { instructions: left.clamp(1, SLICE) }
+            }
+        }
+    }
+
+    fn time_passed(&self, instructions: u64) {
+        if let TimeKeeper::Instructions(clock, timers) = &self.time {
+            clock.retire(instructions);
+            timers.run_expired(clock.now());
+        }
+    }
+
+    /// Waits for attention; under the instruction clock time jumps to the next deadline instead.
+    fn halted(&self) {
+        if let TimeKeeper::Instructions(clock, timers) = &self.time
+            && self.vcpu.attention().get() == 0
+            && let Some(next) = timers.next_deadline()
+        {
+            clock.skip_to(next);
+            timers.run_expired(clock.now());
+            return;
+        }
+        self.vcpu.park(None);
+    }
+
+    /// Handles STOP and INIT; true if the run ends.
+    fn stopped(&mut self) -> bool {
+        let flags = self.vcpu.attention().take(Attention::STOP | Attention::INIT | Attention::STARTUP);
+        if flags & Attention::INIT != 0 {
+            self.lifecycle.request(Request::Reset("INIT"));
+        }
+        if self.lifecycle.requested() {
+            return true;
+        }
+        if let Some(probe) = &mut self.probe {
+            probe(&self.cpu, &*self.engine);
+        }
+        false
+    }
+
+    fn unsupported(&self) -> String {
+        format!(
+            "the guest ran an instruction that paravane does not know, at cs:rip {:#x}:{:#x} in {}",
+            self.cpu.seg[1].selector,
+            self.cpu.rip,
+            dossier::mode(&self.cpu)
+        )
+    }
+}
+
+/// Ends the run if the thread that holds this panics.
+pub struct PanicGuard(pub Lifecycle);
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.request(Request::Host("a thread of paravane panicked: please report this".into()));
+        }
+    }
+}
+
+/// The first (and so far only) processor.
+pub const BOOT_VP: VpIndex = VpIndex(0);
