@@ -128,8 +128,9 @@ impl Maps {
     }
 }
 
-/// What a look-up found: who answers, or nobody, and up to which address that holds.
+/// What a look-up found: who answers, or nobody.
 enum Found {
+    /// The claim, and the port or offset as its device sees it.
     Device(Arc<Range>, u64),
     Nobody,
 }
@@ -260,6 +261,34 @@ impl Bus {
                 Found::Nobody => self.unclaimed.pio_out.add(1),
             }
             done += chunk.bytes();
+        }
+    }
+
+    /// REP INS: lets the device at `port` fill part of `buf` at once; the bytes filled, 0 if it cannot.
+    pub fn port_in_string(&self, port: Port, width: Width, buf: &mut [u8]) -> usize {
+        let Some((range, seen)) = self.find_string_port(port, width) else { return 0 };
+        let mut device = range.device.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(string) = device.as_string_pio() else { return 0 };
+        let filled = string.pio_in_string(seen, width, buf).min(buf.len());
+        range.device.counts.pio_in.add((filled / width.bytes()) as u64);
+        filled
+    }
+
+    /// REP OUTS: lets the device at `port` take part of `buf` at once; the bytes taken, 0 if it cannot.
+    pub fn port_out_string(&self, port: Port, width: Width, buf: &[u8]) -> usize {
+        let Some((range, seen)) = self.find_string_port(port, width) else { return 0 };
+        let mut device = range.device.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(string) = device.as_string_pio() else { return 0 };
+        let taken = string.pio_out_string(seen, width, buf).min(buf.len());
+        range.device.counts.pio_out.add((taken / width.bytes()) as u64);
+        taken
+    }
+
+    /// Who answers a whole unsplit access of `width` at `port`.
+    fn find_string_port(&self, port: Port, width: Width) -> Option<(Arc<Range>, Port)> {
+        match self.find_port(port.0.into(), width.bytes()) {
+            (Found::Device(range, seen), chunk) if chunk == width => Some((range, Port(seen as u16))),
+            _ => None,
         }
     }
 

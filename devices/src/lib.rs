@@ -11,6 +11,7 @@ mod counters;
 mod device;
 pub mod ide;
 mod irq;
+pub mod irqchip;
 pub mod pci;
 mod time;
 
@@ -21,5 +22,6 @@ pub use device::{
     Device, DeviceHandle, Inspect, MmioDevice, PioDevice, ResetKind, StringPio, TimedDevice, share,
 };
 pub use irq::{IrqLine, IrqSink, MsiSink};
+pub use irqchip::{FabricConfig, InterruptFabric, IoApicWindow, PicPorts, TscClock, VcpuKick, WiredOr};
 pub use paravane_memory::{Port, VpIndex, Width};
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};

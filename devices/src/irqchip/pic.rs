@@ -1,0 +1,413 @@
+//! The 8259A interrupt controller pair (Intel 231468-003) with the edge/level registers of a PCI chipset.
+//!
+//! Deviation: an edge stays latched when its line drops before INTA (the chip would answer with a spurious
+//! IR7); guests see pulses of any length.
+
+use super::spec::pic::*;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Expect {
+    Command,
+    Icw2,
+    Icw3,
+    Icw4,
+}
+
+/// One 8259A.
+#[derive(Debug)]
+pub struct Pic {
+    // configuration
+    slave: bool,
+    // guest-visible state
+    irr: u8,
+    isr: u8,
+    imr: u8,
+    lines: u8,
+    elcr: u8,
+    icw1: u8,
+    icw2: u8,
+    icw3: u8,
+    icw4: u8,
+    expect: Expect,
+    lowest: u8,
+    special_mask: bool,
+    rotate_in_aeoi: bool,
+    read_isr: bool,
+    poll: bool,
+}
+
+impl Pic {
+    fn new(slave: bool) -> Pic {
+        Pic {
+            slave,
+            irr: 0,
+            isr: 0,
+            imr: 0xFF,
+            lines: 0,
+            elcr: 0,
+            icw1: ICW1_IC4,
+            icw2: 0,
+            icw3: 0,
+            icw4: 1,
+            expect: Expect::Command,
+            lowest: 7,
+            special_mask: false,
+            rotate_in_aeoi: false,
+            read_isr: false,
+            poll: false,
+        }
+    }
+
+    fn level_triggered(&self) -> u8 {
+        if self.icw1 & ICW1_LTIM != 0 { 0xFF } else { self.elcr }
+    }
+
+    fn set_line(&mut self, n: u8, high: bool) {
+        let bit = 1 << n;
+        let rising = high && self.lines & bit == 0;
+        self.lines = if high { self.lines | bit } else { self.lines & !bit };
+        if rising {
+            self.irr |= bit;
+        } else if !high && self.level_triggered() & bit != 0 {
+            self.irr &= !bit;
+        }
+    }
+
+    /// The request that INT is raised for: highest priority first, down to what is in service.
+    fn pending(&self) -> Option<u8> {
+        let requests = self.irr & !self.imr;
+        let blocking = if self.special_mask { self.isr & !self.imr } else { self.isr };
+        for k in 1..=8 {
+            let n = (self.lowest + k) & 7;
+            let nested = self.icw4 & ICW4_SFNM != 0 && !self.slave && n == CASCADE;
+            if blocking & 1 << n != 0 && !nested {
+                return None;
+            }
+            if requests & 1 << n != 0 {
+                return Some(n);
+            }
+        }
+        None
+    }
+
+    /// INTA: the input taken, or 7 when the request is gone (spurious, not marked in service).
+    fn acknowledge(&mut self) -> u8 {
+        let Some(n) = self.pending() else { return 7 };
+        let bit = 1 << n;
+        if self.level_triggered() & bit == 0 {
+            self.irr &= !bit;
+        }
+        if self.icw4 & ICW4_AEOI == 0 {
+            self.isr |= bit;
+        } else if self.rotate_in_aeoi {
+            self.lowest = n;
+        }
+        n
+    }
+
+    fn vector(&self, n: u8) -> u8 {
+        self.icw2 & 0xF8 | n
+    }
+
+    fn read(&mut self, a0: bool) -> u8 {
+        if std::mem::take(&mut self.poll) {
+            return if self.pending().is_some() { 0x80 | self.acknowledge() } else { 0 };
+        }
+        match (a0, self.read_isr) {
+            (true, _) => self.imr,
+            (false, true) => self.isr,
+            (false, false) => self.irr,
+        }
+    }
+
+    fn write(&mut self, a0: bool, value: u8) {
+        match (a0, self.expect) {
+            (false, _) if value & ICW1_INIT != 0 => self.initialize(value),
+            (false, _) if value & OCW3 != 0 => self.ocw3(value),
+            (false, _) => self.ocw2(value),
+            (true, Expect::Command) => self.imr = value,
+            (true, Expect::Icw2) => {
+                self.icw2 = value;
+                self.expect = if self.icw1 & ICW1_SNGL == 0 { Expect::Icw3 } else { self.after_icw3() };
+            }
+            (true, Expect::Icw3) => {
+                self.icw3 = value;
+                self.expect = self.after_icw3();
+            }
+            (true, Expect::Icw4) => {
+                self.icw4 = value;
+                self.expect = Expect::Command;
+            }
+        }
+    }
+
+    fn after_icw3(&self) -> Expect {
+        if self.icw1 & ICW1_IC4 != 0 { Expect::Icw4 } else { Expect::Command }
+    }
+
+    fn initialize(&mut self, icw1: u8) {
+        let (slave, lines, elcr) = (self.slave, self.lines, self.elcr);
+        *self = Pic { imr: 0, icw1, icw4: 0, expect: Expect::Icw2, lines, elcr, ..Pic::new(slave) };
+        self.irr = lines & self.level_triggered();
+    }
+
+    fn ocw3(&mut self, value: u8) {
+        if value & OCW3_ESMM != 0 {
+            self.special_mask = value & OCW3_SMM != 0;
+        }
+        if value & OCW3_P != 0 {
+            self.poll = true;
+        } else if value & OCW3_RR != 0 {
+            self.read_isr = value & OCW3_RIS != 0;
+        }
+    }
+
+    fn ocw2(&mut self, value: u8) {
+        let n = value & 7;
+        match value >> 5 {
+            0b000 => self.rotate_in_aeoi = false,
+            0b100 => self.rotate_in_aeoi = true,
+            0b001 => drop(self.end_of_interrupt()),
+            0b101 => {
+                if let Some(n) = self.end_of_interrupt() {
+                    self.lowest = n;
+                }
+            }
+            0b011 => self.isr &= !(1 << n),
+            0b111 => {
+                self.isr &= !(1 << n);
+                self.lowest = n;
+            }
+            0b110 => self.lowest = n,
+            _ => {} // 010: no operation
+        }
+    }
+
+    /// Non-specific EOI: clears the highest-priority bit in service, but none that special mask mode hides.
+    fn end_of_interrupt(&mut self) -> Option<u8> {
+        let isr = if self.special_mask { self.isr & !self.imr } else { self.isr };
+        let n = (1..=8).map(|k| (self.lowest + k) & 7).find(|n| isr & 1 << n != 0)?;
+        self.isr &= !(1 << n);
+        Some(n)
+    }
+}
+
+/// Master and slave, wired as in the PC/AT.
+#[derive(Debug)]
+pub struct PicPair {
+    pub(super) master: Pic,
+    pub(super) slave: Pic,
+}
+
+impl PicPair {
+    pub(super) fn new() -> PicPair {
+        PicPair { master: Pic::new(false), slave: Pic::new(true) }
+    }
+
+    /// Back to power-on, keeping the levels of the lines.
+    pub(super) fn reset(&mut self) {
+        for pic in [&mut self.master, &mut self.slave] {
+            *pic = Pic { lines: pic.lines, ..Pic::new(pic.slave) };
+        }
+    }
+
+    pub(super) fn set_line(&mut self, irq: u8, high: bool) {
+        match irq {
+            CASCADE => {}
+            0..8 => self.master.set_line(irq, high),
+            _ => self.slave.set_line(irq & 7, high),
+        }
+        self.cascade();
+    }
+
+    /// The slave's INT pin drives the master's input 2.
+    fn cascade(&mut self) {
+        let int = self.slave.pending().is_some();
+        let bit = 1 << CASCADE;
+        self.master.lines = if int { self.master.lines | bit } else { self.master.lines & !bit };
+        self.master.irr = if int { self.master.irr | bit } else { self.master.irr & !bit };
+    }
+
+    /// The master's INT pin.
+    pub(super) fn int(&self) -> bool {
+        self.master.pending().is_some()
+    }
+
+    /// INTA cycle: the vector on the data bus.
+    pub(super) fn acknowledge(&mut self) -> u8 {
+        let n = self.master.acknowledge();
+        let from_slave = n == CASCADE && self.master.icw1 & ICW1_SNGL == 0;
+        let vector = if from_slave {
+            let n = self.slave.acknowledge();
+            self.slave.vector(n)
+        } else {
+            self.master.vector(n)
+        };
+        self.cascade();
+        vector
+    }
+
+    /// Ports 20h, 21h, A0h, A1h, 4D0h, 4D1h.
+    pub(super) fn read(&mut self, port: u16) -> u8 {
+        let value = match port {
+            0x20 | 0x21 => self.master.read(port & 1 != 0),
+            0xA0 | 0xA1 => self.slave.read(port & 1 != 0),
+            0x4D0 => self.master.elcr,
+            0x4D1 => self.slave.elcr,
+            _ => 0xFF,
+        };
+        self.cascade();
+        value
+    }
+
+    pub(super) fn write(&mut self, port: u16, value: u8) {
+        match port {
+            0x20 | 0x21 => self.master.write(port & 1 != 0, value),
+            0xA0 | 0xA1 => self.slave.write(port & 1 != 0, value),
+            0x4D0 => self.master.elcr = value & ELCR_MASTER,
+            0x4D1 => self.slave.elcr = value & ELCR_SLAVE,
+            _ => {}
+        }
+        self.cascade();
+    }
+
+    pub(super) fn inspect(&self, field: &mut dyn FnMut(&str, &dyn std::fmt::Display)) {
+        for (name, pic) in [("master", &self.master), ("slave", &self.slave)] {
+            let text = format!(
+                "irr {:02x} isr {:02x} imr {:02x} lines {:02x} elcr {:02x} base {:02x} lowest {}",
+                pic.irr, pic.isr, pic.imr, pic.lines, pic.elcr, pic.icw2, pic.lowest
+            );
+            field(name, &text);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// ICW1-4 as BIOSes and Linux write them: bases 30h and 38h, everything unmasked.
+    fn initialized() -> PicPair {
+        let mut p = PicPair::new();
+        for (port, value) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 1), (0xA0, 0x11), (0xA1, 0x38)] {
+            p.write(port, value);
+        }
+        for (port, value) in [(0xA1, 2), (0xA1, 1), (0x21, 0), (0xA1, 0)] {
+            p.write(port, value);
+        }
+        p
+    }
+
+    #[test]
+    fn fixed_priorities_nest_and_slave_sits_at_ir2() {
+        let mut p = initialized();
+        p.set_line(3, true);
+        assert_eq!(p.acknowledge(), 0x33);
+        p.set_line(4, true);
+        assert!(!p.int(), "IR4 waits for IR3");
+        p.set_line(12, true);
+        assert_eq!(p.acknowledge(), 0x3C, "IR2 beats IR3");
+        p.set_line(8, true);
+        assert!(!p.int(), "the slave's own IR2 blocks it in fully nested mode");
+        p.write(0xA0, 0x20);
+        p.write(0x20, 0x20);
+        assert_eq!(p.acknowledge(), 0x38);
+        p.write(0xA0, 0x20);
+        p.write(0x20, 0x20);
+        p.write(0x20, 0x63); // specific EOI of IR3
+        assert_eq!(p.acknowledge(), 0x34);
+    }
+
+    #[test]
+    fn special_fully_nested_mode_lets_the_slave_nest() {
+        let mut p = initialized();
+        for (port, v) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 0x11)] {
+            p.write(port, v);
+        }
+        p.set_line(12, true);
+        assert_eq!(p.acknowledge(), 0x3C);
+        p.set_line(8, true);
+        assert!(p.int());
+        assert_eq!(p.acknowledge(), 0x38);
+    }
+
+    #[test]
+    fn level_line_that_drops_gives_spurious_7_without_isr() {
+        let mut p = initialized();
+        p.write(0x4D0, 0xFF);
+        assert_eq!(p.read(0x4D0), 0xF8);
+        p.set_line(5, true);
+        assert!(p.int());
+        p.set_line(5, false);
+        assert!(!p.int());
+        assert_eq!(p.acknowledge(), 0x37);
+        p.write(0x20, 0x0B);
+        assert_eq!(p.read(0x20), 0);
+    }
+
+    #[test]
+    fn level_line_that_stays_high_requests_again_after_eoi() {
+        let mut p = initialized();
+        p.write(0x4D1, 0xFF);
+        assert_eq!(p.read(0x4D1), 0xDE);
+        p.set_line(10, true);
+        assert_eq!(p.acknowledge(), 0x3A);
+        assert!(!p.int());
+        p.write(0xA0, 0x20);
+        p.write(0x20, 0x20);
+        assert_eq!(p.acknowledge(), 0x3A);
+    }
+
+    #[test]
+    fn rotation_moves_the_lowest_priority() {
+        let mut p = initialized();
+        p.write(0x20, 0xC0 | 3); // IR3 lowest, so IR4 highest
+        p.set_line(1, true);
+        p.set_line(4, true);
+        assert_eq!(p.acknowledge(), 0x34);
+        p.write(0x20, 0xA0); // rotate on non-specific EOI: IR4 lowest
+        assert_eq!(p.master.lowest, 4);
+        assert_eq!(p.acknowledge(), 0x31);
+    }
+
+    #[test]
+    fn special_mask_mode_lets_lower_priorities_through() {
+        let mut p = initialized();
+        p.set_line(1, true);
+        assert_eq!(p.acknowledge(), 0x31);
+        p.write(0x21, 0x02);
+        p.set_line(6, true);
+        assert!(!p.int());
+        p.write(0x20, 0x68);
+        assert_eq!(p.acknowledge(), 0x36);
+        p.write(0x20, 0x20); // non-specific: must skip the masked IR1
+        p.write(0x20, 0x0B);
+        assert_eq!(p.read(0x20), 0x02);
+    }
+
+    #[test]
+    fn poll_and_automatic_eoi() {
+        let mut p = initialized();
+        p.write(0x20, 0x0C);
+        assert_eq!(p.read(0x20), 0);
+        p.set_line(6, true);
+        p.write(0x20, 0x0C);
+        assert_eq!(p.read(0x20), 0x86);
+        p.write(0x20, 0x20);
+        for (port, v) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 3)] {
+            p.write(port, v);
+        }
+        p.set_line(0, true);
+        assert_eq!(p.acknowledge(), 0x30);
+        p.write(0x20, 0x0B);
+        assert_eq!(p.read(0x20), 0, "AEOI leaves nothing in service");
+    }
+
+    #[test]
+    fn imr_reads_back_as_linux_probes_it() {
+        let mut p = initialized();
+        p.write(0xA1, 0xFF);
+        p.write(0x21, 0xFB);
+        assert_eq!(p.read(0x21), 0xFB);
+    }
+}
