@@ -152,6 +152,12 @@ impl Native {
         page[offset..offset + code.len()].copy_from_slice(code);
     }
 
+    /// The code page as it was last executed.
+    pub fn code_page(&self) -> &[u8] {
+        // SAFETY: our own mapping; only `set_code` and `run` write to it, which borrow it exclusively.
+        unsafe { std::slice::from_raw_parts(self.code.start.cast(), self.code.length) }
+    }
+
     /// Runs what [`Self::set_code`] put at `offset` until an exception, and returns it.
     ///
     /// # Safety
@@ -240,11 +246,11 @@ unsafe extern "C" fn enter(frame: *mut Frame) {
         "xrstor64 [rcx]",
         "jmp 3f",
         "2: fxrstor64 [rcx]",
-        "3: mov rax, [rdi + {cs}]",
+        // Null selectors serve 64-bit code, not compatibility mode; flat ones do not disturb 64-bit code.
+        "3: mov edx, {data}", "mov ds, edx", "mov es, edx",
+        "mov rax, [rdi + {cs}]",
         "test rax, rax",
         "jz 4f",
-        // Null selectors serve 64-bit code, not compatibility mode; flat ones do not disturb 64-bit code.
-        "mov edx, {data}", "mov ds, edx", "mov es, edx",
         "push rax",
         "push qword ptr [rdi + {start}]",
         "jmp 5f",
@@ -364,7 +370,7 @@ mod tests {
     use super::*;
 
     fn native(slot: u64) -> Native {
-        let base = 0x1000_0000 * (slot + 1);
+        let base = 0x6000_0000 + 0x100_0000 * slot;
         let layout =
             NativeLayout { code: base, data: base + 0x10_0000, writable_pages: 2, read_only_pages: 1 };
         Native::new(layout).unwrap()

@@ -1,0 +1,141 @@
+//! What must be equal, and what the manual leaves open.
+
+use super::Outcome;
+use super::generate::Case;
+use iced_x86::{Instruction, Mnemonic, OpKind, RflagsBits};
+use paravane_cpu::flags;
+
+/// Flags compared: those that user code can see or change.
+const COMPARED: u64 =
+    flags::STATUS | flags::DF | flags::TF | flags::IF | flags::IOPL | flags::NT | flags::AC | flags::ID;
+
+const NAMES: [&str; 16] = [
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+    "r15",
+];
+
+/// One line per difference between what the host did and what an engine did.
+pub fn differences(case: &Case, bits: u32, host: &Outcome, engine: &Outcome) -> Vec<String> {
+    let mut lines = Vec::new();
+    if host.stop != engine.stop {
+        lines.push(format!("exception: host {:x?}, engine {:x?}", host.stop, engine.stop));
+    }
+    let width = if bits == 64 { u64::MAX } else { 0xFFFF_FFFF };
+    let registers = if bits == 64 { 16 } else { 8 };
+    for n in 0..registers {
+        let (a, b) = (host.state.gpr[n] & width, engine.state.gpr[n] & width);
+        if a != b && !is_open(&case.instruction, n) {
+            lines.push(format!("{}: host {a:#x}, engine {b:#x} (before {:#x})", NAMES[n], case.state.gpr[n]));
+        }
+    }
+    let completed = host.stop.vector == 3;
+    let open = if completed { undefined_flags(&case.instruction, case.state.gpr[1]) } else { 0 };
+    let (a, b) = (host.state.rflags & COMPARED & !open, engine.state.rflags & COMPARED & !open);
+    if a != b {
+        lines.push(format!("rflags: host {a:#x}, engine {b:#x} (before {:#x})", case.state.rflags));
+    }
+    extended_state(host, engine, &mut lines);
+    memory(host, engine, &mut lines);
+    lines
+}
+
+fn extended_state(host: &Outcome, engine: &Outcome, lines: &mut Vec<String>) {
+    let (a, b) = (&host.state.fpu.0, &engine.state.fpu.0);
+    let mut part = |name: String, range: std::ops::Range<usize>| {
+        if a[range.clone()] != b[range.clone()] {
+            lines.push(format!("{name}: host {}, engine {}", hex(&a[range.clone()]), hex(&b[range])));
+        }
+    };
+    part("fcw".into(), 0..2);
+    part("fsw".into(), 2..4);
+    part("ftw".into(), 4..5);
+    part("mxcsr".into(), 24..28);
+    for n in 0..8 {
+        part(format!("st{n}"), 32 + 16 * n..42 + 16 * n);
+    }
+    for n in 0..16 {
+        part(format!("xmm{n}"), 160 + 16 * n..176 + 16 * n);
+        part(format!("ymm{n} high"), 576 + 16 * n..592 + 16 * n);
+    }
+}
+
+fn memory(host: &Outcome, engine: &Outcome, lines: &mut Vec<String>) {
+    let different = |n: &usize| host.arena[*n] != engine.arena[*n];
+    let Some(first) = (0..host.arena.len()).find(different) else { return };
+    let last = (0..host.arena.len()).rfind(different).unwrap_or(first);
+    let shown = first..(last + 1).min(first + 32);
+    lines.push(format!(
+        "arena {first:#x}..={last:#x}: host {}, engine {}",
+        hex(&host.arena[shown.clone()]),
+        hex(&engine.arena[shown])
+    ));
+}
+
+/// Little-endian bytes as one number.
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
+}
+
+/// Status flags that the manual leaves undefined after `i`.
+fn undefined_flags(i: &Instruction, rcx: u64) -> u64 {
+    let bits = i.rflags_undefined();
+    let table = [
+        (RflagsBits::OF, flags::OF),
+        (RflagsBits::SF, flags::SF),
+        (RflagsBits::ZF, flags::ZF),
+        (RflagsBits::AF, flags::AF),
+        (RflagsBits::CF, flags::CF),
+        (RflagsBits::PF, flags::PF),
+    ];
+    let listed = table.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| flag).sum::<u64>();
+    listed | undefined_by_count(i, rcx)
+}
+
+/// Shifts and rotates: OF after counts other than 1, AF after shifts, CF after counts beyond the operand.
+fn undefined_by_count(i: &Instruction, rcx: u64) -> u64 {
+    use Mnemonic as M;
+    let (shift, double) = match i.mnemonic() {
+        M::Shl | M::Sal | M::Shr | M::Sar => (true, false),
+        M::Shld | M::Shrd => (true, true),
+        M::Rol | M::Ror | M::Rcl | M::Rcr => (false, false),
+        _ => return 0,
+    };
+    let last = i.op_count() - 1;
+    let raw = if i.op_kind(last) == OpKind::Immediate8 { u64::from(i.immediate8()) } else { rcx };
+    let size = operand_bits(i);
+    let count = raw & if size == 64 { 63 } else { 31 };
+    let mut open = 0;
+    if count == 0 {
+        return 0;
+    }
+    if count != 1 {
+        open |= flags::OF;
+    }
+    if shift {
+        open |= flags::AF;
+    }
+    if shift && count >= size && i.mnemonic() != M::Sar {
+        open |= flags::CF;
+    }
+    if double && count > size {
+        open |= flags::STATUS;
+    }
+    open
+}
+
+fn operand_bits(i: &Instruction) -> u64 {
+    match i.op0_kind() {
+        OpKind::Register => i.op0_register().size() as u64 * 8,
+        _ => i.memory_size().size() as u64 * 8,
+    }
+}
+
+/// Registers whose value the manual leaves undefined after `i`: BSWAP of 16 bits, double shifts beyond 16 bits.
+fn is_open(i: &Instruction, register: usize) -> bool {
+    let sixteen = i.op_count() > 0 && operand_bits(i) == 16;
+    let listed = matches!(i.mnemonic(), Mnemonic::Bswap | Mnemonic::Shld | Mnemonic::Shrd);
+    sixteen
+        && listed
+        && i.op0_kind() == OpKind::Register
+        && i.op0_register().full_register().number() == register
+}

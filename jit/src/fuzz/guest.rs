@@ -1,0 +1,258 @@
+//! A guest in which user-mode code sees what it would see in this process: the same linear addresses, flat
+//! segments with Linux's selectors, long mode, and an IDT whose handlers halt.
+
+use super::Outcome;
+use crate::host::{NativeLayout, NativeMode, NativeState, NativeStop};
+use paravane_cpu::{
+    Budget, CpuBus, CpuState, CpuidResult, Engine, Exit, MsrFault, SegReg, Segment, attr, cr0, cr4, efer,
+    flags,
+};
+use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, Port, RamOffset, VpIndex, Width};
+use std::io;
+
+const PAGE: u64 = 4096;
+/// Where the supervisor's pages (GDT, IDT, TSS, handlers, stack) appear, in this order.
+const KERNEL: u64 = 0xFFFF_8000_0000_0000;
+const KERNEL_PHYS: u64 = 0x10_0000;
+const KERNEL_PAGES: u64 = 6;
+const IDT: u64 = KERNEL + PAGE;
+const TSS: u64 = KERNEL + 2 * PAGE;
+const HANDLERS: u64 = KERNEL + 3 * PAGE;
+const STACK_TOP: u64 = KERNEL + KERNEL_PAGES * PAGE;
+const CODE_PHYS: u64 = 0x20_0000;
+const DATA_PHYS: u64 = 0x21_0000;
+const TABLES_PHYS: u64 = 0x1000;
+const VECTORS: u64 = 32;
+/// More than any case retires; an engine that runs away is stopped.
+const BUDGET: u64 = 1_000_000;
+
+/// Page-table entry bits (SDM 3A, table 4-20).
+mod pte {
+    pub const P: u64 = 1 << 0;
+    pub const RW: u64 = 1 << 1;
+    pub const US: u64 = 1 << 2;
+    pub const XD: u64 = 1 << 63;
+    pub const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
+}
+
+/// Guest memory laid out, and the state to start from.
+pub struct Guest {
+    memory: GuestMemory,
+    layout: NativeLayout,
+    template: CpuState,
+    next_table: u64,
+}
+
+impl Guest {
+    /// Builds the page tables and descriptor tables.
+    pub fn new(layout: NativeLayout) -> io::Result<Guest> {
+        let memory = GuestMemory::new(MemoryConfig::pc(8 << 20))?;
+        let template = CpuState::reset(0);
+        let mut guest = Guest { memory, layout, template, next_table: TABLES_PHYS + PAGE };
+        let writable = layout.writable_pages;
+        guest.map(layout.code, CODE_PHYS, 1, pte::P | pte::US);
+        guest.map(layout.data, DATA_PHYS, writable, pte::P | pte::US | pte::RW | pte::XD);
+        let rest = writable * PAGE;
+        guest.map(layout.data + rest, DATA_PHYS + rest, layout.read_only_pages, pte::P | pte::US | pte::XD);
+        guest.map(KERNEL, KERNEL_PHYS, KERNEL_PAGES, pte::P | pte::RW);
+        guest.descriptor_tables();
+        guest.template = guest.user_state();
+        Ok(guest)
+    }
+
+    /// The guest's memory, to build engines on.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Runs `code_page` from `rip` with `state` and `arena` until the exception that ends it.
+    pub fn run(
+        &self,
+        engine: &mut dyn Engine,
+        mode: NativeMode,
+        case: &GuestCase<'_>,
+    ) -> Result<Outcome, Exit> {
+        self.write(CODE_PHYS, case.code_page);
+        self.write(DATA_PHYS, case.arena);
+        engine.invalidate(RamOffset(CODE_PHYS));
+        let mut cpu = self.template.clone();
+        if mode == NativeMode::Protected32 {
+            cpu.seg[SegReg::Cs as usize] = Segment::flat(0x23, 0xFB | attr::DB | attr::G);
+        }
+        cpu.gpr = case.state.gpr;
+        cpu.rflags = case.state.rflags | flags::FIXED | flags::IF;
+        cpu.fpu = case.state.fpu.clone();
+        cpu.rip = case.rip;
+        match engine.run(&mut cpu, &self.memory, &Nothing, Budget { instructions: BUDGET }) {
+            Exit::Halt => Ok(self.outcome(&cpu)),
+            other => Err(other),
+        }
+    }
+
+    /// What the handler finds: the vector by its address, the interrupted context in its stack frame.
+    fn outcome(&self, cpu: &CpuState) -> Outcome {
+        let vector = (cpu.rip.wrapping_sub(HANDLERS) / 16) as u8;
+        let has_code = matches!(vector, 8 | 10..=14 | 17 | 21);
+        let frame = cpu.gpr[4];
+        let slot = |n: u64| {
+            let at = frame.wrapping_add(n * 8).wrapping_sub(KERNEL).wrapping_add(KERNEL_PHYS);
+            self.memory.read_u64(PhysAddr(at)).unwrap_or(0)
+        };
+        let first = u64::from(has_code);
+        let mut gpr = cpu.gpr;
+        gpr[4] = slot(first + 3);
+        let stop = NativeStop {
+            vector,
+            error_code: if has_code { slot(0) as u32 } else { 0 },
+            address: if vector == 14 { cpu.cr2 } else { 0 },
+            rip: slot(first),
+        };
+        let mut fpu = cpu.fpu.clone();
+        fpu.0[8..24].fill(0);
+        let mut arena = vec![0; self.layout.data_len() as usize];
+        self.memory.read(PhysAddr(DATA_PHYS), &mut arena).expect("the arena is RAM");
+        Outcome { stop, state: NativeState { gpr, rflags: slot(first + 2), fpu }, arena }
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) {
+        self.memory.write(PhysAddr(at), bytes).expect("the guest's own RAM");
+    }
+
+    fn write_u64(&self, at: u64, value: u64) {
+        self.write(at, &value.to_le_bytes());
+    }
+
+    fn map(&mut self, linear: u64, phys: u64, pages: u64, bits: u64) {
+        for page in 0..pages {
+            let mut table = TABLES_PHYS;
+            for level in [39, 30, 21] {
+                table = self.table_below(table, (linear + page * PAGE) >> level & 511);
+            }
+            let index = (linear + page * PAGE) >> 12 & 511;
+            self.write_u64(table + index * 8, (phys + page * PAGE) | bits);
+        }
+    }
+
+    /// The table that entry `index` of `table` points to, made if absent.
+    fn table_below(&mut self, table: u64, index: u64) -> u64 {
+        let at = table + index * 8;
+        let entry = self.memory.read_u64(PhysAddr(at)).expect("tables are RAM");
+        if entry & pte::P != 0 {
+            return entry & pte::ADDRESS;
+        }
+        let new = self.next_table;
+        self.next_table += PAGE;
+        self.write_u64(at, new | pte::P | pte::RW | pte::US);
+        new
+    }
+
+    fn descriptor_tables(&self) {
+        // Linux's order: 0x10 kernel code, 0x18 kernel data, 0x23 user 32, 0x2B user data, 0x33 user 64, 0x40 TSS.
+        let gdt: [u64; 10] = [
+            0,
+            0,
+            0x00AF_9B00_0000_FFFF,
+            0x00CF_9300_0000_FFFF,
+            0x00CF_FB00_0000_FFFF,
+            0x00CF_F300_0000_FFFF,
+            0x00AF_FB00_0000_FFFF,
+            0,
+            0x67 | (TSS & 0xFF_FFFF) << 16 | 0x8B << 40 | (TSS >> 24 & 0xFF) << 56,
+            TSS >> 32,
+        ];
+        for (slot, descriptor) in gdt.iter().enumerate() {
+            self.write_u64(KERNEL_PHYS + slot as u64 * 8, *descriptor);
+        }
+        for vector in 0..VECTORS {
+            let handler = HANDLERS + vector * 16;
+            let dpl = if matches!(vector, 3 | 4) { 0xEE00 } else { 0x8E00 };
+            let low = handler & 0xFFFF | 0x10 << 16 | dpl << 32 | (handler >> 16 & 0xFFFF) << 48;
+            let gate = KERNEL_PHYS + PAGE + vector * 16;
+            self.write_u64(gate, low);
+            self.write_u64(gate + 8, handler >> 32);
+        }
+        // RSP0 at offset 4; the I/O map base lies behind the limit: every port access from user mode faults.
+        self.write(KERNEL_PHYS + 2 * PAGE + 4, &STACK_TOP.to_le_bytes());
+        self.write(KERNEL_PHYS + 2 * PAGE + 0x66, &0x68u16.to_le_bytes());
+        self.write(KERNEL_PHYS + 3 * PAGE, &[0xF4; PAGE as usize]);
+    }
+
+    fn user_state(&self) -> CpuState {
+        let mut cpu = CpuState::reset(0);
+        let data = Segment::flat(0x2B, 0xF3 | attr::DB | attr::G);
+        cpu.seg = [data; 6];
+        cpu.seg[SegReg::Cs as usize] = Segment::flat(0x33, 0xFB | attr::L | attr::G);
+        cpu.seg[SegReg::Fs as usize] = Segment::default();
+        cpu.seg[SegReg::Gs as usize] = Segment::default();
+        cpu.tr = Segment { base: TSS, limit: 0x67, attributes: 0x8B, selector: 0x40 };
+        cpu.ldtr = Segment::default();
+        cpu.gdtr.base = KERNEL;
+        cpu.gdtr.limit = 79;
+        cpu.idtr.base = IDT;
+        cpu.idtr.limit = (VECTORS * 16 - 1) as u16;
+        cpu.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::WP | cr0::AM | cr0::PG;
+        cpu.cr3 = TABLES_PHYS;
+        cpu.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
+        cpu.efer = efer::SCE | efer::LME | efer::LMA | efer::NXE;
+        cpu.xcr0 = 7;
+        cpu.cpl = 3;
+        cpu
+    }
+}
+
+/// One case as a guest runs it.
+pub struct GuestCase<'a> {
+    /// The whole code page.
+    pub code_page: &'a [u8],
+    /// The whole arena.
+    pub arena: &'a [u8],
+    /// Registers before.
+    pub state: &'a NativeState,
+    /// Where to start.
+    pub rip: u64,
+}
+
+/// A machine with nothing in it.
+struct Nothing;
+
+impl CpuBus for Nothing {
+    fn mmio_load(&self, _: VpIndex, _: PhysAddr, _: Width) -> u64 {
+        u64::MAX
+    }
+
+    fn mmio_store(&self, _: VpIndex, _: PhysAddr, _: Width, _: u64) {}
+
+    fn port_in(&self, _: VpIndex, _: Port, _: Width) -> u32 {
+        u32::MAX
+    }
+
+    fn port_out(&self, _: VpIndex, _: Port, _: Width, _: u32) {}
+
+    fn acknowledge(&self, _: VpIndex) -> Option<u8> {
+        None
+    }
+
+    fn cpuid(&self, _: VpIndex, _: u32, _: u32) -> Option<CpuidResult> {
+        None
+    }
+
+    fn rdmsr(&self, _: VpIndex, _: u32) -> Result<u64, MsrFault> {
+        Err(MsrFault)
+    }
+
+    fn wrmsr(&self, _: VpIndex, _: u32, _: u64) -> Result<(), MsrFault> {
+        Err(MsrFault)
+    }
+
+    fn read_cr8(&self, _: VpIndex) -> u64 {
+        0
+    }
+
+    fn write_cr8(&self, _: VpIndex, _: u64) {}
+
+    fn tsc(&self, _: VpIndex) -> u64 {
+        0
+    }
+
+    fn fpu_error(&self, _: VpIndex) {}
+}
