@@ -1,6 +1,24 @@
 //! The binary translator, and single guest instructions executed by the host itself.
+//!
+//! Guest and host have the same instruction set: a block is decoded ([`frontend`]), instructions that need no
+//! change are copied, memory operands go through the delta tables ([`delta`]), and what is not on the
+//! allow-list ([`classify`]) runs in the interpreter core of `paravane-cpu`.
 
-#[cfg(feature = "fuzz")]
-pub mod fuzz;
+mod block;
+mod classify;
+mod code_cache;
+mod context;
+mod delta;
+mod emit;
+mod flags;
+mod frontend;
 pub mod host;
+mod pages;
+mod regs;
 pub mod signal;
+mod stubs;
+mod translator;
+mod vectors;
+
+pub use host::HostVectorUnit;
+pub use translator::{JitOptions, Translator};

@@ -28,8 +28,7 @@ pub fn differences(case: &Case, bits: u32, host: &Outcome, engine: &Outcome) -> 
             lines.push(format!("{}: host {a:#x}, engine {b:#x} (before {:#x})", NAMES[n], case.state.gpr[n]));
         }
     }
-    let completed = host.stop.vector == 3;
-    let open = if completed { undefined_flags(&case.instruction, case.state.gpr[1]) } else { 0 };
+    let open = if host.stop.vector == 3 { case.open } else { case.open_before };
     let (a, b) = (host.state.rflags & COMPARED & !open, engine.state.rflags & COMPARED & !open);
     if a != b {
         lines.push(format!("rflags: host {a:#x}, engine {b:#x} (before {:#x})", case.state.rflags));
@@ -77,7 +76,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// Status flags that the manual leaves undefined after `i`.
-fn undefined_flags(i: &Instruction, rcx: u64) -> u64 {
+pub fn undefined_flags(i: &Instruction, rcx: u64) -> u64 {
     let bits = i.rflags_undefined();
     let table = [
         (RflagsBits::OF, flags::OF),
@@ -130,12 +129,14 @@ fn operand_bits(i: &Instruction) -> u64 {
     }
 }
 
-/// Registers whose value the manual leaves undefined after `i`: BSWAP of 16 bits, double shifts beyond 16 bits.
-fn is_open(i: &Instruction, register: usize) -> bool {
-    let sixteen = i.op_count() > 0 && operand_bits(i) == 16;
+/// Whether the manual leaves the destination undefined: BSWAP of 16 bits, double shifts that may exceed 16 bits.
+pub fn is_open_result(i: &Instruction) -> bool {
     let listed = matches!(i.mnemonic(), Mnemonic::Bswap | Mnemonic::Shld | Mnemonic::Shrd);
-    sixteen
-        && listed
+    listed && operand_bits(i) == 16
+}
+
+fn is_open(i: &Instruction, register: usize) -> bool {
+    is_open_result(i)
         && i.op0_kind() == OpKind::Register
         && i.op0_register().full_register().number() == register
 }

@@ -56,9 +56,7 @@ fn is_offered(feature: CpuidFeature) -> bool {
         F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV | F::CX8 => {
             true
         }
-        F::INTEL8086_ONLY | F::INTEL286_ONLY | F::INTEL386_ONLY | F::INTEL386_A0_ONLY => {
-            false
-        }
+        F::INTEL8086_ONLY | F::INTEL286_ONLY | F::INTEL386_ONLY | F::INTEL386_A0_ONLY => false,
         F::FPU
         | F::FPU287
         | F::FPU387

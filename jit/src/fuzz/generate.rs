@@ -19,6 +19,10 @@ pub struct Case {
     pub state: NativeState,
     /// The arena before.
     pub arena: Vec<u8>,
+    /// Status flags left undefined by what ran before it.
+    pub open_before: u64,
+    /// Status flags undefined after it.
+    pub open: u64,
 }
 
 /// Draws cases for one mode and layout.
@@ -30,44 +34,60 @@ pub struct Generator {
 }
 
 impl Generator {
-    fn ip(&self) -> u64 {
-        self.layout.code + OFFSET
-    }
-
     /// A case of form `code`, or none if the dice produced nothing encodable and harmless.
     pub fn case(&self, code: Code, random: &mut Random) -> Option<Case> {
-        let mut instruction = self.instruction(code, random)?;
-        let mut state = random_state(self.bits, random);
+        let state = random_state(self.bits, random);
+        self.case_in(code, OFFSET, state, self.random_arena(random), random)
+    }
+
+    /// Operands of all kinds.
+    pub fn random_arena(&self, random: &mut Random) -> Vec<u8> {
         let mut arena = vec![0; self.layout.data_len() as usize];
         for word in arena.chunks_exact_mut(8) {
             word.copy_from_slice(&random.lanes().to_le_bytes());
         }
+        arena
+    }
+
+    /// The same at `offset` in the code page with registers and arena given; these are changed where
+    /// operands would not lie anywhere useful otherwise.
+    pub fn case_in(
+        &self,
+        code: Code,
+        offset: u64,
+        mut state: NativeState,
+        mut arena: Vec<u8>,
+        random: &mut Random,
+    ) -> Option<Case> {
+        let ip = self.layout.code + offset;
+        let mut instruction = self.instruction(code, ip, random)?;
         self.place(&mut instruction, &mut state, random);
         self.favour(&instruction, &mut state, &mut arena, random);
-        let bytes = self.encode(&instruction, random)?;
-        let decoded = self.decode(&bytes);
+        let bytes = self.encode(&instruction, ip, random)?;
+        let decoded = self.decode(&bytes, ip);
         let acceptable = if decoded.is_invalid() {
             // Processor and decoder agree on #UD where only LOCK is to blame.
-            bytes.contains(&0xF0) && self.decode_unlocked(&bytes).code() == code
+            bytes.contains(&0xF0) && self.decode_unlocked(&bytes, ip).code() == code
         } else {
             decoded.len() == bytes.len() && super::forms::admit(decoded.code(), self.bits).is_ok()
         };
-        let case = Case { code: bytes, instruction: decoded, state, arena };
+        let open = super::compare::undefined_flags(&decoded, state.gpr[1]);
+        let case = Case { code: bytes, instruction: decoded, state, arena, open_before: 0, open };
         (acceptable && super::safety::is_harmless(&case, self.bits)).then_some(case)
     }
 
-    fn decode(&self, bytes: &[u8]) -> Instruction {
-        Decoder::with_ip(self.bits, bytes, self.ip(), DecoderOptions::NONE).decode()
+    pub(super) fn decode(&self, bytes: &[u8], ip: u64) -> Instruction {
+        Decoder::with_ip(self.bits, bytes, ip, DecoderOptions::NONE).decode()
     }
 
-    fn decode_unlocked(&self, bytes: &[u8]) -> Instruction {
+    fn decode_unlocked(&self, bytes: &[u8], ip: u64) -> Instruction {
         let rest: Vec<u8> = bytes.iter().copied().filter(|&b| b != 0xF0).collect();
-        self.decode(&rest)
+        self.decode(&rest, ip)
     }
 
-    fn encode(&self, instruction: &Instruction, random: &mut Random) -> Option<Vec<u8>> {
+    fn encode(&self, instruction: &Instruction, ip: u64, random: &mut Random) -> Option<Vec<u8>> {
         let mut encoder = Encoder::new(self.bits);
-        encoder.encode(instruction, self.ip()).ok()?;
+        encoder.encode(instruction, ip).ok()?;
         let mut bytes = encoder.take_buffer();
         // A redundant or meaningless prefix now and then; relative operands would mean something else.
         if random.one_in(12) && !instruction.is_ip_rel_memory_operand() && !has_branch(instruction) {
@@ -77,7 +97,7 @@ impl Generator {
         (bytes.len() <= 15).then_some(bytes)
     }
 
-    fn instruction(&self, code: Code, random: &mut Random) -> Option<Instruction> {
+    fn instruction(&self, code: Code, ip: u64, random: &mut Random) -> Option<Instruction> {
         let op = code.op_code();
         let mut instruction = Instruction::default();
         instruction.set_code(code);
@@ -89,7 +109,7 @@ impl Generator {
         let mut immediates = 0;
         for (operand, &kind) in op.op_kinds().iter().enumerate() {
             let number = operand as u32;
-            if !self.operand(&mut instruction, number, kind, &mut immediates, random) {
+            if !self.operand(&mut instruction, number, kind, ip, &mut immediates, random) {
                 return None;
             }
         }
@@ -111,6 +131,7 @@ impl Generator {
         i: &mut Instruction,
         number: u32,
         kind: OpCodeOperandKind,
+        ip: u64,
         immediates: &mut u32,
         random: &mut Random,
     ) -> bool {
@@ -183,7 +204,7 @@ impl Generator {
                     number,
                     if self.bits == 64 { OpKind::NearBranch64 } else { OpKind::NearBranch32 },
                 );
-                i.set_near_branch64(self.ip() + distance);
+                i.set_near_branch64(ip + distance);
                 true
             }
             _ => immediate(i, number, kind, immediates, random),

@@ -5,17 +5,22 @@
 //! leaves undefined (SDM 2, each instruction's "Flags Affected") is masked; everything else must be equal:
 //! registers, flags, x87, SSE and AVX state, the arena, the exception with error code and address.
 
+mod campaign;
 mod compare;
 mod forms;
 mod generate;
 mod guest;
 mod random;
 mod safety;
+mod sequence;
 
+pub use campaign::{Campaign, Report};
 pub use forms::{LeftOut, admit, forms};
 pub use generate::{Case, Generator, OFFSET};
 pub use guest::{Guest, GuestCase};
 pub use random::Random;
+
+use sequence::Sequence;
 
 use crate::host::{Native, NativeLayout, NativeMode, NativeState, NativeStop};
 use iced_x86::Code;
@@ -104,6 +109,28 @@ impl Bench {
         Verdict::Different(Box::new(Failure { seed, form, case, differences }))
     }
 
+    /// Draws a sequence of up to `length` instructions from `forms` and runs it on both sides.
+    pub fn check_sequence(
+        &mut self,
+        engine: &mut dyn Engine,
+        forms: &[Code],
+        length: usize,
+        seed: u64,
+    ) -> Verdict {
+        let mut random = Random::new(seed);
+        let Some(sequence) = Sequence::draw(self, forms, length, &mut random) else {
+            return Verdict::Nothing;
+        };
+        if self.differences(engine, &sequence.case()).is_empty() {
+            return Verdict::Same;
+        }
+        let sequence = sequence.shorten(self, engine);
+        let case = sequence.case();
+        let differences = self.differences(engine, &case);
+        let form = case.instruction.code();
+        Verdict::Different(Box::new(Failure { seed, form, case, differences }))
+    }
+
     /// What differs between host and engine; empty if nothing does.
     pub fn differences(&mut self, engine: &mut dyn Engine, case: &Case) -> Vec<String> {
         let host = self.on_host(case);
@@ -163,9 +190,13 @@ impl Bench {
 mod tests {
     use super::*;
 
+    /// Benches map the same addresses.
+    static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
     /// The oracle answers the same question twice alike, for every form, and survives all of them.
     #[test]
     fn the_host_is_repeatable() {
+        let _guard = ONE_AT_A_TIME.lock();
         for mode in [NativeMode::Long, NativeMode::Protected32] {
             let mut bench = Bench::new(mode).unwrap();
             let bits = bench.bits();
@@ -182,5 +213,22 @@ mod tests {
             }
             assert!(ran > 10_000, "only {ran} cases ran in {mode:?}");
         }
+    }
+
+    #[test]
+    fn sequences_grow_and_are_repeatable() {
+        let _guard = ONE_AT_A_TIME.lock();
+        let mut bench = Bench::new(NativeMode::Long).unwrap();
+        let admitted: Vec<Code> = forms(64).into_iter().filter(|(_, v)| v.is_ok()).map(|(c, _)| c).collect();
+        let mut bytes = 0;
+        for seed in 0..200 {
+            let mut random = Random::new(seed);
+            let sequence = Sequence::draw(&mut bench, &admitted, 8, &mut random).unwrap();
+            let case = sequence.case();
+            let (first, second) = (bench.on_host(&case), bench.on_host(&case));
+            assert_eq!(compare::differences(&case, 64, &first, &second), Vec::<String>::new());
+            bytes += case.code.len();
+        }
+        assert!(bytes > 200 * 30, "{bytes}");
     }
 }

@@ -1,0 +1,144 @@
+//! Translated blocks, the jumps between them, and how to find both.
+
+use crate::code_cache::CodeOffset;
+use hashbrown::HashMap;
+use paravane_memory::{PAGE_SHIFT, RamOffset};
+
+/// Everything the translation of a block depends on besides its bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub(crate) struct Mode(pub u32);
+
+impl Mode {
+    /// 32-bit code (64-bit otherwise).
+    pub(crate) const CODE32: u32 = 1 << 0;
+    /// CPL 3.
+    pub(crate) const USER: u32 = 1 << 1;
+    /// x87 and MMX usable (CR0.EM and TS clear).
+    pub(crate) const X87: u32 = 1 << 2;
+    /// SSE usable.
+    pub(crate) const SSE: u32 = 1 << 3;
+    /// AVX usable.
+    pub(crate) const AVX: u32 = 1 << 4;
+    /// FS has a 4 GiB limit and is usable (32-bit code).
+    pub(crate) const FS_FLAT: u32 = 1 << 5;
+    /// GS likewise.
+    pub(crate) const GS_FLAT: u32 = 1 << 6;
+    /// Count retired instructions.
+    pub(crate) const COUNTED: u32 = 1 << 7;
+    /// Code flavours without the modes above; the rest is interpreted.
+    pub(crate) fn has(self, bit: u32) -> bool {
+        self.0 & bit != 0
+    }
+}
+
+/// Identifies a block: its bytes, where they are seen, and how.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct BlockKey {
+    pub(crate) at: RamOffset,
+    pub(crate) lin: u64,
+    pub(crate) mode: Mode,
+}
+
+/// Index into the block list.
+pub(crate) type BlockId = u32;
+
+/// One jump out of a block that can be chained.
+pub(crate) struct Link {
+    /// The 32-bit displacement of the jump.
+    pub(crate) site: CodeOffset,
+    /// Where it goes while unchained.
+    pub(crate) stub: CodeOffset,
+    /// Guest status flags may be live across it.
+    pub(crate) flags_live: bool,
+    /// Source and target lie on one page.
+    pub(crate) same_page: bool,
+}
+
+/// A translated block.
+pub(crate) struct Block {
+    pub(crate) key: BlockKey,
+    /// Guest bytes.
+    pub(crate) len: u32,
+    /// Code: the indirect entry, which checks the linear address in r11.
+    pub(crate) start: CodeOffset,
+    /// Code: the direct entry.
+    pub(crate) entry: CodeOffset,
+    pub(crate) code_len: u32,
+    /// Host offset from `start` of each instruction's code, and its offset from `key.lin`.
+    pub(crate) sites: Box<[(u32, u32)]>,
+    /// Links that jump here, to be unchained when the block goes.
+    pub(crate) incoming: Vec<u32>,
+    /// Jump-cache tables hold this block.
+    pub(crate) cached: bool,
+    pub(crate) live: bool,
+}
+
+/// All blocks of a vCPU.
+#[derive(Default)]
+pub(crate) struct BlockTable {
+    map: HashMap<BlockKey, BlockId>,
+    pages: HashMap<u64, Vec<BlockId>>,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) links: Vec<Link>,
+}
+
+impl BlockTable {
+    pub(crate) fn find(&self, key: &BlockKey) -> Option<BlockId> {
+        self.map.get(key).copied()
+    }
+
+    /// Pages (by backing offset >> 12) that hold bytes of the block.
+    fn pages_of(block: &Block) -> std::ops::RangeInclusive<u64> {
+        let first = block.key.at.0 >> PAGE_SHIFT;
+        // A block crosses only by its single instruction; its second page is found through the first only when the
+        // backing is contiguous, so the second page registers itself by `extra`.
+        first..=first
+    }
+
+    /// Adds a block; `extra` is the second page of an instruction that crosses.
+    pub(crate) fn insert(&mut self, block: Block, extra: Option<u64>) -> BlockId {
+        let id = self.blocks.len() as BlockId;
+        self.map.insert(block.key, id);
+        for page in Self::pages_of(&block).chain(extra) {
+            self.pages.entry(page).or_default().push(id);
+        }
+        self.blocks.push(block);
+        id
+    }
+
+    /// Blocks with bytes on the page, removed from it.
+    pub(crate) fn take_page(&mut self, page: u64) -> Vec<BlockId> {
+        self.pages.remove(&page).unwrap_or_default()
+    }
+
+    /// Blocks with bytes on the page.
+    pub(crate) fn on_page(&self, page: u64) -> &[BlockId] {
+        self.pages.get(&page).map_or(&[], Vec::as_slice)
+    }
+
+    /// Marks a block dead and forgets its key.
+    pub(crate) fn retire(&mut self, id: BlockId) {
+        let block = &mut self.blocks[id as usize];
+        block.live = false;
+        let key = block.key;
+        if self.map.get(&key) == Some(&id) {
+            self.map.remove(&key);
+        }
+    }
+
+    /// The block whose code holds `at`.
+    pub(crate) fn by_code(&self, at: CodeOffset) -> Option<&Block> {
+        let i = self.blocks.partition_point(|b| b.start <= at).checked_sub(1)?;
+        let b = &self.blocks[i];
+        (at.0 - b.start.0 < b.code_len).then_some(b)
+    }
+
+    /// All pages with blocks.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = u64> + '_ {
+        self.pages.keys().copied()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        *self = BlockTable::default();
+    }
+}

@@ -1,0 +1,289 @@
+//! Which instructions the translator handles itself: an allow-list by instruction form. What is not listed goes to
+//! the interpreter, so that nothing touches host state that is not the guest's.
+
+use crate::block::Mode;
+use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess};
+
+/// How an instruction is translated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Class {
+    /// Re-encoded as itself, memory operand translated; needs these [`Mode`] bits.
+    Identity(u8),
+    /// No effect at all (NOPs, prefetches).
+    Nop,
+    Lea,
+    Push,
+    Pop,
+    Leave,
+    Call,
+    CallIndirect,
+    Ret,
+    Jmp,
+    JmpIndirect,
+    Jcc,
+    /// STOS, MOVS, LODS without REP, and everything else.
+    Interpret,
+}
+
+/// What is remembered per instruction form.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Form {
+    pub(crate) class: Class,
+    pub(crate) access: [OpAccess; 5],
+}
+
+/// Classification by `Code`, filled as forms are met.
+pub(crate) struct Forms {
+    known: Vec<Option<Form>>,
+    info: iced_x86::InstructionInfoFactory,
+    supports: Box<dyn Fn(CpuidFeature) -> bool + Send>,
+}
+
+impl Forms {
+    /// `supports` says what the guest's CPUID offers.
+    pub(crate) fn new(supports: Box<dyn Fn(CpuidFeature) -> bool + Send>) -> Forms {
+        Forms {
+            known: vec![None; Code::values().len()],
+            info: iced_x86::InstructionInfoFactory::new(),
+            supports,
+        }
+    }
+
+    pub(crate) fn form(&mut self, instr: &Instruction) -> Form {
+        let slot = instr.code() as usize;
+        if let Some(f) = self.known[slot] {
+            return f;
+        }
+        let info = self.info.info(instr);
+        let access = [0, 1, 2, 3, 4].map(|i| info.op_access(i));
+        let offered = instr.cpuid_features().iter().all(|&f| (self.supports)(f));
+        let class = if offered { classify(instr) } else { Class::Interpret };
+        let f = Form { class, access };
+        self.known[slot] = Some(f);
+        f
+    }
+}
+
+fn classify(instr: &Instruction) -> Class {
+    use FlowControl as F;
+    match instr.flow_control() {
+        F::Next => classify_straight(instr),
+        F::UnconditionalBranch => match instr.code() {
+            Code::Jmp_rel8_64 | Code::Jmp_rel32_64 | Code::Jmp_rel8_32 | Code::Jmp_rel32_32 => Class::Jmp,
+            _ => Class::Interpret,
+        },
+        F::IndirectBranch => match instr.code() {
+            Code::Jmp_rm64 | Code::Jmp_rm32 => Class::JmpIndirect,
+            _ => Class::Interpret,
+        },
+        F::ConditionalBranch if instr.is_jcc_short_or_near() => match instr.code().mnemonic() {
+            _ if instr.op0_kind() == iced_x86::OpKind::NearBranch16 => Class::Interpret,
+            _ => Class::Jcc,
+        },
+        F::Return => match instr.code() {
+            Code::Retnq | Code::Retnq_imm16 | Code::Retnd | Code::Retnd_imm16 => Class::Ret,
+            _ => Class::Interpret,
+        },
+        F::Call => match instr.code() {
+            Code::Call_rel32_64 | Code::Call_rel32_32 => Class::Call,
+            _ => Class::Interpret,
+        },
+        F::IndirectCall => match instr.code() {
+            Code::Call_rm64 | Code::Call_rm32 => Class::CallIndirect,
+            _ => Class::Interpret,
+        },
+        _ => Class::Interpret,
+    }
+}
+
+fn classify_straight(instr: &Instruction) -> Class {
+    use Mnemonic as M;
+    match instr.mnemonic() {
+        M::Nop | M::Endbr64 | M::Endbr32 | M::Prefetchw | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1
+        | M::Prefetcht2 | M::Reservednop => Class::Nop,
+        M::Lea => Class::Lea,
+        M::Push | M::Pop | M::Leave => classify_stack(instr),
+        M::Mov => {
+            let plain = (0..instr.op_count()).all(|i| {
+                let r = instr.op_register(i);
+                !(r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr())
+            });
+            if plain { Class::Identity(0) } else { Class::Interpret }
+        }
+        M::Bt | M::Bts | M::Btr | M::Btc
+            if instr.op0_kind() == iced_x86::OpKind::Memory
+                && instr.op1_kind() == iced_x86::OpKind::Register =>
+        {
+            Class::Interpret
+        }
+        m if general(m) => Class::Identity(0),
+        _ => classify_vector(instr),
+    }
+}
+
+fn classify_stack(instr: &Instruction) -> Class {
+    use Code as C;
+    match instr.code() {
+        C::Push_r64 | C::Push_r32 | C::Pushq_imm8 | C::Pushq_imm32 | C::Pushd_imm8 | C::Pushd_imm32
+        | C::Push_rm64 | C::Push_rm32 => Class::Push,
+        C::Pop_r64 | C::Pop_r32 => Class::Pop,
+        C::Leaveq | C::Leaved => Class::Leave,
+        _ => Class::Interpret,
+    }
+}
+
+/// General-purpose instructions that are the same on the host.
+fn general(m: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(
+        m,
+        Add | Or
+            | Adc
+            | Sbb
+            | And
+            | Sub
+            | Xor
+            | Cmp
+            | Test
+            | Movzx
+            | Movsx
+            | Movsxd
+            | Xchg
+            | Xadd
+            | Cmpxchg
+            | Cmpxchg8b
+            | Cmpxchg16b
+            | Bswap
+            | Inc
+            | Dec
+            | Neg
+            | Not
+            | Rol
+            | Ror
+            | Rcl
+            | Rcr
+            | Shl
+            | Sal
+            | Shr
+            | Sar
+            | Shld
+            | Shrd
+            | Mul
+            | Imul
+            | Div
+            | Idiv
+            | Cbw
+            | Cwde
+            | Cdqe
+            | Cwd
+            | Cdq
+            | Cqo
+            | Bt
+            | Bts
+            | Btr
+            | Btc
+            | Bsf
+            | Bsr
+            | Tzcnt
+            | Lzcnt
+            | Popcnt
+            | Andn
+            | Bextr
+            | Blsi
+            | Blsmsk
+            | Blsr
+            | Bzhi
+            | Mulx
+            | Pdep
+            | Pext
+            | Rorx
+            | Sarx
+            | Shlx
+            | Shrx
+            | Adcx
+            | Adox
+            | Crc32
+            | Movbe
+            | Movnti
+            | Clc
+            | Stc
+            | Cmc
+            | Lahf
+            | Sahf
+            | Pause
+            | Lfence
+            | Mfence
+            | Sfence
+            | Cmova
+            | Cmovae
+            | Cmovb
+            | Cmovbe
+            | Cmove
+            | Cmovg
+            | Cmovge
+            | Cmovl
+            | Cmovle
+            | Cmovne
+            | Cmovno
+            | Cmovnp
+            | Cmovns
+            | Cmovo
+            | Cmovp
+            | Cmovs
+            | Seta
+            | Setae
+            | Setb
+            | Setbe
+            | Sete
+            | Setg
+            | Setge
+            | Setl
+            | Setle
+            | Setne
+            | Setno
+            | Setnp
+            | Setns
+            | Seto
+            | Setp
+            | Sets
+    )
+}
+
+/// x87, MMX, SSE and AVX forms that touch nothing but their operands and their own control words.
+fn classify_vector(instr: &Instruction) -> Class {
+    use CpuidFeature as C;
+    use Mnemonic as M;
+    match instr.mnemonic() {
+        // Instruction pointers in the image would be ours; masked and gathered accesses fault element by element.
+        M::Fnstenv | M::Fstenv | M::Fldenv | M::Fnsave | M::Fsave | M::Frstor | M::Fxsave | M::Fxsave64
+        | M::Fxrstor | M::Fxrstor64 | M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu | M::Vmaskmovps
+        | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq | M::Vpgatherdd | M::Vpgatherdq | M::Vpgatherqd
+        | M::Vpgatherqq | M::Vgatherdps | M::Vgatherdpd | M::Vgatherqps | M::Vgatherqpd | M::Wait => {
+            return Class::Interpret;
+        }
+        _ => {}
+    }
+    let mut needs = 0;
+    for f in instr.cpuid_features() {
+        needs |= match f {
+            C::FPU | C::FPU287 | C::FPU387 | C::MMX => Mode::X87,
+            C::SSE | C::SSE2 | C::SSE3 | C::SSSE3 | C::SSE4_1 | C::SSE4_2 | C::AES | C::PCLMULQDQ | C::SHA => {
+                Mode::SSE
+            }
+            C::AVX | C::AVX2 | C::FMA | C::F16C => Mode::AVX,
+            C::CMOV => 0,
+            _ => return Class::Interpret,
+        };
+    }
+    match instr.encoding() {
+        EncodingKind::Legacy => {}
+        EncodingKind::VEX => needs = Mode::AVX,
+        _ => return Class::Interpret,
+    }
+    for i in 0..instr.op_count() {
+        if instr.op_register(i).is_mm() {
+            needs |= Mode::X87;
+        }
+    }
+    if needs == 0 { Class::Interpret } else { Class::Identity(needs as u8) }
+}

@@ -1,0 +1,121 @@
+//! Executable memory: one memfd mapped twice, writable here and executable there, never both on one address.
+//!
+//! Invariants this unsafe island relies on:
+//! * `rw` and `rx` map the same `len` bytes of one memfd for the life of the cache;
+//! * bytes below `used` belong to emitted code; only the owning vCPU thread writes, and it never writes bytes that
+//!   it may be executing except by aligned or single-instruction patches of jump displacements.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// An offset into the code cache.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
+pub(crate) struct CodeOffset(pub u32);
+
+/// The code cache of one vCPU.
+pub(crate) struct CodeCache {
+    rw: *mut u8,
+    rx: *mut u8,
+    len: usize,
+    used: usize,
+    _file: OwnedFd,
+}
+
+// SAFETY: the mappings are owned by this value and used from one thread at a time.
+unsafe impl Send for CodeCache {}
+
+fn map(file: &OwnedFd, len: usize, prot: i32) -> io::Result<*mut u8> {
+    // SAFETY: a fresh shared mapping of our own memfd at an address of the kernel's choice.
+    let p = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p.cast()) }
+}
+
+impl CodeCache {
+    /// A cache of `len` bytes (touched as it fills).
+    pub(crate) fn new(len: usize) -> io::Result<CodeCache> {
+        // SAFETY: plain system call with a static name.
+        let fd = unsafe { libc::memfd_create(c"paravane-code".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `fd` was just made and is owned by nobody else.
+        let file = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: plain system call on our own descriptor.
+        if unsafe { libc::ftruncate(file.as_raw_fd(), len as i64) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let rw = map(&file, len, libc::PROT_READ | libc::PROT_WRITE)?;
+        let rx = map(&file, len, libc::PROT_READ | libc::PROT_EXEC)?;
+        Ok(CodeCache { rw, rx, len, used: 0, _file: file })
+    }
+
+    /// Bytes still free.
+    pub(crate) fn free(&self) -> usize {
+        self.len - self.used
+    }
+
+    /// Bytes in use.
+    pub(crate) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Where the next code will go.
+    pub(crate) fn next(&self) -> CodeOffset {
+        CodeOffset(self.used as u32)
+    }
+
+    /// Appends code; the caller checked [`Self::free`]. Returns where it starts.
+    pub(crate) fn append(&mut self, code: &[u8]) -> CodeOffset {
+        assert!(code.len() <= self.free(), "code cache overrun");
+        let at = self.used;
+        // SAFETY: `at + code.len() <= len`, checked above; the source is a Rust slice outside the cache.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(at), code.len()) };
+        self.used = at + code.len();
+        self.used = (self.used + 15) & !15;
+        self.used = self.used.min(self.len);
+        CodeOffset(at as u32)
+    }
+
+    /// Drops everything from `keep` on.
+    pub(crate) fn truncate(&mut self, keep: CodeOffset) {
+        self.used = keep.0 as usize;
+    }
+
+    /// Rewrites the 32-bit displacement at `site` so that the jump ending right after it reaches `target`.
+    pub(crate) fn patch_rel32(&mut self, site: CodeOffset, target: CodeOffset) {
+        assert!((site.0 as usize) + 4 <= self.used, "patch outside emitted code");
+        let rel = target.0.wrapping_sub(site.0 + 4);
+        // SAFETY: in bounds by the check above.
+        unsafe { self.rw.add(site.0 as usize).cast::<u32>().write_unaligned(rel) };
+    }
+
+    /// Executable address of `at`.
+    pub(crate) fn address(&self, at: CodeOffset) -> u64 {
+        self.rx as u64 + u64::from(at.0)
+    }
+
+    /// The offset of executable address `pc`, if it lies in emitted code.
+    pub(crate) fn offset_of(&self, pc: u64) -> Option<CodeOffset> {
+        let off = pc.checked_sub(self.rx as u64)?;
+        (off < self.used as u64).then_some(CodeOffset(off as u32))
+    }
+
+    /// A copy of emitted bytes (debugging, goldens).
+    pub(crate) fn bytes(&self, at: CodeOffset, len: usize) -> Vec<u8> {
+        assert!(at.0 as usize + len <= self.used, "read outside emitted code");
+        let mut v = vec![0; len];
+        // SAFETY: in bounds by the check above.
+        unsafe { std::ptr::copy_nonoverlapping(self.rw.add(at.0 as usize), v.as_mut_ptr(), len) };
+        v
+    }
+}
+
+impl Drop for CodeCache {
+    fn drop(&mut self) {
+        // SAFETY: both mappings were made in `new` and are unmapped once.
+        unsafe {
+            libc::munmap(self.rw.cast(), self.len);
+            libc::munmap(self.rx.cast(), self.len);
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! What translated code reaches through the host's RSP: homes of guest registers without a host register,
+//! spill space, and everything the stubs exchange with the run loop.
+//!
+//! While translated code runs, host RSP points to this structure, which lies at the top of a private stack, so that
+//! stubs can push and call. Host registers then hold:
+//!
+//! | host | holds |
+//! |---|---|
+//! | rax rcx rdx rbx rbp rsi rdi r8 r9 | the guest register of that name |
+//! | r12 | guest RSP |
+//! | r14, r15 | write view, read view (address of the delta table + 28) |
+//! | r10, r11, r13 | scratch |
+//! | EFLAGS status bits, x87, MMX, XMM/YMM, MXCSR | the guest's |
+//!
+//! Guest R10–R15 live in [`JitContext::home`].
+
+/// Why translated code came back; in [`JitContext::reason`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub(crate) enum Reason {
+    /// A direct exit that is not chained yet: `link` names it, `rip` is the target.
+    Link = 0,
+    /// An indirect transfer whose target is not in the jump cache: `rip` is the target.
+    Indirect = 1,
+    /// The instruction at `rip` is for the interpreter.
+    Interpret = 2,
+    /// The attention word was set; go on at `rip`.
+    Attention = 3,
+}
+
+/// See the module documentation. Offsets are taken with `offset_of!`.
+#[repr(C, align(64))]
+pub(crate) struct JitContext {
+    /// Guest R10–R15.
+    pub(crate) home: [u64; 6],
+    pub(crate) tmp: [u64; 2],
+    /// Address of the vCPU's attention word.
+    pub(crate) attention: u64,
+    /// Base of the current jump cache.
+    pub(crate) jump_cache: u64,
+    pub(crate) rip: u64,
+    /// Linear bases of ES, CS, SS, DS, FS, GS.
+    pub(crate) seg_base: [u64; 6],
+    /// Guest status flags on entry and exit (host layout).
+    pub(crate) status: u64,
+    pub(crate) reason: u32,
+    pub(crate) link: u32,
+    /// Retired instructions, counted at block entry when the mode asks for it.
+    pub(crate) instructions: u64,
+    /// Spill area: host rax..r9, then r12, by `SPILL_*`.
+    pub(crate) spill: [u64; 16],
+    pub(crate) host_rsp: u64,
+    pub(crate) host_mxcsr: u32,
+    pub(crate) mxcsr: u32,
+    pub(crate) read_base: u64,
+    pub(crate) write_base: u64,
+    /// Address of the code to enter.
+    pub(crate) entry: u64,
+    /// `self` of the translator, for helpers.
+    pub(crate) engine: u64,
+    /// EA, access size and kind of a miss.
+    pub(crate) miss_ea: u64,
+    pub(crate) miss_info: u64,
+    pub(crate) ymm: [[u8; 32]; 16],
+    /// For each linear code page in use: its backing page number + 1 while that translation is known to hold.
+    pub(crate) xslots: [u32; XSLOTS],
+}
+
+/// Offset of a field from host RSP.
+macro_rules! ctx {
+    ($($field:tt)+) => {
+        std::mem::offset_of!($crate::context::JitContext, $($field)+) as i32
+    };
+}
+pub(crate) use ctx;
+
+/// Bytes of private stack below the context.
+const STACK: usize = 256 * 1024;
+
+/// A private stack with the context on top.
+pub(crate) struct ContextStack {
+    memory: memmap2::MmapMut,
+}
+
+impl ContextStack {
+    pub(crate) fn new() -> std::io::Result<ContextStack> {
+        let len = STACK + size_of::<JitContext>().next_multiple_of(4096);
+        Ok(ContextStack { memory: memmap2::MmapMut::map_anon(len)? })
+    }
+
+    /// The context; valid as long as `self`.
+    pub(crate) fn context(&mut self) -> *mut JitContext {
+        // The mapping is page-aligned, so the context is 64-aligned.
+        self.memory[STACK..].as_mut_ptr().cast()
+    }
+}
+
+/// Page-validation cells; see `translator::pages`.
+pub(crate) const XSLOTS: usize = 16_384;

@@ -1,0 +1,901 @@
+//! Emits the host code of one block: identity for what needs no change, the delta-table access around memory
+//! operands, and the jumps out.
+//!
+//! Code goes to two buffers, `hot` (the straight line) and `cold` (misses, exits), joined at the end. Within an instruction
+//! all guest registers stay as they were until nothing can fault any more, so that the instruction can be given
+//! to the interpreter at any faulting point.
+
+use crate::classify::Form;
+use crate::code_cache::CodeOffset;
+use crate::context::{JitContext, Reason, ctx};
+use crate::flags::FlagSet;
+use crate::regs::{self, Place, R10, R11, R13};
+use crate::stubs::{MissInfo, Stubs};
+use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use iced_x86::{Code, Encoder, Instruction, OpAccess, OpKind, Register};
+
+/// Where in the block's code something is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Pos {
+    Hot(usize),
+    Cold(usize),
+}
+
+/// What a fixup's displacement must reach.
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    Here(Pos),
+    Cache(CodeOffset),
+}
+
+/// A direct exit, resolved to cache offsets when the block is placed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PendingLink {
+    pub(crate) site: Pos,
+    pub(crate) stub: Pos,
+    pub(crate) flags_live: bool,
+    pub(crate) same_page: bool,
+}
+
+/// Why an instruction cannot be emitted: it goes to the interpreter.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unfit;
+
+/// How live flags are kept over a check that destroys them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    Nothing,
+    Carry,
+    Zero,
+    All,
+}
+
+/// The emitter of one block; buffers are reused from block to block.
+pub(crate) struct Emitter {
+    hot: SimpleAssembler,
+    cold: SimpleAssembler,
+    fixups: Vec<(Pos, Target)>,
+    pub(crate) links: Vec<PendingLink>,
+    first_link: u32,
+    encoder: Encoder,
+    stubs: Stubs,
+    /// 64-bit code (32-bit otherwise).
+    code64: bool,
+    /// Linear address of the current instruction.
+    rip: u64,
+    page: u64,
+}
+
+const NEED_FS_GS: [Register; 2] = [Register::FS, Register::GS];
+
+/// What the emitter knows of the instruction besides the instruction.
+#[derive(Clone, Copy)]
+pub(crate) struct Site {
+    /// Status flags live before it.
+    pub(crate) before: FlagSet,
+}
+
+impl Emitter {
+    pub(crate) fn new(stubs: Stubs) -> Emitter {
+        Emitter {
+            hot: SimpleAssembler::new(),
+            cold: SimpleAssembler::new(),
+            fixups: Vec::new(),
+            links: Vec::new(),
+            first_link: 0,
+            encoder: Encoder::new(64),
+            stubs,
+            code64: true,
+            rip: 0,
+            page: 0,
+        }
+    }
+
+    /// Starts a block at linear address `lin`; its first link will have number `first_link`.
+    pub(crate) fn start(&mut self, lin: u64, code64: bool, first_link: u32) {
+        self.hot.ops.clear();
+        self.cold.ops.clear();
+        self.fixups.clear();
+        self.links.clear();
+        self.first_link = first_link;
+        self.code64 = code64;
+        self.rip = lin;
+        self.page = lin >> 12;
+    }
+
+    /// Says which instruction comes next.
+    pub(crate) fn at(&mut self, rip: u64) {
+        self.rip = rip;
+    }
+
+    /// Bytes of hot code so far.
+    pub(crate) fn hot_len(&self) -> usize {
+        self.hot.ops.len()
+    }
+
+    // ---- jumps ------------------------------------------------------------------------------------------
+
+    fn hot_rel32(&mut self, target: Target) -> Pos {
+        let at = Pos::Hot(self.hot.ops.len());
+        self.hot.push_i32(0);
+        self.fixups.push((at, target));
+        at
+    }
+
+    fn cold_rel32(&mut self, target: Target) -> Pos {
+        let at = Pos::Cold(self.cold.ops.len());
+        self.cold.push_i32(0);
+        self.fixups.push((at, target));
+        at
+    }
+
+    /// `jcc` from hot code; `cc` is the condition number.
+    fn hot_jcc(&mut self, cc: u8, target: Pos) -> Pos {
+        self.hot.push(0x0F);
+        self.hot.push(0x80 | cc);
+        self.hot_rel32(Target::Here(target))
+    }
+
+    fn cold_jcc(&mut self, cc: u8, target: Pos) {
+        self.cold.push(0x0F);
+        self.cold.push(0x80 | cc);
+        self.cold_rel32(Target::Here(target));
+    }
+
+    fn cold_jmp(&mut self, target: Target) {
+        self.cold.push(0xE9);
+        self.cold_rel32(target);
+    }
+
+    fn cold_here(&self) -> Pos {
+        Pos::Cold(self.cold.ops.len())
+    }
+
+    fn hot_here(&self) -> Pos {
+        Pos::Hot(self.hot.ops.len())
+    }
+
+    // ---- constants and registers ------------------------------------------------------------------------
+
+    fn constant(ops: &mut SimpleAssembler, reg: u8, value: u64) {
+        if let Ok(v) = i32::try_from(value as i64) {
+            if v >= 0 {
+                dynasm!(ops ; .arch x64 ; mov Rd(reg), v);
+            } else {
+                dynasm!(ops ; .arch x64 ; mov Rq(reg), v);
+            }
+        } else if let Ok(v) = u32::try_from(value) {
+            dynasm!(ops ; .arch x64 ; mov Rd(reg), v as i32);
+        } else {
+            dynasm!(ops ; .arch x64 ; mov Rq(reg), QWORD value as i64);
+        }
+    }
+
+    fn home_offset(n: u8) -> i32 {
+        ctx!(home) + i32::from(n) * 8
+    }
+
+    /// Loads guest register `number` into a host register: its own, or `scratch`.
+    fn guest(&mut self, number: u8, scratch: u8) -> u8 {
+        match regs::place(number) {
+            Place::Host(h) => h,
+            Place::Home(n) => {
+                let at = Self::home_offset(n);
+                dynasm!(self.hot ; .arch x64 ; mov Rq(scratch), [rsp + at]);
+                scratch
+            }
+        }
+    }
+
+    /// Writes host register `host` (64 bits) to guest register `number`.
+    fn set_guest(&mut self, number: u8, host: u8) {
+        match regs::place(number) {
+            Place::Host(h) if h == host => {}
+            Place::Host(h) => dynasm!(self.hot ; .arch x64 ; mov Rq(h), Rq(host)),
+            Place::Home(n) => {
+                let at = Self::home_offset(n);
+                dynasm!(self.hot ; .arch x64 ; mov [rsp + at], Rq(host));
+            }
+        }
+    }
+
+    // ---- effective addresses ----------------------------------------------------------------------------
+
+    /// Computes the linear address of the memory operand; returns the host register that holds it.
+    fn effective_address(&mut self, instr: &Instruction, linear: bool) -> Result<u8, Unfit> {
+        let base = instr.memory_base();
+        let index = instr.memory_index();
+        let wanted = if self.code64 { 8 } else { 4 };
+        for r in [base, index] {
+            if r != Register::None && r != Register::RIP && r.size() != wanted && !(self.code64 && r.size() == 4)
+            {
+                return Err(Unfit);
+            }
+        }
+        let narrow = [base, index].iter().any(|r| *r != Register::None && r.size() == 4);
+        let segment = instr.memory_segment();
+        let based = linear && NEED_FS_GS.contains(&segment);
+        let disp = instr.memory_displacement64();
+        if base == Register::RIP || base == Register::EIP || (base == Register::None && index == Register::None) {
+            Self::constant(&mut self.hot, R10, disp);
+        } else {
+            let b = (base != Register::None).then(|| regs::number(base));
+            let x = (index != Register::None).then(|| regs::number(index));
+            if let (Some(b), None, 0, false, false) = (b, x, disp, based, narrow && self.code64)
+                && let Place::Host(h) = regs::place(b)
+            {
+                return Ok(h);
+            }
+            let b = b.map(|b| self.guest(b, R10));
+            let x = x.map(|x| self.guest(x, R11));
+            self.lea(R10, b, x, instr.memory_index_scale(), disp as i32, narrow);
+        }
+        if based {
+            let at = ctx!(seg_base) + if segment == Register::FS { 32 } else { 40 };
+            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + at]);
+            if self.code64 {
+                dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11]);
+            } else {
+                dynasm!(self.hot ; .arch x64 ; lea r10d, [r10 + r11]);
+            }
+        }
+        Ok(R10)
+    }
+
+    fn lea(&mut self, dst: u8, base: Option<u8>, index: Option<u8>, scale: u32, disp: i32, narrow: bool) {
+        let reg = |n: u8| Register::RAX + u32::from(n);
+        let memory = iced_x86::MemoryOperand::new(
+            base.map_or(Register::None, reg),
+            index.map_or(Register::None, reg),
+            if index.is_some() { scale } else { 1 },
+            i64::from(disp),
+            if base.is_none() { 8 } else if disp == 0 { 0 } else { 1 },
+            false,
+            Register::None,
+        );
+        let (code, dst) = if narrow {
+            (Code::Lea_r32_m, Register::EAX + u32::from(dst))
+        } else {
+            (Code::Lea_r64_m, reg(dst))
+        };
+        let instr = Instruction::with2(code, dst, memory).expect("LEA takes a register and memory");
+        self.encode(&instr).expect("an address of registers is encodable");
+    }
+
+    fn encode(&mut self, instr: &Instruction) -> Result<(), Unfit> {
+        let out = self.encoder.encode(instr, 0);
+        let mut bytes = self.encoder.take_buffer();
+        if out.is_ok() {
+            self.hot.ops.extend_from_slice(&bytes);
+        }
+        bytes.clear();
+        self.encoder.set_buffer(bytes);
+        out.map(drop).map_err(|_| Unfit)
+    }
+
+    // ---- the access -------------------------------------------------------------------------------------
+
+    fn keep(live: FlagSet) -> Keep {
+        if live.is_empty() {
+            Keep::Nothing
+        } else if live.within(FlagSet::CF) {
+            Keep::Carry
+        } else if live.within(FlagSet::ZF) {
+            Keep::Zero
+        } else {
+            Keep::All
+        }
+    }
+
+    fn save(ops: &mut SimpleAssembler, keep: Keep) {
+        match keep {
+            Keep::Nothing => {}
+            Keep::Carry => dynasm!(ops ; .arch x64 ; setb r13b),
+            Keep::Zero => dynasm!(ops ; .arch x64 ; setz r13b),
+            Keep::All => dynasm!(ops ; .arch x64 ; mov r13, rax ; lahf ; seto al),
+        }
+    }
+
+    fn restore(ops: &mut SimpleAssembler, keep: Keep) {
+        match keep {
+            Keep::Nothing => {}
+            Keep::Carry => dynasm!(ops ; .arch x64 ; add r13b, -1),
+            Keep::Zero => dynasm!(ops ; .arch x64 ; cmp r13b, 1),
+            Keep::All => dynasm!(ops ; .arch x64 ; add al, 127 ; sahf ; mov rax, r13),
+        }
+    }
+
+    /// Turns the linear address in host register `ea` into a host address in r11 for an access of `size` bytes;
+    /// keeps `live`. Uses r13 (while flags are live) and leaves r10 alone unless it is `ea`.
+    fn access(&mut self, ea: u8, size: u32, write: bool, live: FlagSet) {
+        let keep = Self::keep(live);
+        let retry = self.hot_here();
+        dynasm!(self.hot
+            ; .arch x64
+            ; rorx r11, Rq(ea), 48
+            ; shrx r11, r11, r15
+        );
+        if write {
+            dynasm!(self.hot ; .arch x64 ; mov r11, [r14 + r11 * 8 - 28]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r11, [r15 + r11 * 8 - 28]);
+        }
+        if keep == Keep::Nothing {
+            dynasm!(self.hot ; .arch x64 ; add r11, Rq(ea));
+        } else {
+            dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
+        }
+        Self::save(&mut self.hot, keep);
+        let cold = self.cold_here();
+        if size == 1 {
+            dynasm!(self.hot ; .arch x64 ; test r11, r11);
+            self.hot_jcc(8, cold);
+        } else {
+            let mask = size.next_power_of_two() as i8 - 1;
+            dynasm!(self.hot ; .arch x64 ; test r11b, mask);
+            self.hot_jcc(5, cold);
+        }
+        let back = self.hot_here();
+        Self::restore(&mut self.hot, keep);
+        self.cold_access(ea, size, write, keep, retry, back);
+    }
+
+    fn cold_access(&mut self, ea: u8, size: u32, write: bool, keep: Keep, retry: Pos, back: Pos) {
+        if size > 1 {
+            // Unaligned but inside the page is common: back to the access unless it is poison or crosses.
+            dynasm!(self.cold ; .arch x64 ; test r11, r11);
+            self.cold.push(0x78); // js over the crossing check
+            let js = self.cold.ops.len();
+            self.cold.push(0);
+            let last = size as i32 - 1;
+            dynasm!(self.cold
+                ; .arch x64
+                ; push rcx
+                ; lea ecx, [r11 + last]
+                ; xor ecx, r11d
+                ; test ecx, !0xFFF
+                ; pop rcx
+            );
+            self.cold_jcc(4, back);
+            self.cold.ops[js] = (self.cold.ops.len() - js - 1) as u8;
+        }
+        Self::restore(&mut self.cold, keep);
+        if ea != R10 {
+            dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea));
+        }
+        let info = u64::from(size) | if write { MissInfo::WRITE } else { 0 };
+        dynasm!(self.cold ; .arch x64 ; mov r11d, info as i32);
+        self.cold.push(0xE8);
+        self.cold_rel32(Target::Cache(self.stubs.miss));
+        // After the call: this jump for the interpreter, behind it the way back.
+        let fail = Pos::Cold(self.cold.ops.len() + 10);
+        self.cold_jmp(Target::Here(fail));
+        self.cold_jmp(Target::Here(retry));
+        self.cold_interpret(self.rip);
+    }
+
+    fn cold_interpret(&mut self, rip: u64) {
+        Self::constant(&mut self.cold, R10, rip);
+        dynasm!(self.cold ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
+        self.cold_jmp(Target::Cache(self.stubs.interpret));
+    }
+
+    // ---- instructions -----------------------------------------------------------------------------------
+
+    /// Emits an identity-class instruction whose bytes are `raw`.
+    pub(crate) fn identity(
+        &mut self,
+        instr: &Instruction,
+        raw: &[u8],
+        form: &Form,
+        site: Site,
+    ) -> Result<(), Unfit> {
+        let memory = (0..instr.op_count()).find(|&i| instr.op_kind(i) == OpKind::Memory);
+        if memory.is_none() && self.copyable(instr, raw) {
+            self.hot.ops.extend_from_slice(raw);
+            return Ok(());
+        }
+        let mut new = *instr;
+        normalize(&mut new)?;
+        let mut free = [R10, R11, R13].as_slice();
+        let mut high_byte = false;
+        if let Some(op) = memory {
+            let size = instr.memory_size().size() as u32;
+            if !matches!(size, 1 | 2 | 4 | 8 | 10 | 16 | 32) {
+                return Err(Unfit);
+            }
+            let write = !matches!(
+                form.access[op as usize],
+                OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
+            );
+            high_byte = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));
+            let ea = self.effective_address(instr, true)?;
+            self.access(ea, size, write, site.before);
+            new.set_memory_base(Register::R11);
+            new.set_memory_index(Register::None);
+            new.set_memory_index_scale(1);
+            new.set_memory_displacement64(0);
+            new.set_memory_displ_size(0);
+            new.set_segment_prefix(Register::None);
+            free = [R10, R13].as_slice();
+        }
+        let mut stores: [(u8, u8); 4] = [(0, 0); 4];
+        let mut stored = 0;
+        let mut renamed: [(u8, u8); 4] = [(0xFF, 0); 4];
+        for i in 0..instr.op_count() {
+            if instr.op_kind(i) != OpKind::Register || !instr.op_register(i).is_gpr() {
+                continue;
+            }
+            let r = instr.op_register(i);
+            let n = regs::number(r);
+            let host = match regs::place(n) {
+                Place::Host(h) => h,
+                Place::Home(h) => {
+                    let access = form.access[i as usize];
+                    let host = match renamed.iter().find(|p| p.0 == n) {
+                        Some(p) => p.1,
+                        None => {
+                            let (&s, rest) = free.split_first().ok_or(Unfit)?;
+                            free = rest;
+                            renamed[i as usize] = (n, s);
+                            let at = Self::home_offset(h);
+                            dynasm!(self.hot ; .arch x64 ; mov Rq(s), [rsp + at]);
+                            s
+                        }
+                    };
+                    if !matches!(access, OpAccess::Read | OpAccess::CondRead) {
+                        stores[stored] = (n, host);
+                        stored += 1;
+                    }
+                    host
+                }
+            };
+            if host != n {
+                new.set_op_register(i, regs::same_size(r, host));
+            }
+        }
+        if high_byte {
+            self.high_byte_access(&mut new)?;
+        } else {
+            self.encode(&new)?;
+        }
+        for &(n, host) in &stores[..stored] {
+            self.set_guest(n, host);
+        }
+        Ok(())
+    }
+
+    /// An instruction with AH–BH and memory cannot name r11: borrows a register without REX for the address, after a
+    /// probe that faults while all registers are still the guest's.
+    fn high_byte_access(&mut self, new: &mut Instruction) -> Result<(), Unfit> {
+        let used = |n: u8| (0..new.op_count()).any(|i| {
+            new.op_kind(i) == OpKind::Register && regs::number(new.op_register(i)) == n
+        });
+        // RAX is implicit in CMPXCHG; RSI and RDI have no high byte and no such role.
+        let t = [6u8, 7].into_iter().find(|&n| !used(n)).ok_or(Unfit)?;
+        new.set_memory_base(Register::RAX + u32::from(t));
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov r13b, [r11]
+            ; mov [rsp + ctx!(tmp)], Rq(t)
+            ; mov Rq(t), r11
+        );
+        self.encode(new)?;
+        dynasm!(self.hot ; .arch x64 ; mov Rq(t), [rsp + ctx!(tmp)]);
+        Ok(())
+    }
+
+    /// Whether the bytes mean the same on the host: no RSP, no register without a host register.
+    fn copyable(&self, instr: &Instruction, raw: &[u8]) -> bool {
+        for i in 0..instr.op_count() {
+            let r = instr.op_register(i);
+            if r.is_gpr() && !matches!(regs::place(regs::number(r)), Place::Host(h) if h == regs::number(r)) {
+                return false;
+            }
+        }
+        // In 32-bit code 40–4F are INC and DEC, and VEX prefixes ignore bits that matter in 64-bit code.
+        self.code64 || !raw.iter().any(|b| matches!(b, 0x40..=0x4F | 0xC4 | 0xC5 | 0x62 | 0x67))
+    }
+
+    /// LEA.
+    pub(crate) fn lea_instruction(&mut self, instr: &Instruction) -> Result<(), Unfit> {
+        let dst = instr.op0_register();
+        let n = regs::number(dst);
+        let size = dst.size();
+        let ea = self.effective_address(instr, false)?;
+        let Place::Host(h) = regs::place(n) else {
+            return match size {
+                8 => {
+                    self.set_guest(n, ea);
+                    Ok(())
+                }
+                4 => {
+                    dynasm!(self.hot ; .arch x64 ; mov r10d, Rd(ea));
+                    self.set_guest(n, R10);
+                    Ok(())
+                }
+                _ => Err(Unfit),
+            };
+        };
+        match size {
+            8 => dynasm!(self.hot ; .arch x64 ; mov Rq(h), Rq(ea)),
+            4 => dynasm!(self.hot ; .arch x64 ; mov Rd(h), Rd(ea)),
+            _ => dynasm!(self.hot ; .arch x64 ; mov Rw(h), Rw(ea)),
+        }
+        Ok(())
+    }
+
+    fn stack_size(&self) -> i32 {
+        if self.code64 { 8 } else { 4 }
+    }
+
+    /// Leaves r11 = host address of the new top of stack, r10 = new RSP.
+    fn push_slot(&mut self, live: FlagSet) {
+        let n = self.stack_size();
+        if self.code64 {
+            dynasm!(self.hot ; .arch x64 ; lea r10, [r12 - n]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; lea r10d, [r12 - n]);
+        }
+        self.access(R10, n as u32, true, live);
+    }
+
+    /// PUSH of a register, immediate or memory.
+    pub(crate) fn push(&mut self, instr: &Instruction, site: Site) -> Result<(), Unfit> {
+        match instr.op0_kind() {
+            OpKind::Register => {
+                let n = regs::number(instr.op0_register());
+                self.push_slot(site.before);
+                let r = self.guest(n, R13);
+                self.store_stack(r);
+            }
+            OpKind::Memory => {
+                let ea = self.effective_address(instr, true)?;
+                self.access(ea, self.stack_size() as u32, false, site.before);
+                self.load_stack(R11);
+                dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
+                self.push_slot(site.before);
+                dynasm!(self.hot ; .arch x64 ; mov r13, [rsp + ctx!(tmp)]);
+                self.store_stack(R13);
+            }
+            _ => {
+                let value = instr.immediate(0);
+                self.push_slot(site.before);
+                Self::constant(&mut self.hot, R13, if self.code64 { value } else { value & 0xFFFF_FFFF });
+                self.store_stack(R13);
+            }
+        }
+        dynasm!(self.hot ; .arch x64 ; mov r12, r10);
+        Ok(())
+    }
+
+    fn store_stack(&mut self, r: u8) {
+        if self.code64 {
+            dynasm!(self.hot ; .arch x64 ; mov [r11], Rq(r));
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov [r11], Rd(r));
+        }
+    }
+
+    fn load_stack(&mut self, r: u8) {
+        if self.code64 {
+            dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r11]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r11]);
+        }
+    }
+
+    fn add_rsp(&mut self, from: u8, n: i32) {
+        if self.code64 {
+            dynasm!(self.hot ; .arch x64 ; lea r12, [Rq(from) + n]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; lea r12d, [Rq(from) + n]);
+        }
+    }
+
+    /// POP into a register.
+    pub(crate) fn pop(&mut self, instr: &Instruction, site: Site) {
+        let n = regs::number(instr.op0_register());
+        self.access(regs::HOST_RSP, self.stack_size() as u32, false, site.before);
+        match regs::place(n) {
+            Place::Host(regs::HOST_RSP) => self.load_stack(regs::HOST_RSP),
+            Place::Host(h) => {
+                self.load_stack(h);
+                self.add_rsp(regs::HOST_RSP, self.stack_size());
+            }
+            Place::Home(_) => {
+                self.load_stack(R11);
+                self.set_guest(n, R11);
+                self.add_rsp(regs::HOST_RSP, self.stack_size());
+            }
+        }
+    }
+
+    /// LEAVE.
+    pub(crate) fn leave(&mut self, site: Site) {
+        self.access(5, self.stack_size() as u32, false, site.before);
+        self.load_stack(R11);
+        self.add_rsp(5, self.stack_size());
+        self.set_guest(5, R11);
+    }
+
+    /// Near CALL to a constant: pushes `next`, exits to `target`.
+    pub(crate) fn call(&mut self, next: u64, target: u64, site: Site, live_out: FlagSet) {
+        self.push_return(next, site.before);
+        self.direct_exit(target, live_out, false);
+    }
+
+    fn push_return(&mut self, next: u64, live: FlagSet) {
+        self.push_slot(live);
+        Self::constant(&mut self.hot, R13, next);
+        self.store_stack(R13);
+        dynasm!(self.hot ; .arch x64 ; mov r12, r10);
+    }
+
+    /// Near RET, popping `extra` bytes of arguments.
+    pub(crate) fn ret(&mut self, extra: u32, site: Site) {
+        self.access(regs::HOST_RSP, self.stack_size() as u32, false, site.before);
+        self.load_stack(R11);
+        self.add_rsp(regs::HOST_RSP, self.stack_size() + extra as i32);
+        self.indirect_exit();
+    }
+
+    /// Near JMP or CALL through a register or memory.
+    pub(crate) fn jump_indirect(
+        &mut self,
+        instr: &Instruction,
+        call: Option<u64>,
+        site: Site,
+    ) -> Result<(), Unfit> {
+        if instr.op0_kind() == OpKind::Memory {
+            let ea = self.effective_address(instr, true)?;
+            self.access(ea, self.stack_size() as u32, false, site.before);
+            self.load_stack(R11);
+        } else {
+            let r = self.guest(regs::number(instr.op0_register()), R11);
+            if r != R11 {
+                dynasm!(self.hot ; .arch x64 ; mov r11, Rq(r));
+            }
+        }
+        if let Some(next) = call {
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
+            self.push_return(next, site.before);
+            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp)]);
+        }
+        self.indirect_exit();
+        Ok(())
+    }
+
+    /// Conditional jump; ends the block with two exits.
+    pub(crate) fn jcc(&mut self, cc: u8, target: u64, next: u64, live_taken: FlagSet, live_next: FlagSet) {
+        if target <= self.rip {
+            self.hot.push(0x0F);
+            self.hot.push(0x80 | (cc ^ 1));
+            let site = self.hot_here();
+            self.hot.push_i32(0);
+            self.direct_exit(target, live_taken, true);
+            let over = self.hot_here();
+            self.fixups.push((site, Target::Here(over)));
+        } else {
+            self.hot.push(0x0F);
+            self.hot.push(0x80 | cc);
+            self.link_here(target, live_taken);
+        }
+        self.direct_exit(next, live_next, false);
+    }
+
+    /// Jumps to linear address `target`; polls for attention first when it may close a loop.
+    pub(crate) fn direct_exit(&mut self, target: u64, live: FlagSet, polled: bool) {
+        if polled || target <= self.rip {
+            self.poll(target, live);
+        }
+        self.hot.push(0xE9);
+        self.link_here(target, live);
+    }
+
+    /// The displacement of a chainable jump, and its stub.
+    fn link_here(&mut self, target: u64, live: FlagSet) {
+        let number = self.first_link + self.links.len() as u32;
+        let stub = self.cold_here();
+        dynasm!(self.cold ; .arch x64 ; mov DWORD [rsp + ctx!(link)], number as i32);
+        self.cold_leave(target, Reason::Link);
+        let site = self.hot_rel32(Target::Here(stub));
+        self.links.push(PendingLink {
+            site,
+            stub,
+            flags_live: !live.is_empty(),
+            same_page: target >> 12 == self.page,
+        });
+    }
+
+    fn cold_leave(&mut self, rip: u64, reason: Reason) {
+        Self::constant(&mut self.cold, R10, rip);
+        dynasm!(self.cold
+            ; .arch x64
+            ; mov [rsp + ctx!(rip)], r10
+            ; mov r10d, reason as i32
+        );
+        self.cold_jmp(Target::Cache(self.stubs.exit));
+    }
+
+    fn poll(&mut self, target: u64, live: FlagSet) {
+        dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(attention)]);
+        if live.is_empty() {
+            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
+            let cold = self.cold_here();
+            self.hot_jcc(5, cold);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r10d, [r10]);
+            self.jump_unless_zero();
+        }
+        self.cold_leave(target, Reason::Attention);
+    }
+
+    /// Goes on if r10 is zero, to the cold code that follows otherwise; keeps flags. Uses r13.
+    fn jump_unless_zero(&mut self) {
+        dynasm!(self.hot ; .arch x64 ; mov r13, rcx ; mov rcx, r10 ; .u8 0xE3, 8);
+        // jrcxz over `mov rcx, r13; jmp cold`: 3 + 5 bytes.
+        dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
+        self.hot.push(0xE9);
+        let cold = self.cold_here();
+        self.hot_rel32(Target::Here(cold));
+        dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
+    }
+
+    /// Jumps to the linear address in r11 through the jump cache.
+    fn indirect_exit(&mut self) {
+        dynasm!(self.hot
+            ; .arch x64
+            ; movzx r10d, r11w
+            ; mov r13, [rsp + ctx!(jump_cache)]
+            ; jmp QWORD [r13 + r10 * 8]
+        );
+    }
+
+    /// The indirect entry: checks that r11 is this block's address and polls, then falls into the direct entry.
+    pub(crate) fn indirect_entry(&mut self, lin: u64, live: FlagSet) {
+        let keep = Self::keep(live);
+        Self::save(&mut self.hot, keep);
+        Self::constant(&mut self.hot, R10, lin);
+        dynasm!(self.hot ; .arch x64 ; cmp r10, r11);
+        let miss = self.cold_here();
+        self.hot_jcc(5, miss);
+        Self::restore(&mut self.cold, keep);
+        self.cold_jmp(Target::Cache(self.stubs.indirect));
+        dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(attention)] ; cmp DWORD [r10], 0);
+        let attention = self.cold_here();
+        self.hot_jcc(5, attention);
+        Self::restore(&mut self.cold, keep);
+        self.cold_leave(lin, Reason::Attention);
+        Self::restore(&mut self.hot, keep);
+    }
+
+    /// At the direct entry: leaves to look the block up again unless cell `slot` holds `page` (for an instruction
+    /// that crosses into a page whose mapping may have changed).
+    pub(crate) fn check_page(&mut self, slot: u32, page: u32, lin: u64, live: FlagSet) {
+        let keep = Self::keep(live);
+        Self::save(&mut self.hot, keep);
+        let at = xslot_offset(slot);
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
+        let cold = self.cold_here();
+        self.hot_jcc(5, cold);
+        Self::restore(&mut self.cold, keep);
+        self.cold_leave(lin, Reason::Indirect);
+        Self::restore(&mut self.hot, keep);
+    }
+
+    /// Adds to the retired-instruction counter.
+    pub(crate) fn count(&mut self, instructions: u32) {
+        let n = instructions as i32;
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov r10, [rsp + ctx!(instructions)]
+            ; lea r10, [r10 + n]
+            ; mov [rsp + ctx!(instructions)], r10
+        );
+    }
+
+    /// Leaves to interpret the instruction at `rip`.
+    pub(crate) fn interpret(&mut self, rip: u64) {
+        Self::constant(&mut self.hot, R10, rip);
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
+        self.hot.push(0xE9);
+        self.hot_rel32(Target::Cache(self.stubs.interpret));
+    }
+
+    /// Drops hot code from `len` on (an instruction turned out not to fit). Cold code of it stays, unreachable.
+    pub(crate) fn rewind(&mut self, len: usize) {
+        self.hot.ops.truncate(len);
+        self.fixups.retain(|(at, _)| !matches!(at, Pos::Hot(p) if *p >= len));
+    }
+
+    /// Offset in the finished code.
+    pub(crate) fn offset(&self, pos: Pos) -> u32 {
+        match pos {
+            Pos::Hot(n) => n as u32,
+            Pos::Cold(n) => (self.hot.ops.len() + n) as u32,
+        }
+    }
+
+    /// Joins the buffers into `out` for placement at `start`.
+    pub(crate) fn finish(&mut self, start: CodeOffset, out: &mut Vec<u8>) {
+        out.clear();
+        out.extend_from_slice(&self.hot.ops);
+        out.extend_from_slice(&self.cold.ops);
+        for &(at, target) in &self.fixups {
+            let site = self.offset(at);
+            let target = match target {
+                Target::Here(p) => self.offset(p),
+                Target::Cache(c) => c.0.wrapping_sub(start.0),
+            };
+            let rel = target.wrapping_sub(site + 4);
+            out[site as usize..site as usize + 4].copy_from_slice(&rel.to_le_bytes());
+        }
+    }
+}
+
+/// Offset of a page-validation cell from host RSP.
+pub(crate) fn xslot_offset(slot: u32) -> i32 {
+    std::mem::offset_of!(JitContext, xslots) as i32 + slot as i32 * 4
+}
+
+/// A jump to `target` that first checks page-validation cell `slot`; used to chain blocks of different pages.
+/// Returns the code and nothing else: positions are `start`-relative.
+pub(crate) fn link_thunk(
+    start: CodeOffset,
+    slot: u32,
+    page: u32,
+    flags_live: bool,
+    stub: CodeOffset,
+    target: CodeOffset,
+) -> Vec<u8> {
+    let mut ops = SimpleAssembler::new();
+    let at = xslot_offset(slot);
+    let rel = |ops: &mut SimpleAssembler, to: CodeOffset| {
+        let site = start.0 as i32 + ops.offset().0 as i32;
+        ops.push_i32(to.0 as i32 - (site + 4));
+    };
+    if flags_live {
+        let minus = (page as i32).wrapping_neg();
+        dynasm!(ops
+            ; .arch x64
+            ; mov r13, rcx
+            ; mov ecx, [rsp + at]
+            ; lea ecx, [rcx + minus]
+            ; .u8 0xE3, 8 // jrcxz over the next two
+            ; mov rcx, r13
+        );
+        ops.push(0xE9);
+        rel(&mut ops, stub);
+        dynasm!(ops ; .arch x64 ; mov rcx, r13);
+    } else {
+        dynasm!(ops ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
+        ops.push(0x0F);
+        ops.push(0x85);
+        rel(&mut ops, stub);
+    }
+    ops.push(0xE9);
+    rel(&mut ops, target);
+    ops.finalize()
+}
+
+/// Replaces forms that 64-bit mode encodes differently.
+fn normalize(instr: &mut Instruction) -> Result<(), Unfit> {
+    let code = match instr.code() {
+        Code::Inc_r32 => Code::Inc_rm32,
+        Code::Dec_r32 => Code::Dec_rm32,
+        Code::Inc_r16 => Code::Inc_rm16,
+        Code::Dec_r16 => Code::Dec_rm16,
+        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
+        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        _ => return Ok(()),
+    };
+    instr.set_code(code);
+    Ok(())
+}

@@ -1,0 +1,54 @@
+//! Status-flag liveness: which flags some later instruction may read.
+
+use iced_x86::{Instruction, Mnemonic, OpKind, RflagsBits};
+
+/// A set of status flags in iced's bit layout.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct FlagSet(pub u32);
+
+impl FlagSet {
+    pub(crate) const NONE: FlagSet = FlagSet(0);
+    pub(crate) const CF: FlagSet = FlagSet(RflagsBits::CF);
+    pub(crate) const ZF: FlagSet = FlagSet(RflagsBits::ZF);
+    pub(crate) const ALL: FlagSet = FlagSet(
+        RflagsBits::OF | RflagsBits::SF | RflagsBits::ZF | RflagsBits::AF | RflagsBits::CF | RflagsBits::PF,
+    );
+
+    pub(crate) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Whether all flags of `self` are in `other`.
+    pub(crate) fn within(self, other: FlagSet) -> bool {
+        self.0 & !other.0 == 0
+    }
+}
+
+/// Flags that `instr` certainly replaces, whatever its operands are at run time.
+pub(crate) fn killed(instr: &Instruction) -> u32 {
+    let modified = instr.rflags_modified() & FlagSet::ALL.0;
+    match instr.mnemonic() {
+        Mnemonic::Shl
+        | Mnemonic::Sal
+        | Mnemonic::Shr
+        | Mnemonic::Sar
+        | Mnemonic::Rol
+        | Mnemonic::Ror
+        | Mnemonic::Rcl
+        | Mnemonic::Rcr
+        | Mnemonic::Shld
+        | Mnemonic::Shrd => {
+            let last = instr.op_count() - 1;
+            match instr.op_kind(last) {
+                OpKind::Immediate8 if instr.immediate8() & 0x1F != 0 => modified,
+                _ => 0,
+            }
+        }
+        _ => modified,
+    }
+}
+
+/// Flags live before `instr`, given those live after it.
+pub(crate) fn before(instr: &Instruction, after: FlagSet) -> FlagSet {
+    FlagSet((after.0 & !killed(instr)) | (instr.rflags_read() & FlagSet::ALL.0))
+}

@@ -1,0 +1,301 @@
+//! Guest bytes to a block: decodes one basic block and drives the emitter over it.
+
+use crate::block::Mode;
+use crate::classify::{Class, Forms};
+use crate::emit::{Emitter, Site};
+use crate::flags::{self, FlagSet};
+use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
+
+/// Instructions in a block at most.
+const MAX_INSTRUCTIONS: usize = 64;
+/// Instructions looked at beyond a direct exit to find which flags are live there.
+const LOOK_AHEAD: usize = 12;
+
+/// What the decoder sees: the bytes of the page from the block's first instruction on.
+pub(crate) struct Source<'a> {
+    /// The whole page, followed by the first bytes of the next page when `crossing`.
+    pub(crate) bytes: &'a [u8],
+    /// Offset of the block in `bytes`.
+    pub(crate) at: usize,
+    /// Linear address of the block.
+    pub(crate) lin: u64,
+    pub(crate) mode: Mode,
+}
+
+/// What became of the source.
+pub(crate) struct Translated {
+    /// Guest bytes translated.
+    pub(crate) len: u32,
+    /// (host offset, guest offset) of each instruction.
+    pub(crate) sites: Vec<(u32, u32)>,
+    /// Host offset of the direct entry.
+    pub(crate) entry: u32,
+    /// Instructions translated.
+    pub(crate) instructions: u32,
+}
+
+/// An instruction that crosses into a page, with the cell and value that validate that page.
+pub(crate) struct Crossing {
+    pub(crate) slot: u32,
+    pub(crate) page: u32,
+}
+
+/// Reusable buffers of the front end.
+#[derive(Default)]
+pub(crate) struct Frontend {
+    instrs: Vec<Instruction>,
+    live: Vec<FlagSet>,
+}
+
+fn bits(mode: Mode) -> u32 {
+    if mode.has(Mode::CODE32) { 32 } else { 64 }
+}
+
+/// Status flags some instruction at `target` or after may read, as far as the page shows.
+fn live_at(source: &Source<'_>, target: u64) -> FlagSet {
+    let page = source.lin & !0xFFF;
+    if target & !0xFFF != page {
+        return FlagSet::ALL;
+    }
+    let at = (target & 0xFFF) as usize;
+    let mut decoder = Decoder::with_ip(bits(source.mode), &source.bytes[at..], target, DecoderOptions::NONE);
+    let mut instr = Instruction::default();
+    let (mut live, mut open) = (0, FlagSet::ALL.0);
+    for _ in 0..LOOK_AHEAD {
+        decoder.decode_out(&mut instr);
+        let read = instr.rflags_read() & FlagSet::ALL.0;
+        live |= read & open;
+        if instr.is_invalid() || instr.flow_control() != iced_x86::FlowControl::Next {
+            return FlagSet(live | open);
+        }
+        open &= !flags::killed(&instr);
+        if open & !live == 0 {
+            return FlagSet(live);
+        }
+    }
+    FlagSet(live | open)
+}
+
+impl Frontend {
+    /// Decodes up to the end of the block; returns bytes consumed. The last instruction may be one that ends it.
+    fn decode(&mut self, source: &Source<'_>, forms: &mut Forms, crossing: bool) -> u32 {
+        self.instrs.clear();
+        let bytes = &source.bytes[source.at..];
+        let mut decoder = Decoder::with_ip(bits(source.mode), bytes, source.lin, DecoderOptions::NONE);
+        let mut len = 0;
+        while self.instrs.len() < MAX_INSTRUCTIONS {
+            let mut instr = Instruction::default();
+            decoder.decode_out(&mut instr);
+            if instr.is_invalid() {
+                break;
+            }
+            self.instrs.push(instr);
+            len += instr.len() as u32;
+            let class = forms.form(&instr).class;
+            let straight = matches!(
+                class,
+                Class::Identity(_) | Class::Nop | Class::Lea | Class::Push | Class::Pop | Class::Leave
+            );
+            if !straight || crossing {
+                break;
+            }
+        }
+        len
+    }
+
+    /// Flags live before each instruction, given those live after the last.
+    fn liveness(&mut self, forms: &mut Forms, mut after: FlagSet) {
+        self.live.clear();
+        self.live.resize(self.instrs.len(), FlagSet::NONE);
+        for (i, instr) in self.instrs.iter().enumerate().rev() {
+            after = match forms.form(instr).class {
+                Class::Interpret => FlagSet::ALL,
+                _ => flags::before(instr, after),
+            };
+            self.live[i] = after;
+        }
+    }
+
+    /// Translates the block at `source`. The caller finishes and places the emitter's code.
+    pub(crate) fn translate(
+        &mut self,
+        source: &Source<'_>,
+        forms: &mut Forms,
+        emitter: &mut Emitter,
+        first_link: u32,
+        crossing: Option<Crossing>,
+    ) -> Translated {
+        let code64 = !source.mode.has(Mode::CODE32);
+        let decoded = self.decode(source, forms, crossing.is_some());
+        emitter.start(source.lin, code64, first_link);
+        let (after, taken, next) = self.live_out(source, forms, decoded);
+        self.liveness(forms, after);
+        let live_in = self.live.first().copied().unwrap_or(FlagSet::ALL);
+        emitter.indirect_entry(source.lin, live_in);
+        let entry = emitter.hot_len() as u32;
+        if let Some(c) = &crossing {
+            emitter.check_page(c.slot, c.page, source.lin, live_in);
+        }
+        if source.mode.has(Mode::COUNTED) {
+            let n = self.instrs.iter().filter(|i| forms.form(i).class != Class::Interpret).count();
+            emitter.count(n as u32);
+        }
+        let mut out = Translated {
+            len: decoded.max(1),
+            sites: Vec::with_capacity(self.instrs.len() + 1),
+            entry,
+            instructions: self.instrs.len() as u32,
+        };
+        let mut ended = false;
+        for i in 0..self.instrs.len() {
+            let instr = self.instrs[i];
+            out.sites.push((emitter.hot_len() as u32, (instr.ip() - source.lin) as u32));
+            emitter.at(instr.ip());
+            let site = Site { before: self.live[i] };
+            let start = emitter.hot_len();
+            if emit_one(&instr, source, forms, emitter, site, (taken, next), &mut ended).is_err() {
+                emitter.rewind(start);
+                emitter.interpret(instr.ip());
+                ended = true;
+            }
+            if ended {
+                break;
+            }
+        }
+        if !ended {
+            let next_rip = source.lin + u64::from(decoded);
+            out.sites.push((emitter.hot_len() as u32, decoded));
+            if self.instrs.len() < MAX_INSTRUCTIONS && crossing.is_none() && self.ran_out(source, decoded) {
+                // An undecodable or page-crossing instruction: a block of its own, or the interpreter's #UD or #PF.
+                emitter.at(next_rip);
+                if self.instrs.is_empty() {
+                    emitter.interpret(next_rip);
+                } else {
+                    emitter.direct_exit(next_rip, FlagSet::ALL, false);
+                }
+            } else if self.instrs.is_empty() {
+                emitter.interpret(next_rip);
+            } else {
+                emitter.direct_exit(next_rip, next, false);
+            }
+        }
+        out
+    }
+
+    /// The decoder stopped although the block was not full.
+    fn ran_out(&self, source: &Source<'_>, decoded: u32) -> bool {
+        source.at + (decoded as usize) < source.bytes.len() || self.instrs.is_empty()
+    }
+
+    /// Flags live after the last instruction, at a taken branch, and at the fall-through.
+    fn live_out(&self, source: &Source<'_>, forms: &mut Forms, decoded: u32) -> (FlagSet, FlagSet, FlagSet) {
+        let next_rip = source.lin + u64::from(decoded);
+        let Some(last) = self.instrs.last() else { return (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL) };
+        let either = |a: FlagSet, b: FlagSet| FlagSet(a.0 | b.0);
+        match forms.form(last).class {
+            Class::Jcc => {
+                let (t, n) = (live_at(source, last.near_branch_target()), live_at(source, next_rip));
+                (either(t, n), t, n)
+            }
+            Class::Jmp | Class::Call => {
+                let t = live_at(source, last.near_branch_target());
+                (t, t, FlagSet::ALL)
+            }
+            Class::Ret | Class::JmpIndirect | Class::CallIndirect | Class::Interpret => {
+                (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL)
+            }
+            _ => {
+                let n = live_at(source, next_rip);
+                (n, n, n)
+            }
+        }
+    }
+}
+
+/// Emits one instruction; sets `ended` if it ends the block.
+fn emit_one(
+    instr: &Instruction,
+    source: &Source<'_>,
+    forms: &mut Forms,
+    emitter: &mut Emitter,
+    site: Site,
+    (taken, next): (FlagSet, FlagSet),
+    ended: &mut bool,
+) -> Result<(), crate::emit::Unfit> {
+    let form = forms.form(instr);
+    let next_rip = instr.next_ip();
+    let next_rip = if source.mode.has(Mode::CODE32) { next_rip & 0xFFFF_FFFF } else { next_rip };
+    // What it reads and what lives on after it must both survive the checks before it executes.
+    match form.class {
+        Class::Identity(needs) => {
+            if source.mode.0 & u32::from(needs) != u32::from(needs) || unusable_segment(instr, source.mode) {
+                return Err(crate::emit::Unfit);
+            }
+            let at = (instr.ip() - source.lin) as usize + source.at;
+            emitter.identity(instr, &source.bytes[at..at + instr.len()], &form, site)
+        }
+        Class::Nop => Ok(()),
+        Class::Lea => emitter.lea_instruction(instr),
+        Class::Push if unusable_segment(instr, source.mode) => Err(crate::emit::Unfit),
+        Class::Push => emitter.push(instr, site),
+        Class::Pop => {
+            emitter.pop(instr, site);
+            Ok(())
+        }
+        Class::Leave => {
+            emitter.leave(site);
+            Ok(())
+        }
+        Class::Call => {
+            *ended = true;
+            emitter.call(next_rip, instr.near_branch_target(), site, taken);
+            Ok(())
+        }
+        Class::CallIndirect | Class::JmpIndirect if unusable_segment(instr, source.mode) => {
+            Err(crate::emit::Unfit)
+        }
+        Class::CallIndirect => {
+            *ended = true;
+            emitter.jump_indirect(instr, Some(next_rip), site)
+        }
+        Class::JmpIndirect => {
+            *ended = true;
+            emitter.jump_indirect(instr, None, site)
+        }
+        Class::Ret => {
+            *ended = true;
+            let extra = if instr.op_count() > 0 { u32::from(instr.immediate16()) } else { 0 };
+            emitter.ret(extra, site);
+            Ok(())
+        }
+        Class::Jmp => {
+            *ended = true;
+            emitter.direct_exit(instr.near_branch_target(), taken, false);
+            Ok(())
+        }
+        Class::Jcc => {
+            *ended = true;
+            let cc = instr.condition_code() as u8 - 1;
+            emitter.jcc(cc, instr.near_branch_target(), next_rip, taken, next);
+            Ok(())
+        }
+        Class::Interpret => {
+            *ended = true;
+            emitter.interpret(instr.ip());
+            Ok(())
+        }
+    }
+}
+
+/// A memory operand through a segment the translator does not handle in this mode.
+fn unusable_segment(instr: &Instruction, mode: Mode) -> bool {
+    use iced_x86::Register as R;
+    if !(0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory) {
+        return false;
+    }
+    match instr.memory_segment() {
+        R::FS => mode.has(Mode::CODE32) && !mode.has(Mode::FS_FLAT),
+        R::GS => mode.has(Mode::CODE32) && !mode.has(Mode::GS_FLAT),
+        _ => false,
+    }
+}

@@ -1,0 +1,197 @@
+//! Hand-written code every block relies on: entering and leaving translated code, and the miss path.
+
+use crate::code_cache::{CodeCache, CodeOffset};
+use crate::context::{Reason, ctx};
+use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+
+/// Where the stubs are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stubs {
+    /// `extern "sysv64" fn(*mut JitContext)`: runs from `entry` until an exit.
+    pub(crate) enter: CodeOffset,
+    /// Leaves translated code; `reason` is in r10d, `rip` and `link` are stored.
+    pub(crate) exit: CodeOffset,
+    /// Called with EA in r10 and [`MissInfo`] in r11, guest flags restored: fills the delta table. Returns behind the
+    /// [`JMP_BYTES`] byte jump after the call to try again, and to that jump if the access is for the interpreter.
+    pub(crate) miss: CodeOffset,
+    /// Jumped to with the target in r11 when the jump cache has no block for it.
+    pub(crate) indirect: CodeOffset,
+    /// Leaves to interpret the instruction at the stored `rip`.
+    pub(crate) interpret: CodeOffset,
+}
+
+/// Bytes of the `jmp rel32` that follows every call of the miss stub.
+pub(crate) const JMP_BYTES: u64 = 5;
+
+/// What kind of access missed: size in bits 0–7, write in bit 8.
+pub(crate) struct MissInfo;
+
+impl MissInfo {
+    pub(crate) const WRITE: u64 = 1 << 8;
+}
+
+/// Called by the miss stub: [`JMP_BYTES`] = filled, try again; 0 = for the interpreter.
+pub(crate) type MissHelper = unsafe extern "sysv64" fn(*mut crate::context::JitContext) -> u64;
+
+fn save_vectors(ops: &mut SimpleAssembler) {
+    for i in 0..16u8 {
+        let at = ctx!(ymm) + i32::from(i) * 32;
+        dynasm!(ops ; .arch x64 ; vmovdqu [rsp + at], Ry(i));
+    }
+}
+
+fn load_vectors(ops: &mut SimpleAssembler) {
+    for i in 0..16u8 {
+        let at = ctx!(ymm) + i32::from(i) * 32;
+        dynasm!(ops ; .arch x64 ; vmovdqu Ry(i), [rsp + at]);
+    }
+}
+
+/// Guest registers with a host register, host number = guest number (RSP apart).
+const PINNED: [u8; 9] = [0, 1, 2, 3, 5, 6, 7, 8, 9];
+
+fn save_gprs(ops: &mut SimpleAssembler) {
+    for r in PINNED {
+        let at = ctx!(spill) + i32::from(r) * 8;
+        dynasm!(ops ; .arch x64 ; mov [rsp + at], Rq(r));
+    }
+    dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(spill) + 32], r12);
+}
+
+fn load_gprs(ops: &mut SimpleAssembler) {
+    for r in PINNED {
+        let at = ctx!(spill) + i32::from(r) * 8;
+        dynasm!(ops ; .arch x64 ; mov Rq(r), [rsp + at]);
+    }
+    dynasm!(ops ; .arch x64 ; mov r12, [rsp + ctx!(spill) + 32]);
+}
+
+/// `jmp` to another place of the cache, emitted for code that will start at `start`.
+fn jmp_to(ops: &mut SimpleAssembler, start: CodeOffset, target: CodeOffset) {
+    let site = start.0 as i32 + ops.offset().0 as i32 + 1;
+    ops.push(0xE9);
+    ops.push_i32(target.0 as i32 - (site + 4));
+}
+
+fn emit_enter() -> SimpleAssembler {
+    let mut ops = SimpleAssembler::new();
+    dynasm!(ops
+        ; .arch x64
+        ; push rbx ; push rbp ; push r12 ; push r13 ; push r14 ; push r15
+        ; mov [rdi + ctx!(host_rsp)], rsp
+        ; stmxcsr [rdi + ctx!(host_mxcsr)]
+        ; mov rsp, rdi
+        ; ldmxcsr [rsp + ctx!(mxcsr)]
+        ; mov r14, [rsp + ctx!(write_base)]
+        ; mov r15, [rsp + ctx!(read_base)]
+    );
+    load_vectors(&mut ops);
+    // Status flags: OF from bit 11 by an addition, the others by SAHF.
+    dynasm!(ops
+        ; .arch x64
+        ; mov rax, [rsp + ctx!(status)]
+        ; mov ecx, eax
+        ; shr ecx, 11
+        ; and ecx, 1
+        ; mov ah, al
+        ; mov al, cl
+        ; add al, 127
+        ; sahf
+    );
+    load_gprs(&mut ops);
+    dynasm!(ops ; .arch x64 ; jmp QWORD [rsp + ctx!(entry)]);
+    ops
+}
+
+fn emit_exit() -> SimpleAssembler {
+    let mut ops = SimpleAssembler::new();
+    dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(reason)], r10d);
+    save_gprs(&mut ops);
+    dynasm!(ops
+        ; .arch x64
+        ; lahf
+        ; seto al
+        ; movzx ecx, ah
+        ; movzx eax, al
+        ; shl eax, 11
+        ; or eax, ecx
+        ; mov [rsp + ctx!(status)], rax
+    );
+    save_vectors(&mut ops);
+    dynasm!(ops
+        ; .arch x64
+        ; vzeroupper
+        ; stmxcsr [rsp + ctx!(mxcsr)]
+        ; ldmxcsr [rsp + ctx!(host_mxcsr)]
+        ; mov rsp, [rsp + ctx!(host_rsp)]
+        ; pop r15 ; pop r14 ; pop r13 ; pop r12 ; pop rbp ; pop rbx
+        ; ret
+    );
+    ops
+}
+
+fn emit_interpret(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
+    let mut ops = SimpleAssembler::new();
+    dynasm!(ops ; .arch x64 ; mov r10d, Reason::Interpret as i32);
+    jmp_to(&mut ops, start, exit);
+    ops
+}
+
+/// The return address into the block's cold code is kept in r13 (scratch, preserved by the helper), so that field
+/// offsets from RSP stay plain and the stack is aligned for the call.
+fn emit_miss(helper: MissHelper) -> SimpleAssembler {
+    let mut ops = SimpleAssembler::new();
+    dynasm!(ops
+        ; .arch x64
+        ; pop r13
+        ; mov [rsp + ctx!(miss_ea)], r10
+        ; mov [rsp + ctx!(miss_info)], r11
+    );
+    save_gprs(&mut ops);
+    dynasm!(ops
+        ; .arch x64
+        ; lahf
+        ; seto al
+        ; mov [rsp + ctx!(tmp) + 8], rax
+    );
+    save_vectors(&mut ops);
+    dynasm!(ops
+        ; .arch x64
+        ; vzeroupper
+        ; mov rdi, rsp
+        ; mov rbx, rsp
+        ; mov rax, QWORD helper as usize as i64
+        ; call rax
+        ; mov r11, rax
+    );
+    load_vectors(&mut ops);
+    dynasm!(ops
+        ; .arch x64
+        ; add r13, r11
+        ; mov rax, [rsp + ctx!(tmp) + 8]
+        ; add al, 127
+        ; sahf
+    );
+    load_gprs(&mut ops);
+    dynasm!(ops ; .arch x64 ; mov r10, [rsp + ctx!(miss_ea)] ; jmp r13);
+    ops
+}
+
+/// Emits all stubs at the start of `cache`.
+pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
+    let enter = cache.append(&emit_enter().finalize());
+    let exit = cache.append(&emit_exit().finalize());
+    let at = cache.next();
+    let interpret = cache.append(&emit_interpret(at, exit).finalize());
+    let miss = cache.append(&emit_miss(helper).finalize());
+    let at = cache.next();
+    let mut ops = SimpleAssembler::new();
+    dynasm!(ops
+        ; .arch x64
+        ; mov [rsp + ctx!(rip)], r11
+        ; mov r10d, Reason::Indirect as i32
+    );
+    jmp_to(&mut ops, at, exit);
+    let indirect = cache.append(&ops.finalize());
+    Stubs { enter, exit, miss, indirect, interpret }
+}
