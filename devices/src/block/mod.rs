@@ -158,6 +158,9 @@ pub trait BlockBackend: Send + Sync {
     fn serial(&self) -> &str;
     /// Starts `request`; never blocks on host I/O, never completes before it returned.
     fn submit(&self, request: BlockRequest);
+    /// Waits until nothing is waiting or under way. For a machine that stops or resets; call it with no device locked and
+    /// no vCPU running.
+    fn drain(&self);
     /// What was done.
     fn counters(&self) -> &BlockCounters;
 }

@@ -34,6 +34,10 @@ struct State {
     sleeping: usize,
     /// Workers awake that will soon look at `waiting` again.
     prompt: usize,
+    /// Requests with a worker or its completion.
+    running: usize,
+    /// Threads in [`BlockBackend::drain`].
+    draining: usize,
     closed: bool,
 }
 
@@ -44,6 +48,7 @@ struct Shared {
     counters: BlockCounters,
     state: Mutex<State>,
     work: Condvar,
+    idle: Condvar,
 }
 
 /// An image with its workers: the [`BlockBackend`] of every front end.
@@ -63,8 +68,8 @@ impl BlockQueue {
         options: QueueOptions,
     ) -> io::Result<BlockQueue> {
         let state = State { waiting: VecDeque::with_capacity(256), ..State::default() };
-        let (state, work) = (Mutex::new(state), Condvar::new());
-        let shared = Arc::new(Shared { image, memory, faults, counters, state, work });
+        let (state, work, idle) = (Mutex::new(state), Condvar::new(), Condvar::new());
+        let shared = Arc::new(Shared { image, memory, faults, counters, state, work, idle });
         let workers = (0..options.workers.max(1))
             .map(|_| {
                 let shared = Arc::clone(&shared);
@@ -104,6 +109,15 @@ impl BlockBackend for BlockQueue {
         }
     }
 
+    fn drain(&self) {
+        let mut s = self.shared.state.lock().expect("block queue");
+        s.draining += 1;
+        while s.running > 0 || !s.waiting.is_empty() {
+            s = self.shared.idle.wait(s).expect("block queue");
+        }
+        s.draining -= 1;
+    }
+
     fn counters(&self) -> &BlockCounters {
         &self.shared.counters
     }
@@ -134,6 +148,7 @@ impl Shared {
         s.prompt += 1;
         loop {
             if let Some(mut request) = s.waiting.pop_front() {
+                s.running += 1;
                 let slow = is_slow(request.op);
                 let wake = slow && self.give_up_turn(&mut s);
                 drop(s);
@@ -145,10 +160,14 @@ impl Shared {
                 completion.complete(request, result);
                 s = self.state.lock().expect("block queue");
                 s.prompt += usize::from(slow);
+                s.running -= 1;
             } else if s.closed {
                 s.prompt -= 1;
                 return;
             } else {
+                if s.running == 0 && s.draining > 0 {
+                    self.idle.notify_all();
+                }
                 s.prompt -= 1;
                 s.sleeping += 1;
                 s = self.work.wait(s).expect("block queue");
