@@ -13,7 +13,10 @@ pub mod ide;
 mod irq;
 pub mod irqchip;
 pub mod pci;
+pub mod pit;
+pub mod rtc;
 mod time;
+mod timed;
 
 pub use bus::{Bus, BusDevice, Claim};
 pub use control::{A20Gate, A20Source, MachineControl};
@@ -24,4 +27,7 @@ pub use device::{
 pub use irq::{IrqLine, IrqSink, MsiSink};
 pub use irqchip::{FabricConfig, InterruptFabric, IoApicWindow, PicPorts, TscClock, VcpuKick, WiredOr};
 pub use paravane_memory::{Port, VpIndex, Width};
+pub use pit::Pit;
+pub use rtc::Rtc;
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};
+pub use timed::bind_timer;
