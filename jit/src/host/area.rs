@@ -16,16 +16,14 @@ pub struct CodeArea {
 }
 
 impl CodeArea {
-    /// Maps `length` bytes, filled with INT3.
+    /// Maps `length` zero bytes.
     pub fn new(length: usize) -> io::Result<CodeArea> {
         let file = memfd()?;
         file.set_len(length as u64)?;
         let writable = MmapOptions::new().len(length).map_raw(&file)?;
         // SAFETY: the file is private to this process and nobody truncates it; all writes go through `write`.
         let executable = unsafe { MmapOptions::new().len(length).map_exec(&file)? };
-        let mut area = CodeArea { writable, executable };
-        area.fill();
-        Ok(area)
+        Ok(CodeArea { writable, executable })
     }
 
     /// Bytes in the area.
@@ -56,12 +54,6 @@ impl CodeArea {
         unsafe {
             std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.as_mut_ptr().add(offset), code.len());
         }
-    }
-
-    /// Fills the area with INT3.
-    pub fn fill(&mut self) {
-        // SAFETY: exactly the mapping; `&mut self` makes this the only writer.
-        unsafe { std::ptr::write_bytes(self.writable.as_mut_ptr(), 0xCC, self.len()) };
     }
 }
 
