@@ -9,6 +9,7 @@ mod bus;
 mod control;
 mod counters;
 mod device;
+pub mod hpet;
 pub mod ide;
 mod irq;
 pub mod irqchip;
@@ -24,6 +25,7 @@ pub use counters::{Counter, Counters};
 pub use device::{
     Device, DeviceHandle, Inspect, MmioDevice, PioDevice, ResetKind, StringPio, TimedDevice, share,
 };
+pub use hpet::{Hpet, HpetWiring, LegacyRoute};
 pub use irq::{IrqLine, IrqSink, MsiSink};
 pub use irqchip::{FabricConfig, InterruptFabric, IoApicWindow, PicPorts, TscClock, VcpuKick, WiredOr};
 pub use paravane_memory::{Port, VpIndex, Width};
