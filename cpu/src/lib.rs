@@ -5,16 +5,33 @@
 #![forbid(unsafe_code)]
 
 mod bus;
+mod control;
+mod core;
 mod cpuid;
+mod debug;
 mod engine;
+mod exception;
 mod exec;
 mod fault;
+mod fetch;
 mod interp;
-mod mmu;
+mod interpreter;
+pub mod mmu;
+mod msr;
+mod segment;
 mod state;
+mod syscall;
+mod task;
+#[cfg(test)]
+mod testbed;
+mod transfer;
 
 pub use bus::{CpuBus, CpuidResult, MsrFault};
+pub use self::core::{Core, Step};
+pub use cpuid::{CpuModel, HostFeatures, MODEL_NAMES, model_by_name};
 pub use engine::{Attention, Budget, Engine, Exit, VectorUnit};
 pub use fault::{Fault, Vector};
+pub use interpreter::Interpreter;
+pub use mmu::{Access, Flushes, Privilege, Translation, translate};
 pub use paravane_memory::{Port, VpIndex};
 pub use state::*;

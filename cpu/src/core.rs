@@ -1,0 +1,333 @@
+//! The stepping core: fetch, decode, execute, deliver (SDM 3A, chapter 6; 3B, chapter 17).
+//!
+//! Decoded instructions are cached by RIP and checked against the bytes in memory at every use, so code that was
+//! modified is never executed stale, whoever modified it.
+
+use crate::bus::CpuBus;
+use crate::cpuid::CpuModel;
+use crate::debug::{self, dr6, dr7};
+use crate::engine::{Attention, VectorUnit};
+use crate::exception::{self, Event, Source};
+use crate::exec::{Exec, Outcome};
+use crate::fault::{Fault, Vector};
+use crate::fetch::{Decoded, Fetcher};
+use crate::interp;
+use crate::mmu::{Flushes, Tlb};
+use crate::state::{CpuState, LinAddr, SegReg, Shadow, flags, gpr};
+use paravane_memory::{GuestMemory, RamOffset, VpIndex};
+
+/// How a step ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// Go on at `CpuState::rip`.
+    Done,
+    /// HLT was executed; `CpuState::halted` is set and RIP is after it.
+    Halt,
+    /// Shutdown: a fault while delivering a double fault.
+    TripleFault,
+    /// An instruction no engine implements, at `CpuState::rip`.
+    Unsupported,
+}
+
+/// What the core keeps between instructions apart from the fetcher.
+pub(crate) struct Unit {
+    pub model: CpuModel,
+    pub vector: Box<dyn VectorUnit>,
+    pub attention: Attention,
+    pub vp: VpIndex,
+    pub tlb: Tlb,
+    pub flushes: Flushes,
+}
+
+impl Unit {
+    /// An instruction in progress on this unit.
+    pub(crate) fn exec<'a>(
+        &'a mut self,
+        cpu: &'a mut CpuState,
+        mem: &'a GuestMemory,
+        bus: &'a dyn CpuBus,
+        next_rip: u64,
+    ) -> Exec<'a> {
+        Exec {
+            cpu,
+            mem,
+            bus,
+            vp: self.vp,
+            model: &self.model,
+            attention: &self.attention,
+            tlb: &mut self.tlb,
+            vector: &mut *self.vector,
+            next_rip,
+            flushes: &mut self.flushes,
+            outcome: Outcome::Done,
+            debug_hits: 0,
+            transferred: false,
+            delivered: false,
+        }
+    }
+}
+
+/// Executes single instructions and delivers interrupts, for both engines.
+pub struct Core {
+    unit: Unit,
+    fetcher: Fetcher,
+    /// Invalidations the owner has not taken yet.
+    record: Flushes,
+    /// Breakpoints hit by an instruction that loaded SS.
+    held_back: u64,
+    faults: u64,
+    interrupts: u64,
+}
+
+impl Core {
+    /// A core of `model` for processor `vp`.
+    pub fn new(model: CpuModel, vector: Box<dyn VectorUnit>, attention: Attention, vp: VpIndex) -> Core {
+        let fetcher = Fetcher::new(model.decoder_options());
+        let unit = Unit { model, vector, attention, vp, tlb: Tlb::new(), flushes: Flushes::default() };
+        Core { unit, fetcher, record: Flushes::default(), held_back: 0, faults: 0, interrupts: 0 }
+    }
+
+    /// The model this core was made with.
+    pub fn model(&self) -> &CpuModel {
+        &self.unit.model
+    }
+
+    /// The flags that ask for attention.
+    pub fn attention(&self) -> &Attention {
+        &self.unit.attention
+    }
+
+    /// The vector unit, for an engine that shares it.
+    pub fn vector(&mut self) -> &mut dyn VectorUnit {
+        &mut *self.unit.vector
+    }
+
+    /// Executes one instruction, or one bounded part of a REP, and delivers what it raises.
+    pub fn step(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus) -> Step {
+        self.unit.tlb.check_layout(mem);
+        let shadow = std::mem::take(&mut cpu.shadow);
+        if cpu.dr[7] & 0xFF != 0 && cpu.rflags & flags::RF == 0 && shadow != Shadow::MovSs {
+            let hits = debug::fetch_hits(cpu, instruction_address(cpu));
+            if hits != 0 {
+                cpu.dr[6] |= hits;
+                return self.raise(cpu, mem, bus, Fault::new(Vector::DB));
+            }
+        }
+        let decoded = match self.fetcher.fetch(&mut self.unit, cpu, mem, bus) {
+            Ok(decoded) => decoded,
+            Err(fault) => return self.raise(cpu, mem, bus, fault),
+        };
+        let (rsp, trap) = (cpu.gpr[gpr::RSP], cpu.rflags & flags::TF != 0);
+        cpu.rflags &= !flags::RF;
+        let mut next = cpu.rip.wrapping_add(decoded.len as u64);
+        if decoded.bits != 64 {
+            next &= 0xFFFF_FFFF;
+        }
+        let rip = cpu.rip;
+        let mut ex = self.unit.exec(cpu, mem, bus, next);
+        let result = interp::execute(&mut ex, &decoded.instr, decoded.bytes());
+        let end = End {
+            rsp,
+            trap: trap && !ex.delivered,
+            next: ex.next_rip,
+            outcome: ex.outcome,
+            hits: ex.debug_hits,
+            transferred: ex.transferred,
+            partial: ex.next_rip == rip && decoded.instr.is_string_instruction(),
+        };
+        match result {
+            Ok(()) => self.retire(cpu, mem, bus, &end),
+            Err(fault) => {
+                if !end.transferred {
+                    cpu.gpr[gpr::RSP] = rsp;
+                    cpu.shadow = Shadow::None;
+                }
+                self.obey();
+                self.raise(cpu, mem, bus, fault)
+            }
+        }
+    }
+
+    /// Finishes an instruction that did not fault.
+    #[inline]
+    fn retire(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, end: &End) -> Step {
+        if end.outcome == Outcome::Unsupported {
+            cpu.gpr[gpr::RSP] = end.rsp;
+            return Step::Unsupported;
+        }
+        cpu.rip = end.next;
+        if end.partial {
+            cpu.rflags |= flags::RF;
+        } else {
+            cpu.instructions = cpu.instructions.wrapping_add(1);
+        }
+        self.obey();
+        let mut hits = end.hits | std::mem::take(&mut self.held_back);
+        if cpu.shadow == Shadow::MovSs {
+            self.held_back = hits;
+            hits = 0;
+        } else if end.trap {
+            hits |= dr6::BS;
+        }
+        if end.outcome == Outcome::Halt {
+            cpu.halted = true;
+        }
+        if hits != 0 {
+            cpu.dr[6] |= hits;
+            return self.raise(cpu, mem, bus, Fault::new(Vector::DB));
+        }
+        if cpu.halted { Step::Halt } else { Step::Done }
+    }
+
+    /// Applies invalidations to the own cache and remembers them for the owner.
+    #[inline]
+    fn obey(&mut self) {
+        if !self.unit.flushes.is_empty() {
+            let f = self.unit.flushes.take();
+            self.unit.tlb.obey(&f);
+            self.record.merge(&f);
+        }
+    }
+
+    /// Delivers an exception for the instruction at `cpu.rip`, double and triple faults included.
+    pub fn raise(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, fault: Fault) -> Step {
+        let mut fault = fault;
+        loop {
+            self.faults += 1;
+            if fault.vector == Vector::PF
+                && let Some(at) = fault.cr2
+            {
+                cpu.cr2 = at.0;
+            }
+            if fault.vector == Vector::DB {
+                cpu.dr[7] &= !dr7::GD;
+            }
+            let event = Event {
+                vector: fault.vector.0,
+                error: fault.error_code.filter(|_| cpu.protected()),
+                source: Source::Hardware,
+                rip: cpu.rip,
+                resume: !matches!(fault.vector, Vector::DB | Vector::BP | Vector::OF | Vector::DF),
+            };
+            match self.deliver(cpu, mem, bus, &event) {
+                Ok(()) => return Step::Done,
+                Err(second) => match exception::combine(fault.vector, second) {
+                    Some(next) => fault = next,
+                    None => return Step::TripleFault,
+                },
+            }
+        }
+    }
+
+    fn deliver(
+        &mut self,
+        cpu: &mut CpuState,
+        mem: &GuestMemory,
+        bus: &dyn CpuBus,
+        event: &Event,
+    ) -> Result<(), Fault> {
+        self.unit.tlb.check_layout(mem);
+        let mut ex = self.unit.exec(cpu, mem, bus, event.rip);
+        let result = exception::deliver(&mut ex, event);
+        let hits = ex.debug_hits;
+        self.held_back |= hits;
+        cpu.shadow = Shadow::None;
+        self.obey();
+        result
+    }
+
+    /// Takes an NMI or external interrupt if one is pending and allowed now; wakes a halted processor.
+    pub fn poll(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus) -> Step {
+        let pending = self.unit.attention.get();
+        if pending & (Attention::NMI | Attention::INTERRUPT) == 0 {
+            return Step::Done;
+        }
+        if pending & Attention::NMI != 0 && !cpu.nmi_blocked && cpu.shadow == Shadow::None {
+            self.unit.attention.take(Attention::NMI);
+            cpu.nmi_blocked = true;
+            return self.interrupt(cpu, mem, bus, Vector::NMI.0);
+        }
+        let open = cpu.rflags & flags::IF != 0 && cpu.shadow == Shadow::None;
+        if pending & Attention::INTERRUPT != 0 && open {
+            self.unit.attention.take(Attention::INTERRUPT);
+            if let Some(vector) = bus.acknowledge(self.unit.vp) {
+                // There may be more behind it.
+                self.unit.attention.set(Attention::INTERRUPT);
+                return self.interrupt(cpu, mem, bus, vector);
+            }
+        }
+        Step::Done
+    }
+
+    fn interrupt(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, vector: u8) -> Step {
+        self.interrupts += 1;
+        cpu.halted = false;
+        let event = Event { vector, error: None, source: Source::Hardware, rip: cpu.rip, resume: false };
+        match self.deliver(cpu, mem, bus, &event) {
+            Ok(()) => Step::Done,
+            // Interrupts are benign: their delivery's fault is handled on its own.
+            Err(fault) => self.raise(cpu, mem, bus, fault),
+        }
+    }
+
+    /// What translations the guest asked to forget since the last call.
+    pub fn take_flushes(&mut self) -> Flushes {
+        self.record.take()
+    }
+
+    /// Whether [`Self::take_flushes`] would return anything.
+    pub fn has_flushes(&self) -> bool {
+        !self.record.is_empty()
+    }
+
+    /// Forgets every cached address translation.
+    pub fn flush_translations(&mut self) {
+        self.unit.tlb.flush();
+    }
+
+    /// Code in `page` changed. Cached instructions are compared with memory at every use, so this only frees them.
+    pub fn invalidate_code(&mut self, _page: RamOffset) {}
+
+    /// Values of the core's counters by name.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("core.exceptions", self.faults),
+            ("core.interrupts", self.interrupts),
+            ("core.tlb_misses", self.unit.tlb.misses),
+            ("core.decodes", self.fetcher.decodes()),
+        ]
+    }
+}
+
+/// What is left to do after an instruction.
+struct End {
+    rsp: u64,
+    trap: bool,
+    next: u64,
+    outcome: Outcome,
+    hits: u64,
+    transferred: bool,
+    partial: bool,
+}
+
+/// Linear address of the instruction at CS:RIP.
+#[inline]
+pub(crate) fn instruction_address(cpu: &CpuState) -> LinAddr {
+    if cpu.code64() {
+        LinAddr(cpu.rip)
+    } else {
+        LinAddr(cpu.segment(SegReg::Cs).base.wrapping_add(cpu.rip) & 0xFFFF_FFFF)
+    }
+}
+
+impl Decoded {
+    /// The instruction's bytes.
+    #[inline]
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.raw[..self.len]
+    }
+}
+
+#[cfg(test)]
+#[path = "core_tests.rs"]
+mod tests;

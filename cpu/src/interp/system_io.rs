@@ -1,0 +1,131 @@
+//! IN, OUT, INS and OUTS (SDM 1, chapter 19).
+
+use super::operand::{read_gpr, segment, write_gpr};
+use crate::debug;
+use crate::exec::Exec;
+use crate::fault::Fault;
+use crate::state::{SegReg, flags, gpr};
+use iced_x86::{Instruction, OpKind, Register};
+use paravane_memory::{Port, Width};
+
+/// Iterations after which a repetition lets interrupts in.
+const BOUND: u32 = 4096;
+
+fn register_size(r: Register) -> usize {
+    match r {
+        Register::AL => 1,
+        Register::AX => 2,
+        _ => 4,
+    }
+}
+
+fn width(size: usize) -> Width {
+    Width::from_bytes(size).unwrap_or(Width::W8)
+}
+
+/// The port in operand `n`: an immediate or DX.
+fn port(ex: &Exec<'_>, i: &Instruction, n: u32) -> u16 {
+    if i.op_kind(n) == OpKind::Register { ex.cpu.gpr[gpr::RDX] as u16 } else { u16::from(i.immediate8()) }
+}
+
+/// Checks permission and breakpoints.
+fn claim(ex: &mut Exec<'_>, port: u16, size: usize) -> Result<Port, Fault> {
+    ex.check_io(port, size)?;
+    ex.debug_hits |= debug::io_hits(ex.cpu, Port(port), size as u64);
+    Ok(Port(port))
+}
+
+/// IN.
+pub(super) fn port_in(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> {
+    let to = i.op0_register();
+    let size = register_size(to);
+    let port = port(ex, i, 1);
+    let port = claim(ex, port, size)?;
+    let value = ex.bus.port_in(ex.vp, port, width(size));
+    write_gpr(ex.cpu, to, u64::from(value));
+    Ok(())
+}
+
+/// OUT.
+pub(super) fn port_out(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> {
+    let from = i.op1_register();
+    let size = register_size(from);
+    let port = port(ex, i, 0);
+    let port = claim(ex, port, size)?;
+    let value = read_gpr(ex.cpu, from) & width(size).mask();
+    ex.bus.port_out(ex.vp, port, width(size), value as u32);
+    Ok(())
+}
+
+/// Mask of the address size of a string operand.
+fn address_mask(kind: OpKind) -> u64 {
+    match kind {
+        OpKind::MemorySegSI | OpKind::MemoryESDI => 0xFFFF,
+        OpKind::MemorySegESI | OpKind::MemoryESEDI => 0xFFFF_FFFF,
+        _ => u64::MAX,
+    }
+}
+
+/// Writes the bits of register `n` that an address size covers.
+fn set(ex: &mut Exec<'_>, n: usize, mask: u64, v: u64) {
+    let r = &mut ex.cpu.gpr[n];
+    *r = if mask == 0xFFFF { (*r & !0xFFFF) | (v & mask) } else { v & mask };
+}
+
+/// Runs `one` once or as REP says; registers reflect complete iterations.
+fn repeat(
+    ex: &mut Exec<'_>,
+    i: &Instruction,
+    index: usize,
+    mask: u64,
+    size: usize,
+    one: impl Fn(&mut Exec<'_>, u64) -> Result<(), Fault>,
+) -> Result<(), Fault> {
+    let rep = i.has_rep_prefix() || i.has_repne_prefix();
+    let step = if ex.cpu.rflags & flags::DF != 0 { (size as u64).wrapping_neg() } else { size as u64 };
+    let bound = if ex.cpu.rflags & flags::TF != 0 { 1 } else { BOUND };
+    for _ in 0..bound {
+        if rep && ex.cpu.gpr[gpr::RCX] & mask == 0 {
+            return Ok(());
+        }
+        let at = ex.cpu.gpr[index] & mask;
+        one(ex, at)?;
+        set(ex, index, mask, at.wrapping_add(step));
+        if !rep {
+            return Ok(());
+        }
+        let left = (ex.cpu.gpr[gpr::RCX] & mask).wrapping_sub(1);
+        set(ex, gpr::RCX, mask, left);
+        if left == 0 {
+            return Ok(());
+        }
+        if ex.attention.get() != 0 || ex.debug_hits != 0 {
+            break;
+        }
+    }
+    ex.next_rip = ex.cpu.rip;
+    Ok(())
+}
+
+/// INS.
+pub(super) fn ins(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault> {
+    let mask = address_mask(i.op0_kind());
+    repeat(ex, i, gpr::RDI, mask, size, |ex, at| {
+        let port = claim(ex, ex.cpu.gpr[gpr::RDX] as u16, size)?;
+        ex.probe_write(SegReg::Es, at, size)?;
+        let value = ex.bus.port_in(ex.vp, port, width(size));
+        ex.store(SegReg::Es, at, size, u64::from(value))
+    })
+}
+
+/// OUTS.
+pub(super) fn outs(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault> {
+    let mask = address_mask(i.op1_kind());
+    let seg = segment(i.memory_segment());
+    repeat(ex, i, gpr::RSI, mask, size, |ex, at| {
+        let port = claim(ex, ex.cpu.gpr[gpr::RDX] as u16, size)?;
+        let value = ex.load(seg, at, size)?;
+        ex.bus.port_out(ex.vp, port, width(size), value as u32);
+        Ok(())
+    })
+}

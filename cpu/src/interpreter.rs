@@ -1,0 +1,91 @@
+//! `--engine interp`: the stepping core run in a loop.
+
+use crate::bus::CpuBus;
+use crate::core::{Core, Step};
+use crate::cpuid::CpuModel;
+use crate::engine::{Attention, Budget, Engine, Exit, VectorUnit};
+use crate::state::CpuState;
+use paravane_memory::{GuestMemory, RamOffset, VpIndex};
+
+/// Executes guest code one instruction at a time.
+pub struct Interpreter {
+    core: Core,
+    start: u64,
+}
+
+impl Interpreter {
+    /// An interpreter of `model` for processor `vp`.
+    pub fn new(
+        model: CpuModel,
+        vector: Box<dyn VectorUnit>,
+        attention: Attention,
+        vp: VpIndex,
+    ) -> Interpreter {
+        Interpreter { core: Core::new(model, vector, attention, vp), start: 0 }
+    }
+
+    /// The core inside.
+    pub fn core(&mut self) -> &mut Core {
+        &mut self.core
+    }
+
+    /// Handles what asked for attention; `Some` leaves the loop.
+    #[cold]
+    fn attend(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus) -> Option<Exit> {
+        let attention = self.core.attention().clone();
+        let now = attention.get();
+        if now & (Attention::STOP | Attention::INIT | Attention::STARTUP) != 0 {
+            return Some(Exit::Stop);
+        }
+        if attention.take(Attention::LAYOUT) != 0 {
+            self.core.flush_translations();
+        }
+        if attention.take(Attention::CODE_WRITTEN) != 0 {
+            // Decoded instructions are checked at every use: nothing to drop.
+            mem.take_code_writes();
+        }
+        match self.core.poll(cpu, mem, bus) {
+            Step::TripleFault => Some(Exit::TripleFault),
+            _ => None,
+        }
+    }
+}
+
+impl Engine for Interpreter {
+    fn run(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, budget: Budget) -> Exit {
+        self.start = cpu.instructions;
+        loop {
+            if self.core.attention().get() != 0
+                && let Some(exit) = self.attend(cpu, mem, bus)
+            {
+                return exit;
+            }
+            if cpu.halted {
+                return Exit::Halt;
+            }
+            if cpu.instructions.wrapping_sub(self.start) >= budget.instructions {
+                return Exit::Budget;
+            }
+            match self.core.step(cpu, mem, bus) {
+                Step::Done | Step::Halt => {}
+                Step::TripleFault => return Exit::TripleFault,
+                Step::Unsupported => return Exit::Unsupported,
+            }
+            if self.core.has_flushes() {
+                self.core.take_flushes();
+            }
+        }
+    }
+
+    fn invalidate(&mut self, page: RamOffset) {
+        self.core.invalidate_code(page);
+    }
+
+    fn flush_translations(&mut self) {
+        self.core.flush_translations();
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.core.counters()
+    }
+}
