@@ -4,6 +4,7 @@
 //! knows no bus address, no IRQ number, no thread and no host time. Optional abilities are optional traits.
 #![forbid(unsafe_code)]
 
+pub mod acpi_pm;
 pub mod block;
 mod bus;
 mod control;
@@ -16,9 +17,11 @@ pub mod irqchip;
 pub mod pci;
 pub mod pit;
 pub mod rtc;
+mod sysports;
 mod time;
 mod timed;
 
+pub use acpi_pm::{AcpiPm, AcpiPmWiring};
 pub use bus::{Bus, BusDevice, Claim};
 pub use control::{A20Gate, A20Source, MachineControl};
 pub use counters::{Counter, Counters};
@@ -31,5 +34,6 @@ pub use irqchip::{FabricConfig, InterruptFabric, IoApicWindow, PicPorts, TscCloc
 pub use paravane_memory::{Port, VpIndex, Width};
 pub use pit::Pit;
 pub use rtc::Rtc;
+pub use sysports::{ByteSink, DebugConsole, DebugExit, SystemPorts};
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};
 pub use timed::bind_timer;

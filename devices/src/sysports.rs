@@ -1,0 +1,242 @@
+//! Small system ports: fast A20 and reset (92h), POST code (80h), debug console (E9h) and debug exit (IBM PS/2
+//! technical reference). Reset control (CF9h) is a byte of the PCI configuration address and lives there.
+
+use crate::control::{A20Gate, A20Source, MachineControl};
+use crate::device::{Device, Inspect, PioDevice, ResetKind};
+use paravane_memory::{Port, Width};
+use std::fmt::Display;
+use std::sync::Arc;
+
+/// System control port A.
+const PORT_A: u16 = 0x92;
+/// Port A: pulse the processor's reset line.
+const PORT_A_RESET: u8 = 1 << 0;
+/// Port A: enable address line 20.
+const PORT_A_A20: u8 = 1 << 1;
+/// POST code and I/O delay.
+const POST: u16 = 0x80;
+/// Ports 80h and 92h; claim [`SystemPorts::RANGES`] with `Width::W8`.
+pub struct SystemPorts {
+    // wiring
+    control: Arc<dyn MachineControl>,
+    a20: Arc<A20Gate>,
+    // guest-visible state
+    post: u8,
+    port_a: u8,
+}
+
+impl SystemPorts {
+    /// (first port, count) of the ranges to claim.
+    pub const RANGES: [(Port, u32); 2] = [(Port(POST), 1), (Port(PORT_A), 1)];
+
+    /// The ports, with A20 under control of `a20`.
+    pub fn new(control: Arc<dyn MachineControl>, a20: Arc<A20Gate>) -> SystemPorts {
+        SystemPorts { control, a20, post: 0, port_a: 0 }
+    }
+
+    /// The last POST code written.
+    pub fn post_code(&self) -> u8 {
+        self.post
+    }
+
+    fn write_port_a(&mut self, value: u8) {
+        let reset = value & PORT_A_RESET != 0 && self.port_a & PORT_A_RESET == 0;
+        self.port_a = value;
+        self.a20.set(A20Source::Port92, value & PORT_A_A20 != 0);
+        if reset {
+            self.control.reset("port 92h");
+        }
+    }
+}
+
+impl Inspect for SystemPorts {
+    fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
+        field("post", &format_args!("{:02x}", self.post));
+        field("port_a", &format_args!("{:02x}", self.port_a));
+        field("a20", &self.a20.is_enabled());
+    }
+}
+
+impl Device for SystemPorts {
+    fn label(&self) -> &str {
+        "system-ports"
+    }
+
+    fn reset(&mut self, _kind: ResetKind) {
+        self.port_a = 0;
+        self.a20.set(A20Source::Port92, false);
+    }
+
+    fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
+        Some(self)
+    }
+}
+
+impl PioDevice for SystemPorts {
+    fn port_in(&mut self, port: Port, _width: Width) -> u32 {
+        match port.0 {
+            POST => self.post.into(),
+            PORT_A => (self.port_a & !PORT_A_A20
+                | if self.a20.is_set(A20Source::Port92) { PORT_A_A20 } else { 0 })
+            .into(),
+            _ => 0xFF,
+        }
+    }
+
+    fn port_out(&mut self, port: Port, _width: Width, value: u32) {
+        match port.0 {
+            POST => self.post = value as u8,
+            PORT_A => self.write_port_a(value as u8),
+            _ => {}
+        }
+    }
+}
+
+/// Where the debug console's bytes go; must not block.
+pub type ByteSink = Box<dyn FnMut(&[u8]) + Send>;
+
+/// The debug console: bytes written to its port appear outside; it reads as its own port number (E9h).
+pub struct DebugConsole {
+    sink: ByteSink,
+    line: Vec<u8>,
+}
+
+impl DebugConsole {
+    /// (first port, count) of the range to claim, with `Width::W8`.
+    pub const RANGE: (Port, u32) = (Port(0xE9), 1);
+    const LINE_MAX: usize = 512;
+
+    /// A console that hands whole lines (or 512 bytes) to `sink`.
+    pub fn new(sink: ByteSink) -> DebugConsole {
+        DebugConsole { sink, line: Vec::new() }
+    }
+
+    /// Hands over what is buffered.
+    pub fn flush(&mut self) {
+        if !self.line.is_empty() {
+            (self.sink)(&self.line);
+            self.line.clear();
+        }
+    }
+}
+
+impl Inspect for DebugConsole {
+    fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
+        field("buffered", &self.line.len());
+    }
+}
+
+impl Device for DebugConsole {
+    fn label(&self) -> &str {
+        "debug-console"
+    }
+
+    fn reset(&mut self, _kind: ResetKind) {
+        self.flush();
+    }
+
+    fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
+        Some(self)
+    }
+}
+
+impl PioDevice for DebugConsole {
+    fn port_in(&mut self, _port: Port, _width: Width) -> u32 {
+        0xE9
+    }
+
+    fn port_out(&mut self, _port: Port, _width: Width, value: u32) {
+        self.line.push(value as u8);
+        if value as u8 == b'\n' || self.line.len() >= Self::LINE_MAX {
+            self.flush();
+        }
+    }
+}
+
+impl Drop for DebugConsole {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+/// The debug-exit port: a write ends the run with the value; claim 4 ports with `Width::W32`.
+pub struct DebugExit {
+    control: Arc<dyn MachineControl>,
+}
+
+impl DebugExit {
+    /// Number of ports to claim.
+    pub const PORTS: u32 = 4;
+
+    /// A port that reports to `control`.
+    pub fn new(control: Arc<dyn MachineControl>) -> DebugExit {
+        DebugExit { control }
+    }
+}
+
+impl Inspect for DebugExit {
+    fn inspect(&self, _field: &mut dyn FnMut(&str, &dyn Display)) {}
+}
+
+impl Device for DebugExit {
+    fn label(&self) -> &str {
+        "debug-exit"
+    }
+
+    fn reset(&mut self, _kind: ResetKind) {}
+
+    fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
+        Some(self)
+    }
+}
+
+impl PioDevice for DebugExit {
+    fn port_in(&mut self, _port: Port, width: Width) -> u32 {
+        width.mask() as u32 // nothing to read: open bus
+    }
+
+    fn port_out(&mut self, _port: Port, _width: Width, value: u32) {
+        self.control.debug_exit(value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::RecordedControl;
+    use std::sync::Mutex;
+
+    #[test]
+    fn resets_are_edges_and_a20_has_two_sources() {
+        let control = Arc::new(RecordedControl::default());
+        let a20 = A20Gate::new(control.clone());
+        let mut ports = SystemPorts::new(control.clone(), a20.clone());
+        ports.port_out(Port(0x92), Width::W8, 2);
+        a20.set(A20Source::KeyboardController, true);
+        ports.port_out(Port(0x92), Width::W8, 0);
+        a20.set(A20Source::KeyboardController, false);
+        assert_eq!(control.take(), ["a20 true", "a20 false"]);
+        for value in [0, 1, 1] {
+            ports.port_out(Port(0x92), Width::W8, value);
+        }
+        assert_eq!(control.take(), ["reset port 92h"]);
+        ports.port_out(Port(0x80), Width::W8, 0x55);
+        assert_eq!(ports.post_code(), 0x55);
+    }
+
+    #[test]
+    fn debug_console_gives_lines_and_exit_gives_the_value() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let log = seen.clone();
+        let mut console = DebugConsole::new(Box::new(move |b| log.lock().unwrap().push(b.to_vec())));
+        for b in b"hi\nyou" {
+            console.port_out(Port(0xE9), Width::W8, (*b).into());
+        }
+        assert_eq!(console.port_in(Port(0xE9), Width::W8), 0xE9);
+        drop(console);
+        assert_eq!(*seen.lock().unwrap(), [b"hi\n".to_vec(), b"you".to_vec()]);
+        let control = Arc::new(RecordedControl::default());
+        DebugExit::new(control.clone()).port_out(Port(0x501), Width::W32, 21);
+        assert_eq!(control.take(), ["exit 21"]);
+    }
+}
