@@ -27,7 +27,11 @@ fn make_disk(path: &Path, flaw: Option<u64>) {
 fn have_qemu() -> bool {
     let found = Command::new(QEMU).arg("--version").output().is_ok();
     if !found {
-        eprintln!("NOT RUN: {QEMU} is not installed, the lab guest was not tried on a second machine");
+        // Past the capture of passing tests.
+        let _ = writeln!(
+            std::io::stderr(),
+            "NOT RUN: {QEMU} is not installed, the lab guest was not tried on a second machine"
+        );
     }
     found
 }

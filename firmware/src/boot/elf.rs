@@ -63,8 +63,7 @@ impl Elf {
                     file.wrong("an ELF segment larger in the file than in memory; the file is damaged")
                 );
             }
-            place::put(mem, file, s.paddr, bytes)?;
-            place::zero(mem, file, s.paddr.saturating_add(s.filesz), s.memsz - s.filesz)?;
+            place::put_image(mem, file, s.paddr, bytes, s.memsz)?;
             end = end.max(s.paddr.saturating_add(s.memsz));
         }
         Ok(end)

@@ -27,7 +27,11 @@ pub(super) fn load<M: GuestMemoryBackend>(
             "below 1 MiB, where real mode reaches; choose a lower address",
         ));
     }
-    place::put(mem, file, flat.at, file.bytes())?;
+    // Real mode needs none of the loader's structures.
+    match flat.mode {
+        Mode::Real16 => place::put(mem, file, flat.at, file.bytes())?,
+        _ => place::put_image(mem, file, flat.at, file.bytes(), file.bytes().len() as u64)?,
+    }
     Ok(match flat.mode {
         Mode::Real16 => {
             // DL: the BIOS number of the boot drive.

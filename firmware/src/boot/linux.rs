@@ -79,7 +79,7 @@ fn parse(file: &NamedFile, low_end: u64) -> Result<Image<'_>, BootError> {
         return Err(file.truncated("the end of the kernel"));
     }
     let kernel = file.slice(start, available, "the kernel")?;
-    let (load_at, end) = placement(&header, available, low_end);
+    let (load_at, end) = placement(&header, available);
     if end > low_end {
         return Err(file.no_room(
             end - load_at,
@@ -90,24 +90,16 @@ fn parse(file: &NamedFile, low_end: u64) -> Result<Image<'_>, BootError> {
 }
 
 /// Load address, and the end of what the kernel needs. A relocatable kernel goes where it wants to run, so that it need
-/// not move itself.
-fn placement(header: &setup_header, size: u64, low_end: u64) -> (u64, u64) {
+/// not move itself; none runs below its preferred address.
+fn placement(header: &setup_header, size: u64) -> (u64, u64) {
     let default = u64::from(header.code32_start);
     if header.version < 0x020A {
-        return (default, default.saturating_add(size.saturating_mul(4)).min(low_end.max(default + size)));
+        // These do not say what they need; compressed kernels grow about fourfold.
+        return (default, default.saturating_add(size.saturating_mul(4)));
     }
     let preferred = header.pref_address;
-    let need = u64::from(header.init_size).max(size);
-    let fits = preferred.checked_add(need).is_some_and(|end| end <= low_end);
-    let load_at = if header.relocatable_kernel != 0 && fits { preferred } else { default };
-    let runs_at = if header.relocatable_kernel != 0 {
-        load_at
-            .max(if fits { preferred } else { 0 })
-            .next_multiple_of(u64::from(header.kernel_alignment).max(1))
-    } else {
-        preferred
-    };
-    (load_at, runs_at.saturating_add(need))
+    let end = preferred.saturating_add(u64::from(header.init_size).max(size));
+    if header.relocatable_kernel != 0 { (preferred, end) } else { (default, end.max(default + size)) }
 }
 
 fn choose_mode(file: &NamedFile, header: &setup_header, wanted: LinuxProtocol) -> Result<Mode, BootError> {

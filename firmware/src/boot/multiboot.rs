@@ -4,7 +4,7 @@ use super::elf::{self, Elf};
 use super::entry::{Entry, Mode, Registers};
 use super::file::le;
 use super::{BootError, NamedFile, Request, place};
-use crate::e820::{EBDA, HIGH_MEMORY, Kind};
+use crate::e820::{EBDA, HIGH_MEMORY};
 use vm_memory::GuestMemoryBackend;
 
 const HEADER_MAGIC: u32 = 0x1BAD_B002;
@@ -91,11 +91,9 @@ fn load_by_addresses<M: GuestMemoryBackend>(
         end => end.checked_sub(h.load_addr).ok_or_else(wrong)?,
     };
     let bytes = file.slice(start, len, "the kernel's text and data")?;
-    place::put(mem, file, h.load_addr, bytes)?;
-    let loaded = h.load_addr + len;
-    let bss = h.bss_end_addr.saturating_sub(loaded);
-    place::zero(mem, file, loaded, bss)?;
-    Ok((h.entry_addr, loaded + bss))
+    let size = h.bss_end_addr.saturating_sub(h.load_addr).max(len);
+    place::put_image(mem, file, h.load_addr, bytes, size)?;
+    Ok((h.entry_addr, h.load_addr + size))
 }
 
 /// Writes the information structure (specification 3.3), memory map, module list and strings.
@@ -159,11 +157,10 @@ fn module_list<M: GuestMemoryBackend>(
 fn memory_map(request: &Request<'_>) -> Vec<u8> {
     let mut map = Vec::new();
     for e in request.memory.entries() {
-        let kind = if e.kind == Kind::Ram { 1u32 } else { e.kind as u32 };
         map.extend_from_slice(&20u32.to_le_bytes());
         map.extend_from_slice(&e.start.to_le_bytes());
         map.extend_from_slice(&e.len.to_le_bytes());
-        map.extend_from_slice(&kind.to_le_bytes());
+        map.extend_from_slice(&(e.kind as u32).to_le_bytes());
     }
     map
 }

@@ -12,6 +12,7 @@
 use super::entry::{self, DescriptorTable, Mode};
 use super::{BootError, NamedFile, Request};
 use crate::e820::HIGH_MEMORY;
+use std::ops::Range;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 pub(super) const STACK_TOP: u64 = 0x6000;
@@ -24,6 +25,8 @@ pub(super) const STRINGS: u64 = 0x2_0000;
 pub(super) const STRINGS_END: u64 = 0x3_0000;
 
 const PAGE: u64 = 4096;
+/// What the table above uses.
+const RESERVED: [Range<u64>; 2] = [0x5000..0x1_0000, STRINGS..STRINGS_END];
 
 /// Copies `bytes` to `at`; `file` is named if there is no RAM.
 pub(super) fn put<M: GuestMemoryBackend>(
@@ -37,13 +40,26 @@ pub(super) fn put<M: GuestMemoryBackend>(
     })
 }
 
-/// Zero-fills `at..at + len` without allocating more than a page.
-pub(super) fn zero<M: GuestMemoryBackend>(
+/// Copies a part of an image to `at` and zero-fills up to `memsz`; refuses what would lie on the loader's structures.
+pub(super) fn put_image<M: GuestMemoryBackend>(
     mem: &M,
     file: &NamedFile,
     at: u64,
-    len: u64,
+    bytes: &[u8],
+    memsz: u64,
 ) -> Result<(), BootError> {
+    let end = at.saturating_add(memsz);
+    if RESERVED.iter().any(|r| at < r.end && r.start < end) {
+        return Err(
+            file.no_room(memsz, "beside the boot information in low memory; link the kernel above 1 MiB")
+        );
+    }
+    put(mem, file, at, bytes)?;
+    zero(mem, file, at.saturating_add(bytes.len() as u64), memsz.saturating_sub(bytes.len() as u64))
+}
+
+/// Zero-fills `at..at + len` without allocating more than a page.
+fn zero<M: GuestMemoryBackend>(mem: &M, file: &NamedFile, at: u64, len: u64) -> Result<(), BootError> {
     let page = [0u8; PAGE as usize];
     let mut done = 0;
     while done < len {

@@ -1,4 +1,5 @@
 use super::*;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
@@ -87,7 +88,11 @@ fn madt_lists_processors_io_apic_and_overrides() {
 #[test]
 fn acpica_understands_every_table() {
     if Command::new("iasl").arg("-v").output().is_err() {
-        eprintln!("NOT RUN: iasl (acpica-tools) is not installed, the ACPI tables were not checked by it");
+        // Past the capture of passing tests.
+        let _ = writeln!(
+            std::io::stderr(),
+            "NOT RUN: iasl (acpica-tools) is not installed, the ACPI tables were not checked by it"
+        );
         return;
     }
     let dir = env::temp_dir().join(format!("paravane-acpi-{}", std::process::id()));
