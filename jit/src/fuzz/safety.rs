@@ -36,7 +36,8 @@ pub fn is_harmless(case: &Case, bits: u32) -> bool {
 fn is_reachable(address: u64, size: u64, bits: u32) -> bool {
     let end = address.wrapping_add(size);
     let non_canonical = |a: u64| (a as i64) << 16 >> 16 != a as i64;
-    bits == 32 || (address < LOW && end < LOW) || (non_canonical(address) && non_canonical(end))
+    // Wrapping around 4 GiB is up to the implementation, even in 32-bit mode (SDM 3A, 5.3).
+    (address < LOW && end < LOW) || (bits == 64 && non_canonical(address) && non_canonical(end))
 }
 
 /// Register values as address computation wants them.

@@ -103,7 +103,10 @@ impl Sequence {
     fn is_determined(&self, case: &Case) -> bool {
         let i = &case.instruction;
         let sixteen = compare::is_open_result(i);
-        !sixteen && from_iced(i.rflags_read()) & self.open() == 0 && i.mnemonic() != Mnemonic::Popf
+        // The last x87 instruction's address and opcode are not tracked by engines.
+        let environment =
+            matches!(i.mnemonic(), Mnemonic::Fnsave | Mnemonic::Fnstenv | Mnemonic::Fsave | Mnemonic::Fstenv);
+        !sixteen && !environment && from_iced(i.rflags_read()) & self.open() == 0
     }
 
     /// The whole sequence as one case.

@@ -93,7 +93,8 @@ struct Hook {
     stubs: std::ops::Range<u64>,
     frame: *mut Frame,
     fault: Option<Fault>,
-    mxcsr: Option<u32>,
+    /// FSW and tags, MXCSR as a SIMD exception leaves them.
+    status: Option<([u8; 3], u32)>,
 }
 
 impl HostVectorUnit {
@@ -216,15 +217,19 @@ impl HostVectorUnit {
         };
         let rax = gpr[0];
         let stubs = self.area.address(0)..self.area.address(self.area.len());
-        let mut hook = Hook { stubs, frame: &raw mut frame, fault: None, mxcsr: None };
+        let mut hook = Hook { stubs, frame: &raw mut frame, fault: None, status: None };
         let mut scope = FaultScope::new(recover, (&raw mut hook).cast());
         // SAFETY: `recover` only reads and writes `hook`, and redirects from a stub to `leave`, whose stack frame is
         // `enter`'s. The stub passed `admit`; the memory it may touch is `operand`, and `fpu` is exclusively ours.
         unsafe { scope.enter(|| enter(hook.frame)) };
-        let (fault, mxcsr) = (hook.fault.take(), hook.mxcsr);
+        let (fault, status) = (hook.fault.take(), hook.status);
         if let Some(fault) = fault {
-            if let Some(mxcsr) = mxcsr {
+            if let Some((x87, mxcsr)) = status {
                 fpu.set_mxcsr(mxcsr);
+                if stub.components & X87 != 0 {
+                    // CVTPS2PI and its kin have gone over to MMX state by then.
+                    fpu.0[2..5].copy_from_slice(&x87);
+                }
             }
             return Err(fault);
         }
@@ -452,8 +457,11 @@ unsafe fn recover(data: *mut (), context: &mut FaultContext) -> bool {
     }
     hook.fault = Some(fault);
     if fault.vector == Vector::XM {
-        // SAFETY: every frame of a CPU with SSE has the 512 legacy bytes; MXCSR is at 24, its new flags stand.
-        hook.mxcsr = Some(unsafe { context.xsave_area().add(24).cast::<u32>().read_unaligned() });
+        // SAFETY: every frame of a CPU with SSE has the 512 legacy bytes: FSW and tags at 2, MXCSR at 24.
+        hook.status = Some(unsafe {
+            let area = context.xsave_area();
+            (area.add(2).cast::<[u8; 3]>().read(), area.add(24).cast::<u32>().read_unaligned())
+        });
     }
     context.set_gpr(7, hook.frame as u64);
     context.set_rip(leave as *const () as u64);

@@ -1,0 +1,313 @@
+//! Small long-mode programs run to HLT by the translator and by the interpreter: both must end in the same state.
+
+use paravane_cpu::{
+    Attention, Budget, CpuBus, CpuState, CpuidResult, Engine, Exit, HostFeatures, Interpreter, MsrFault,
+    SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
+};
+use paravane_jit::{HostVectorUnit, JitOptions, Translator};
+use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, Port, VpIndex, Width};
+
+/// A machine with nothing in it.
+struct Nothing;
+
+impl CpuBus for Nothing {
+    fn mmio_load(&self, _: VpIndex, _: PhysAddr, _: Width) -> u64 {
+        u64::MAX
+    }
+    fn mmio_store(&self, _: VpIndex, _: PhysAddr, _: Width, _: u64) {}
+    fn port_in(&self, _: VpIndex, _: Port, _: Width) -> u32 {
+        u32::MAX
+    }
+    fn port_out(&self, _: VpIndex, _: Port, _: Width, _: u32) {}
+    fn acknowledge(&self, _: VpIndex) -> Option<u8> {
+        None
+    }
+    fn cpuid(&self, _: VpIndex, _: u32, _: u32) -> Option<CpuidResult> {
+        None
+    }
+    fn rdmsr(&self, _: VpIndex, _: u32) -> Result<u64, MsrFault> {
+        Err(MsrFault)
+    }
+    fn wrmsr(&self, _: VpIndex, _: u32, _: u64) -> Result<(), MsrFault> {
+        Err(MsrFault)
+    }
+    fn read_cr8(&self, _: VpIndex) -> u64 {
+        0
+    }
+    fn write_cr8(&self, _: VpIndex, _: u64) {}
+    fn tsc(&self, _: VpIndex) -> u64 {
+        0
+    }
+    fn fpu_error(&self, _: VpIndex) {}
+}
+
+const CODE: u64 = 0x10_0000;
+const STACK: u64 = 0x20_0000;
+
+/// 16 MiB identity-mapped by 4 KiB pages, so that page borders matter, plus the program at [`CODE`].
+fn memory(program: &[u8]) -> GuestMemory {
+    let m = GuestMemory::new(MemoryConfig::pc(16 << 20)).expect("memory");
+    let w = |at: u64, v: u64| m.write(PhysAddr(at), &v.to_le_bytes()).expect("RAM");
+    w(0x1000, 0x2000 | 7);
+    w(0x2000, 0x3000 | 7);
+    for i in 0..8 {
+        w(0x3000 + i * 8, (0x4000 + i * 0x1000) | 7);
+        for j in 0..512 {
+            w(0x4000 + i * 0x1000 + j * 8, (i << 21 | j << 12) | 7);
+        }
+    }
+    m.write(PhysAddr(CODE), program).expect("RAM");
+    for i in 0..0x8000u64 {
+        m.write(PhysAddr(0x30_0000 + i), &[(i * 7 + (i >> 8) * 13) as u8]).expect("RAM");
+    }
+    m
+}
+
+fn state() -> CpuState {
+    let mut c = CpuState::reset(0);
+    c.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::WP | cr0::ET | cr0::MP;
+    c.cr3 = 0x1000;
+    c.cr4 = cr4::PAE | cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
+    c.xcr0 = 7;
+    c.efer = efer::LME | efer::LMA | efer::NXE | efer::SCE;
+    c.seg = [Segment::flat(0x10, 0xC093); 6];
+    c.seg[SegReg::Cs as usize] = Segment::flat(8, 0xA09B);
+    c.rip = CODE;
+    c.gpr[gpr::RSP] = STACK;
+    c.gpr[gpr::RSI] = 0x30_0000;
+    c.gpr[gpr::RDI] = 0x40_0000;
+    c
+}
+
+fn run(engine: &mut dyn Engine, mem: &GuestMemory) -> CpuState {
+    let mut c = state();
+    let exit = engine.run(&mut c, mem, &Nothing, Budget::UNLIMITED);
+    assert_eq!(exit, Exit::Halt, "at {:#x}", c.rip);
+    c
+}
+
+/// Runs `program` in both engines and compares registers (flags in `mask`), vector state and memory.
+fn agree(program: &[u8], mask: u64) -> CpuState {
+    let model = model_by_name("max", &HostFeatures::detect()).expect("model");
+    let (a, b) = (memory(program), memory(program));
+    let vector = Box::new(HostVectorUnit::new().expect("vector unit"));
+    let mut interp = Interpreter::new(model.clone(), vector, Attention::default(), VpIndex(0));
+    let mut jit = Translator::new(model, &b, Attention::default(), VpIndex(0), JitOptions::default())
+        .expect("translator");
+    let (x, y) = (run(&mut interp, &a), run(&mut jit, &b));
+    assert_eq!(x.gpr.map(|v| format!("{v:x}")), y.gpr.map(|v| format!("{v:x}")), "registers");
+    assert_eq!(x.rip, y.rip, "rip");
+    assert_eq!(x.rflags & mask, y.rflags & mask, "flags {:#x} {:#x}", x.rflags, y.rflags);
+    for i in 0..256 {
+        assert_eq!(x.fpu.0[160 + i], y.fpu.0[160 + i], "XMM byte {i}");
+    }
+    let (mut p, mut q) = (vec![0; 16 << 20], vec![0; 16 << 20]);
+    a.read(PhysAddr(0), &mut p).expect("RAM");
+    b.read(PhysAddr(0), &mut q).expect("RAM");
+    if let Some(i) = (0x10_0000..p.len()).find(|&i| p[i] != q[i]) {
+        panic!("memory differs at {i:#x}: {:#x} {:#x}", p[i], q[i]);
+    }
+    y
+}
+
+/// Defines a function that returns the bytes of an assembly program, HLT appended.
+macro_rules! program {
+    ($name:ident, $($line:literal),+ $(,)?) => {
+        mod $name {
+            std::arch::global_asm!(
+                ".pushsection .rodata",
+                concat!(stringify!($name), "_start:"),
+                $($line,)+
+                "hlt",
+                concat!(stringify!($name), "_end:"),
+                ".popsection",
+            );
+            unsafe extern "C" {
+                #[link_name = concat!(stringify!($name), "_start")]
+                static START: u8;
+                #[link_name = concat!(stringify!($name), "_end")]
+                static END: u8;
+            }
+            pub(super) fn bytes() -> &'static [u8] {
+                let (start, end) = (&raw const START, &raw const END);
+                // SAFETY: both labels lie in one section, `end` after `start`.
+                unsafe { std::slice::from_raw_parts(start, end as usize - start as usize) }
+            }
+        }
+    };
+}
+
+program!(
+    t_sum,
+    "xor eax, eax",
+    "mov ecx, 1000",
+    "2: add rax, [rsi + rcx*8]",
+    "mov [rdi + rcx*8 + 3], rax",
+    "adc r10, [rsi + rcx*8 + 1]",
+    "xor r15, r10",
+    "dec ecx",
+    "jnz 2b",
+);
+
+#[test]
+fn sums_and_copies() {
+    agree(t_sum::bytes(), flags::STATUS);
+}
+
+program!(
+    t_calls,
+    "mov edi, 12",
+    "call 3f",
+    "mov r13, rax",
+    "lea r14, [rip + 3f]",
+    "mov edi, 9",
+    "call r14",
+    "push r13",
+    "push 0x12345678",
+    "pop r12",
+    "pop r11",
+    "jmp 9f",
+    "3: push rbp",
+    "mov rbp, rsp",
+    "push rbx",
+    "sub rsp, 24",
+    "mov ebx, edi",
+    "mov eax, edi",
+    "cmp edi, 1",
+    "jle 4f",
+    "lea edi, [rbx - 1]",
+    "call 3b",
+    "mov [rsp + 8], rax",
+    "lea edi, [rbx - 2]",
+    "call 3b",
+    "add rax, [rsp + 8]",
+    "4: add rsp, 24",
+    "pop rbx",
+    "leave",
+    "ret",
+    "9:",
+);
+
+#[test]
+fn calls_stack_and_memory_homed_registers() {
+    let s = agree(t_calls::bytes(), flags::STATUS);
+    assert_eq!(s.gpr[13], 144);
+    assert_eq!(s.gpr[0], 34);
+}
+
+program!(
+    t_flags,
+    "mov ecx, 300",
+    "xor ebx, ebx",
+    "2: mov rax, [rsi + rcx*4]",
+    "add rax, [rsi + rcx*8]",
+    "mov rdx, [rsi + rcx]",
+    "mov [rdi + rcx*2], rdx",
+    "adc rbx, 0",
+    "call 3f",
+    "setc r8b",
+    "sbb r9, [rsi + rcx*4 + 5]",
+    "lea rcx, [rcx - 1]",
+    "jrcxz 5f",
+    "jmp 2b",
+    "3: cmp rdx, rax",
+    "push rdx",
+    "pop r15",
+    "ret",
+    "5:",
+);
+
+#[test]
+fn flags_live_across_memory_and_calls() {
+    agree(t_flags::bytes(), flags::STATUS);
+}
+
+program!(
+    t_vec,
+    "mov ecx, 4100",
+    "2: movdqu xmm1, [rsi + rcx]",
+    "vmovdqu ymm2, [rsi + rcx + 7]",
+    "paddd xmm0, xmm1",
+    "vpaddq ymm3, ymm3, ymm2",
+    "movdqu [rdi + rcx], xmm0",
+    "movq xmm4, [rsi + rcx]",
+    "cvtsi2sd xmm5, qword ptr [rsi + rcx]",
+    "addsd xmm6, xmm5",
+    "fild qword ptr [rsi + rcx]",
+    "fstp tbyte ptr [rdi + rcx + 3]",
+    "dec ecx",
+    "jnz 2b",
+);
+
+#[test]
+fn vectors_cross_pages_unaligned() {
+    agree(t_vec::bytes(), flags::STATUS);
+}
+
+program!(
+    t_smc,
+    "mov ecx, 50",
+    "xor eax, eax",
+    "lea rbx, [rip + 3f]",
+    "2: mov [rbx + 1], ecx",
+    "3: mov edx, 0x11111111",
+    "add eax, edx",
+    "dec ecx",
+    "jnz 2b",
+);
+
+#[test]
+fn code_that_patches_itself() {
+    let s = agree(t_smc::bytes(), flags::STATUS);
+    assert_eq!(s.gpr[0], (1..=50).sum::<u64>());
+}
+
+program!(
+    t_high,
+    "mov ecx, 200",
+    "2: mov ah, [rsi + rcx]",
+    "add [rdi + rcx], ah",
+    "xor bh, ah",
+    "mov dh, [rsi + rcx*2 + 1]",
+    "cmp dh, [rsi]",
+    "adc al, dh",
+    "mov r12w, [rsi + rcx]",
+    "movzx r13d, r12b",
+    "xchg [rdi + rcx*4], r13",
+    "lock xadd [rdi + rcx*8], r14",
+    "bts qword ptr [rdi], 5",
+    "cmpxchg [rdi + rcx], r11b",
+    "dec ecx",
+    "jnz 2b",
+);
+
+#[test]
+fn high_bytes_and_partial_registers() {
+    agree(t_high::bytes(), flags::STATUS);
+}
+
+program!(
+    t_str,
+    "mov ecx, 5000",
+    "rep movsb",
+    "mov ecx, 100",
+    "mov eax, 0x5A5A",
+    "rep stosq",
+    "mov rax, 0x123456789ABCDEF",
+    "xor edx, edx",
+    "mov r12d, 977",
+    "div r12",
+    "mov r10, rdx",
+    "idiv qword ptr [rip + 4f]",
+    "jmp 5f",
+    "4: .quad 12345",
+    "5: bsf r9, rax",
+    "popcnt r8, rax",
+    "pdep r11, rax, r12",
+    "mulx r14, r15, [rsi]",
+);
+
+#[test]
+fn string_instructions_and_division() {
+    agree(t_str::bytes(), flags::CF | flags::ZF | flags::SF);
+}
