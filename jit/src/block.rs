@@ -25,7 +25,10 @@ impl Mode {
     pub(crate) const GS_FLAT: u32 = 1 << 6;
     /// Count retired instructions.
     pub(crate) const COUNTED: u32 = 1 << 7;
-    /// Code flavours without the modes above; the rest is interpreted.
+    /// The copy of a block that uses no base group.
+    pub(crate) const UNGROUPED: u32 = 1 << 8;
+
+    /// Whether `bit` is set.
     pub(crate) fn has(self, bit: u32) -> bool {
         self.0 & bit != 0
     }
@@ -52,6 +55,8 @@ pub(crate) struct Link {
     pub(crate) flags_live: bool,
     /// Source and target lie on one page.
     pub(crate) same_page: bool,
+    /// Leads to the ungrouped copy of its target.
+    pub(crate) ungrouped: bool,
 }
 
 /// A translated block.

@@ -3,6 +3,7 @@
 
 use crate::block::Mode;
 use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess};
+use paravane_cpu::CpuModel;
 
 /// How an instruction is translated.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,16 +37,16 @@ pub(crate) struct Form {
 pub(crate) struct Forms {
     known: Vec<Option<Form>>,
     info: iced_x86::InstructionInfoFactory,
-    supports: Box<dyn Fn(CpuidFeature) -> bool + Send>,
+    model: CpuModel,
 }
 
 impl Forms {
-    /// `supports` says what the guest's CPUID offers.
-    pub(crate) fn new(supports: Box<dyn Fn(CpuidFeature) -> bool + Send>) -> Forms {
+    /// What `model` does not offer is left to the interpreter.
+    pub(crate) fn new(model: CpuModel) -> Forms {
         Forms {
             known: vec![None; Code::values().len()],
             info: iced_x86::InstructionInfoFactory::new(),
-            supports,
+            model,
         }
     }
 
@@ -56,8 +57,7 @@ impl Forms {
         }
         let info = self.info.info(instr);
         let access = [0, 1, 2, 3, 4].map(|i| info.op_access(i));
-        let offered = instr.cpuid_features().iter().all(|&f| (self.supports)(f));
-        let class = if offered { classify(instr) } else { Class::Interpret };
+        let class = if self.model.allows(instr) { classify(instr) } else { Class::Interpret };
         let f = Form { class, access };
         self.known[slot] = Some(f);
         f
@@ -99,8 +99,15 @@ fn classify(instr: &Instruction) -> Class {
 fn classify_straight(instr: &Instruction) -> Class {
     use Mnemonic as M;
     match instr.mnemonic() {
-        M::Nop | M::Endbr64 | M::Endbr32 | M::Prefetchw | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1
-        | M::Prefetcht2 | M::Reservednop => Class::Nop,
+        M::Nop
+        | M::Endbr64
+        | M::Endbr32
+        | M::Prefetchw
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Reservednop => Class::Nop,
         M::Lea => Class::Lea,
         M::Push | M::Pop | M::Leave => classify_stack(instr),
         M::Mov => {
@@ -124,8 +131,14 @@ fn classify_straight(instr: &Instruction) -> Class {
 fn classify_stack(instr: &Instruction) -> Class {
     use Code as C;
     match instr.code() {
-        C::Push_r64 | C::Push_r32 | C::Pushq_imm8 | C::Pushq_imm32 | C::Pushd_imm8 | C::Pushd_imm32
-        | C::Push_rm64 | C::Push_rm32 => Class::Push,
+        C::Push_r64
+        | C::Push_r32
+        | C::Pushq_imm8
+        | C::Pushq_imm32
+        | C::Pushd_imm8
+        | C::Pushd_imm32
+        | C::Push_rm64
+        | C::Push_rm32 => Class::Push,
         C::Pop_r64 | C::Pop_r32 => Class::Pop,
         C::Leaveq | C::Leaved => Class::Leave,
         _ => Class::Interpret,
@@ -255,10 +268,32 @@ fn classify_vector(instr: &Instruction) -> Class {
     use Mnemonic as M;
     match instr.mnemonic() {
         // Instruction pointers in the image would be ours; masked and gathered accesses fault element by element.
-        M::Fnstenv | M::Fstenv | M::Fldenv | M::Fnsave | M::Fsave | M::Frstor | M::Fxsave | M::Fxsave64
-        | M::Fxrstor | M::Fxrstor64 | M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu | M::Vmaskmovps
-        | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq | M::Vpgatherdd | M::Vpgatherdq | M::Vpgatherqd
-        | M::Vpgatherqq | M::Vgatherdps | M::Vgatherdpd | M::Vgatherqps | M::Vgatherqpd | M::Wait => {
+        M::Fnstenv
+        | M::Fstenv
+        | M::Fldenv
+        | M::Fnsave
+        | M::Fsave
+        | M::Frstor
+        | M::Fxsave
+        | M::Fxsave64
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Maskmovq
+        | M::Maskmovdqu
+        | M::Vmaskmovdqu
+        | M::Vmaskmovps
+        | M::Vmaskmovpd
+        | M::Vpmaskmovd
+        | M::Vpmaskmovq
+        | M::Vpgatherdd
+        | M::Vpgatherdq
+        | M::Vpgatherqd
+        | M::Vpgatherqq
+        | M::Vgatherdps
+        | M::Vgatherdpd
+        | M::Vgatherqps
+        | M::Vgatherqpd
+        | M::Wait => {
             return Class::Interpret;
         }
         _ => {}
@@ -267,9 +302,15 @@ fn classify_vector(instr: &Instruction) -> Class {
     for f in instr.cpuid_features() {
         needs |= match f {
             C::FPU | C::FPU287 | C::FPU387 | C::MMX => Mode::X87,
-            C::SSE | C::SSE2 | C::SSE3 | C::SSSE3 | C::SSE4_1 | C::SSE4_2 | C::AES | C::PCLMULQDQ | C::SHA => {
-                Mode::SSE
-            }
+            C::SSE
+            | C::SSE2
+            | C::SSE3
+            | C::SSSE3
+            | C::SSE4_1
+            | C::SSE4_2
+            | C::AES
+            | C::PCLMULQDQ
+            | C::SHA => Mode::SSE,
             C::AVX | C::AVX2 | C::FMA | C::F16C => Mode::AVX,
             C::CMOV => 0,
             _ => return Class::Interpret,

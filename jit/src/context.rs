@@ -61,6 +61,8 @@ pub(crate) struct JitContext {
     /// EA, access size and kind of a miss.
     pub(crate) miss_ea: u64,
     pub(crate) miss_info: u64,
+    pub(crate) miss_return: u64,
+    pub(crate) miss_flags: u64,
     pub(crate) ymm: [[u8; 32]; 16],
     /// For each linear code page in use: its backing page number + 1 while that translation is known to hold.
     pub(crate) xslots: [u32; XSLOTS],

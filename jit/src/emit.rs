@@ -35,6 +35,18 @@ pub(crate) struct PendingLink {
     pub(crate) stub: Pos,
     pub(crate) flags_live: bool,
     pub(crate) same_page: bool,
+    pub(crate) ungrouped: bool,
+}
+
+/// The base group in force: r13 holds the page's delta.
+#[derive(Clone, Copy)]
+struct Group {
+    base: u8,
+    lo: i32,
+    hi: i32,
+    write: bool,
+    /// How far RSP moved since the check, where it is the base.
+    moved: i32,
 }
 
 /// Why an instruction cannot be emitted: it goes to the interpreter.
@@ -64,6 +76,7 @@ pub(crate) struct Emitter {
     /// Linear address of the current instruction.
     rip: u64,
     page: u64,
+    group: Option<Group>,
 }
 
 const NEED_FS_GS: [Register; 2] = [Register::FS, Register::GS];
@@ -88,6 +101,7 @@ impl Emitter {
             code64: true,
             rip: 0,
             page: 0,
+            group: None,
         }
     }
 
@@ -101,6 +115,7 @@ impl Emitter {
         self.code64 = code64;
         self.rip = lin;
         self.page = lin >> 12;
+        self.group = None;
     }
 
     /// Says which instruction comes next.
@@ -207,7 +222,10 @@ impl Emitter {
         let index = instr.memory_index();
         let wanted = if self.code64 { 8 } else { 4 };
         for r in [base, index] {
-            if r != Register::None && r != Register::RIP && r.size() != wanted && !(self.code64 && r.size() == 4)
+            if r != Register::None
+                && r != Register::RIP
+                && r.size() != wanted
+                && !(self.code64 && r.size() == 4)
             {
                 return Err(Unfit);
             }
@@ -216,7 +234,10 @@ impl Emitter {
         let segment = instr.memory_segment();
         let based = linear && NEED_FS_GS.contains(&segment);
         let disp = instr.memory_displacement64();
-        if base == Register::RIP || base == Register::EIP || (base == Register::None && index == Register::None) {
+        if base == Register::RIP
+            || base == Register::EIP
+            || (base == Register::None && index == Register::None)
+        {
             Self::constant(&mut self.hot, R10, disp);
         } else {
             let b = (base != Register::None).then(|| regs::number(base));
@@ -249,7 +270,13 @@ impl Emitter {
             index.map_or(Register::None, reg),
             if index.is_some() { scale } else { 1 },
             i64::from(disp),
-            if base.is_none() { 8 } else if disp == 0 { 0 } else { 1 },
+            if base.is_none() {
+                8
+            } else if disp == 0 {
+                0
+            } else {
+                1
+            },
             false,
             Register::None,
         );
@@ -287,18 +314,27 @@ impl Emitter {
         }
     }
 
-    fn save(ops: &mut SimpleAssembler, keep: Keep) {
+    /// Saves the flags of `keep`, in r13 or, while a group owns it, in the context.
+    fn save(ops: &mut SimpleAssembler, keep: Keep, grouped: bool) {
+        let tmp = ctx!(tmp) + 8;
         match keep {
             Keep::Nothing => {}
+            Keep::Carry if grouped => dynasm!(ops ; .arch x64 ; setb [rsp + tmp]),
+            Keep::Zero if grouped => dynasm!(ops ; .arch x64 ; setz [rsp + tmp]),
+            Keep::All if grouped => dynasm!(ops ; .arch x64 ; mov [rsp + tmp], rax ; lahf ; seto al),
             Keep::Carry => dynasm!(ops ; .arch x64 ; setb r13b),
             Keep::Zero => dynasm!(ops ; .arch x64 ; setz r13b),
             Keep::All => dynasm!(ops ; .arch x64 ; mov r13, rax ; lahf ; seto al),
         }
     }
 
-    fn restore(ops: &mut SimpleAssembler, keep: Keep) {
+    fn restore(ops: &mut SimpleAssembler, keep: Keep, grouped: bool) {
+        let tmp = ctx!(tmp) + 8;
         match keep {
             Keep::Nothing => {}
+            Keep::Carry if grouped => dynasm!(ops ; .arch x64 ; add BYTE [rsp + tmp], -1),
+            Keep::Zero if grouped => dynasm!(ops ; .arch x64 ; cmp BYTE [rsp + tmp], 1),
+            Keep::All if grouped => dynasm!(ops ; .arch x64 ; add al, 127 ; sahf ; mov rax, [rsp + tmp]),
             Keep::Carry => dynasm!(ops ; .arch x64 ; add r13b, -1),
             Keep::Zero => dynasm!(ops ; .arch x64 ; cmp r13b, 1),
             Keep::All => dynasm!(ops ; .arch x64 ; add al, 127 ; sahf ; mov rax, r13),
@@ -325,7 +361,7 @@ impl Emitter {
         } else {
             dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
         }
-        Self::save(&mut self.hot, keep);
+        Self::save(&mut self.hot, keep, self.group.is_some());
         let cold = self.cold_here();
         if size == 1 {
             dynasm!(self.hot ; .arch x64 ; test r11, r11);
@@ -336,7 +372,7 @@ impl Emitter {
             self.hot_jcc(5, cold);
         }
         let back = self.hot_here();
-        Self::restore(&mut self.hot, keep);
+        Self::restore(&mut self.hot, keep, self.group.is_some());
         self.cold_access(ea, size, write, keep, retry, back);
     }
 
@@ -359,7 +395,7 @@ impl Emitter {
             self.cold_jcc(4, back);
             self.cold.ops[js] = (self.cold.ops.len() - js - 1) as u8;
         }
-        Self::restore(&mut self.cold, keep);
+        Self::restore(&mut self.cold, keep, self.group.is_some());
         if ea != R10 {
             dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea));
         }
@@ -397,7 +433,8 @@ impl Emitter {
         }
         let mut new = *instr;
         normalize(&mut new)?;
-        let mut free = [R10, R11, R13].as_slice();
+        let grouped = self.group.is_some();
+        let mut free: &[u8] = if grouped { &[R10, R11] } else { &[R10, R11, R13] };
         let mut high_byte = false;
         if let Some(op) = memory {
             let size = instr.memory_size().size() as u32;
@@ -409,15 +446,22 @@ impl Emitter {
                 OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
             );
             high_byte = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));
-            let ea = self.effective_address(instr, true)?;
-            self.access(ea, size, write, site.before);
-            new.set_memory_base(Register::R11);
-            new.set_memory_index(Register::None);
-            new.set_memory_index_scale(1);
-            new.set_memory_displacement64(0);
-            new.set_memory_displ_size(0);
             new.set_segment_prefix(Register::None);
-            free = [R10, R13].as_slice();
+            if let Some((base, disp)) = self.member(instr, size, write).filter(|_| !high_byte) {
+                // A group member: the page's delta is in r13, the displacement stays.
+                let base = self.guest(base, R11);
+                address_by_group(&mut new, base, disp);
+                free = &[R10];
+            } else {
+                let ea = self.effective_address(instr, true)?;
+                self.access(ea, size, write, site.before);
+                new.set_memory_base(Register::R11);
+                new.set_memory_index(Register::None);
+                new.set_memory_index_scale(1);
+                new.set_memory_displacement64(0);
+                new.set_memory_displ_size(0);
+                free = if grouped { &[R10] } else { &[R10, R13] };
+            }
         }
         let mut stores: [(u8, u8); 4] = [(0, 0); 4];
         let mut stored = 0;
@@ -468,15 +512,16 @@ impl Emitter {
     /// An instruction with AH–BH and memory cannot name r11: borrows a register without REX for the address, after a
     /// probe that faults while all registers are still the guest's.
     fn high_byte_access(&mut self, new: &mut Instruction) -> Result<(), Unfit> {
-        let used = |n: u8| (0..new.op_count()).any(|i| {
-            new.op_kind(i) == OpKind::Register && regs::number(new.op_register(i)) == n
-        });
+        let used = |n: u8| {
+            (0..new.op_count())
+                .any(|i| new.op_kind(i) == OpKind::Register && regs::number(new.op_register(i)) == n)
+        };
         // RAX is implicit in CMPXCHG; RSI and RDI have no high byte and no such role.
         let t = [6u8, 7].into_iter().find(|&n| !used(n)).ok_or(Unfit)?;
         new.set_memory_base(Register::RAX + u32::from(t));
         dynasm!(self.hot
             ; .arch x64
-            ; mov r13b, [r11]
+            ; mov r10b, [r11]
             ; mov [rsp + ctx!(tmp)], Rq(t)
             ; mov Rq(t), r11
         );
@@ -529,15 +574,78 @@ impl Emitter {
         if self.code64 { 8 } else { 4 }
     }
 
-    /// Leaves r11 = host address of the new top of stack, r10 = new RSP.
-    fn push_slot(&mut self, live: FlagSet) {
-        let n = self.stack_size();
-        if self.code64 {
-            dynasm!(self.hot ; .arch x64 ; lea r10, [r12 - n]);
-        } else {
-            dynasm!(self.hot ; .arch x64 ; lea r10d, [r12 - n]);
+    /// Whether the word at RSP + `disp` is covered by the group.
+    fn stack_member(&self, disp: i32, write: bool) -> bool {
+        self.group.is_some_and(|g| g.base == 4 && g.covers(disp, self.stack_size(), write))
+    }
+
+    fn moved(&mut self, n: i32) {
+        if let Some(g) = &mut self.group
+            && g.base == 4
+        {
+            g.moved += n;
         }
-        self.access(R10, n as u32, true, live);
+    }
+
+    /// Pushes what `value` puts into the register it returns; it may use `scratch` only.
+    fn push_word(&mut self, live: FlagSet, value: impl FnOnce(&mut Emitter, u8) -> u8) {
+        let n = self.stack_size();
+        if self.stack_member(-n, true) {
+            let r = value(self, R10);
+            if self.code64 {
+                dynasm!(self.hot ; .arch x64 ; mov [r12 + r13 - n], Rq(r));
+            } else {
+                dynasm!(self.hot ; .arch x64 ; mov [r12 + r13 - n], Rd(r));
+            }
+            self.add_rsp(regs::HOST_RSP, -n);
+        } else {
+            if self.code64 {
+                dynasm!(self.hot ; .arch x64 ; lea r10, [r12 - n]);
+            } else {
+                dynasm!(self.hot ; .arch x64 ; lea r10d, [r12 - n]);
+            }
+            self.access(R10, n as u32, true, live);
+            let r = value(self, R10);
+            if self.code64 {
+                dynasm!(self.hot ; .arch x64 ; mov [r11], Rq(r));
+            } else {
+                dynasm!(self.hot ; .arch x64 ; mov [r11], Rd(r));
+            }
+            self.add_rsp(regs::HOST_RSP, -n);
+        }
+        self.moved(-n);
+    }
+
+    /// Loads the word at the top of the stack into host register `r`; RSP stays.
+    fn load_top(&mut self, r: u8, live: FlagSet) {
+        if self.stack_member(0, false) {
+            if self.code64 {
+                dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r12 + r13]);
+            } else {
+                dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r12 + r13]);
+            }
+        } else {
+            self.access(regs::HOST_RSP, self.stack_size() as u32, false, live);
+            self.load_stack(r);
+        }
+    }
+
+    /// Loads the word-sized memory operand of PUSH, CALL or JMP into r11.
+    fn load_operand(&mut self, instr: &Instruction, live: FlagSet) -> Result<(), Unfit> {
+        let n = self.stack_size();
+        if let Some((base, disp)) = self.member(instr, n as u32, false) {
+            let b = self.guest(base, R11);
+            if self.code64 {
+                dynasm!(self.hot ; .arch x64 ; mov r11, [Rq(b) + r13 + disp]);
+            } else {
+                dynasm!(self.hot ; .arch x64 ; mov r11d, [Rq(b) + r13 + disp]);
+            }
+        } else {
+            let ea = self.effective_address(instr, true)?;
+            self.access(ea, n as u32, false, live);
+            self.load_stack(R11);
+        }
+        Ok(())
     }
 
     /// PUSH of a register, immediate or memory.
@@ -545,36 +653,26 @@ impl Emitter {
         match instr.op0_kind() {
             OpKind::Register => {
                 let n = regs::number(instr.op0_register());
-                self.push_slot(site.before);
-                let r = self.guest(n, R13);
-                self.store_stack(r);
+                self.push_word(site.before, |e, scratch| e.guest(n, scratch));
             }
             OpKind::Memory => {
-                let ea = self.effective_address(instr, true)?;
-                self.access(ea, self.stack_size() as u32, false, site.before);
-                self.load_stack(R11);
+                self.load_operand(instr, site.before)?;
                 dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
-                self.push_slot(site.before);
-                dynasm!(self.hot ; .arch x64 ; mov r13, [rsp + ctx!(tmp)]);
-                self.store_stack(R13);
+                self.push_word(site.before, |e, scratch| {
+                    dynasm!(e.hot ; .arch x64 ; mov Rq(scratch), [rsp + ctx!(tmp)]);
+                    scratch
+                });
             }
             _ => {
                 let value = instr.immediate(0);
-                self.push_slot(site.before);
-                Self::constant(&mut self.hot, R13, if self.code64 { value } else { value & 0xFFFF_FFFF });
-                self.store_stack(R13);
+                let value = if self.code64 { value } else { value & 0xFFFF_FFFF };
+                self.push_word(site.before, |e, scratch| {
+                    Self::constant(&mut e.hot, scratch, value);
+                    scratch
+                });
             }
         }
-        dynasm!(self.hot ; .arch x64 ; mov r12, r10);
         Ok(())
-    }
-
-    fn store_stack(&mut self, r: u8) {
-        if self.code64 {
-            dynasm!(self.hot ; .arch x64 ; mov [r11], Rq(r));
-        } else {
-            dynasm!(self.hot ; .arch x64 ; mov [r11], Rd(r));
-        }
     }
 
     fn load_stack(&mut self, r: u8) {
@@ -596,19 +694,17 @@ impl Emitter {
     /// POP into a register.
     pub(crate) fn pop(&mut self, instr: &Instruction, site: Site) {
         let n = regs::number(instr.op0_register());
-        self.access(regs::HOST_RSP, self.stack_size() as u32, false, site.before);
+        let word = self.stack_size();
         match regs::place(n) {
-            Place::Host(regs::HOST_RSP) => self.load_stack(regs::HOST_RSP),
-            Place::Host(h) => {
-                self.load_stack(h);
-                self.add_rsp(regs::HOST_RSP, self.stack_size());
-            }
+            Place::Host(regs::HOST_RSP) => return self.load_top(regs::HOST_RSP, site.before),
+            Place::Host(h) => self.load_top(h, site.before),
             Place::Home(_) => {
-                self.load_stack(R11);
+                self.load_top(R11, site.before);
                 self.set_guest(n, R11);
-                self.add_rsp(regs::HOST_RSP, self.stack_size());
             }
         }
+        self.add_rsp(regs::HOST_RSP, word);
+        self.moved(word);
     }
 
     /// LEAVE.
@@ -619,6 +715,85 @@ impl Emitter {
         self.set_guest(5, R11);
     }
 
+    // ---- base groups ------------------------------------------------------------------------------------
+
+    /// Starts a group: one check before the members, which leaves to the ungrouped copy of the rest if it fails.
+    pub(crate) fn group(&mut self, plan: &crate::groups::Plan, live: FlagSet) {
+        let keep = Self::keep(live);
+        let retry = self.hot_here();
+        let base = self.guest(plan.base, R10);
+        let lo = plan.lo;
+        dynasm!(self.hot
+            ; .arch x64
+            ; lea r10, [Rq(base) + lo]
+            ; rorx r11, r10, 48
+            ; shrx r11, r11, r15
+        );
+        if plan.write {
+            dynasm!(self.hot ; .arch x64 ; mov r13, [r14 + r11 * 8 - 28]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r13, [r15 + r11 * 8 - 28]);
+        }
+        Self::save(&mut self.hot, keep, true);
+        dynasm!(self.hot ; .arch x64 ; test r13b, 1);
+        let poison = self.cold_here();
+        self.hot_jcc(5, poison);
+        // Poison: fill the entry if that has no effect the guest did not ask for.
+        Self::restore(&mut self.cold, keep, true);
+        let info = 1 | MissInfo::SOFT | if plan.write { MissInfo::WRITE } else { 0 };
+        dynasm!(self.cold ; .arch x64 ; mov r11d, info as i32);
+        self.cold.push(0xE8);
+        self.cold_rel32(Target::Cache(self.stubs.miss));
+        let leave = Pos::Cold(self.cold.ops.len() + 10);
+        self.cold_jmp(Target::Here(leave));
+        self.cold_jmp(Target::Here(retry));
+        debug_assert_eq!(leave, self.cold_here());
+        let ungrouped = self.ungrouped_exit();
+        let last = plan.hi - plan.lo - 1;
+        dynasm!(self.hot ; .arch x64 ; lea r11, [r10 + last] ; xor r11, r10 ; test r11, !0xFFF);
+        let cross = self.cold_here();
+        self.hot_jcc(5, cross);
+        Self::restore(&mut self.cold, keep, true);
+        self.cold_jmp(Target::Here(ungrouped));
+        Self::restore(&mut self.hot, keep, true);
+        self.group = Some(Group { base: plan.base, lo: plan.lo, hi: plan.hi, write: plan.write, moved: 0 });
+    }
+
+    /// Cold code that leaves for the ungrouped copy at the current instruction.
+    fn ungrouped_exit(&mut self) -> Pos {
+        let here = self.cold_here();
+        let number = self.first_link + self.links.len() as u32;
+        self.cold.push(0xE9);
+        let site = self.cold_here();
+        self.cold.push_i32(0);
+        let stub = self.cold_here();
+        self.fixups.push((site, Target::Here(stub)));
+        dynasm!(self.cold ; .arch x64 ; mov DWORD [rsp + ctx!(link)], number as i32);
+        self.cold_leave(self.rip, Reason::Link);
+        self.links.push(PendingLink { site, stub, flags_live: true, same_page: true, ungrouped: true });
+        here
+    }
+
+    /// No member follows: r13 is free again.
+    pub(crate) fn end_group(&mut self) {
+        self.group = None;
+    }
+
+    /// RSP changed by a known amount in an instruction of its own.
+    pub(crate) fn rsp_adjusted(&mut self, n: i32) {
+        self.moved(n);
+    }
+
+    /// The base and displacement of a memory operand that the group covers.
+    fn member(&self, instr: &Instruction, size: u32, write: bool) -> Option<(u8, i32)> {
+        let g = self.group?;
+        if crate::groups::operand_base(instr, self.code64) != Some(g.base) {
+            return None;
+        }
+        let disp = instr.memory_displacement64() as i32;
+        g.covers(disp, size as i32, write).then_some((g.base, disp))
+    }
+
     /// Near CALL to a constant: pushes `next`, exits to `target`.
     pub(crate) fn call(&mut self, next: u64, target: u64, site: Site, live_out: FlagSet) {
         self.push_return(next, site.before);
@@ -626,16 +801,15 @@ impl Emitter {
     }
 
     fn push_return(&mut self, next: u64, live: FlagSet) {
-        self.push_slot(live);
-        Self::constant(&mut self.hot, R13, next);
-        self.store_stack(R13);
-        dynasm!(self.hot ; .arch x64 ; mov r12, r10);
+        self.push_word(live, |e, scratch| {
+            Self::constant(&mut e.hot, scratch, next);
+            scratch
+        });
     }
 
     /// Near RET, popping `extra` bytes of arguments.
     pub(crate) fn ret(&mut self, extra: u32, site: Site) {
-        self.access(regs::HOST_RSP, self.stack_size() as u32, false, site.before);
-        self.load_stack(R11);
+        self.load_top(R11, site.before);
         self.add_rsp(regs::HOST_RSP, self.stack_size() + extra as i32);
         self.indirect_exit();
     }
@@ -648,9 +822,7 @@ impl Emitter {
         site: Site,
     ) -> Result<(), Unfit> {
         if instr.op0_kind() == OpKind::Memory {
-            let ea = self.effective_address(instr, true)?;
-            self.access(ea, self.stack_size() as u32, false, site.before);
-            self.load_stack(R11);
+            self.load_operand(instr, site.before)?;
         } else {
             let r = self.guest(regs::number(instr.op0_register()), R11);
             if r != R11 {
@@ -705,6 +877,7 @@ impl Emitter {
             stub,
             flags_live: !live.is_empty(),
             same_page: target >> 12 == self.page,
+            ungrouped: false,
         });
     }
 
@@ -755,33 +928,33 @@ impl Emitter {
     /// The indirect entry: checks that r11 is this block's address and polls, then falls into the direct entry.
     pub(crate) fn indirect_entry(&mut self, lin: u64, live: FlagSet) {
         let keep = Self::keep(live);
-        Self::save(&mut self.hot, keep);
+        Self::save(&mut self.hot, keep, self.group.is_some());
         Self::constant(&mut self.hot, R10, lin);
         dynasm!(self.hot ; .arch x64 ; cmp r10, r11);
         let miss = self.cold_here();
         self.hot_jcc(5, miss);
-        Self::restore(&mut self.cold, keep);
+        Self::restore(&mut self.cold, keep, self.group.is_some());
         self.cold_jmp(Target::Cache(self.stubs.indirect));
         dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(attention)] ; cmp DWORD [r10], 0);
         let attention = self.cold_here();
         self.hot_jcc(5, attention);
-        Self::restore(&mut self.cold, keep);
+        Self::restore(&mut self.cold, keep, self.group.is_some());
         self.cold_leave(lin, Reason::Attention);
-        Self::restore(&mut self.hot, keep);
+        Self::restore(&mut self.hot, keep, self.group.is_some());
     }
 
     /// At the direct entry: leaves to look the block up again unless cell `slot` holds `page` (for an instruction
     /// that crosses into a page whose mapping may have changed).
     pub(crate) fn check_page(&mut self, slot: u32, page: u32, lin: u64, live: FlagSet) {
         let keep = Self::keep(live);
-        Self::save(&mut self.hot, keep);
+        Self::save(&mut self.hot, keep, self.group.is_some());
         let at = xslot_offset(slot);
         dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
         let cold = self.cold_here();
         self.hot_jcc(5, cold);
-        Self::restore(&mut self.cold, keep);
+        Self::restore(&mut self.cold, keep, self.group.is_some());
         self.cold_leave(lin, Reason::Indirect);
-        Self::restore(&mut self.hot, keep);
+        Self::restore(&mut self.hot, keep, self.group.is_some());
     }
 
     /// Adds to the retired-instruction counter.
@@ -832,6 +1005,22 @@ impl Emitter {
             out[site as usize..site as usize + 4].copy_from_slice(&rel.to_le_bytes());
         }
     }
+}
+
+impl Group {
+    fn covers(&self, disp: i32, size: i32, write: bool) -> bool {
+        let lo = self.moved.wrapping_add(disp);
+        lo >= self.lo && lo.saturating_add(size) <= self.hi && (self.write || !write)
+    }
+}
+
+/// Makes the memory operand `[base + r13 + disp]`.
+fn address_by_group(instr: &mut Instruction, base: u8, disp: i32) {
+    instr.set_memory_base(Register::RAX + u32::from(base));
+    instr.set_memory_index(Register::R13);
+    instr.set_memory_index_scale(1);
+    instr.set_memory_displacement64(i64::from(disp) as u64);
+    instr.set_memory_displ_size(if disp == 0 { 0 } else { 1 });
 }
 
 /// Offset of a page-validation cell from host RSP.

@@ -4,7 +4,8 @@ use crate::block::Mode;
 use crate::classify::{Class, Forms};
 use crate::emit::{Emitter, Site};
 use crate::flags::{self, FlagSet};
-use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind};
+use crate::groups;
+use iced_x86::{Decoder, Instruction, OpKind};
 
 /// Instructions in a block at most.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -20,6 +21,8 @@ pub(crate) struct Source<'a> {
     /// Linear address of the block.
     pub(crate) lin: u64,
     pub(crate) mode: Mode,
+    /// Decoder options of the processor model.
+    pub(crate) options: u32,
 }
 
 /// What became of the source.
@@ -52,20 +55,21 @@ fn bits(mode: Mode) -> u32 {
 }
 
 /// Status flags some instruction at `target` or after may read, as far as the page shows.
-fn live_at(source: &Source<'_>, target: u64) -> FlagSet {
+fn live_at(source: &Source<'_>, forms: &mut Forms, target: u64) -> FlagSet {
     let page = source.lin & !0xFFF;
     if target & !0xFFF != page {
         return FlagSet::ALL;
     }
     let at = (target & 0xFFF) as usize;
-    let mut decoder = Decoder::with_ip(bits(source.mode), &source.bytes[at..], target, DecoderOptions::NONE);
+    let mut decoder = Decoder::with_ip(bits(source.mode), &source.bytes[at..], target, source.options);
     let mut instr = Instruction::default();
     let (mut live, mut open) = (0, FlagSet::ALL.0);
     for _ in 0..LOOK_AHEAD {
         decoder.decode_out(&mut instr);
         let read = instr.rflags_read() & FlagSet::ALL.0;
         live |= read & open;
-        if instr.is_invalid() || instr.flow_control() != iced_x86::FlowControl::Next {
+        let leaves = instr.flow_control() != iced_x86::FlowControl::Next;
+        if instr.is_invalid() || leaves || forms.form(&instr).class == Class::Interpret {
             return FlagSet(live | open);
         }
         open &= !flags::killed(&instr);
@@ -81,7 +85,7 @@ impl Frontend {
     fn decode(&mut self, source: &Source<'_>, forms: &mut Forms, crossing: bool) -> u32 {
         self.instrs.clear();
         let bytes = &source.bytes[source.at..];
-        let mut decoder = Decoder::with_ip(bits(source.mode), bytes, source.lin, DecoderOptions::NONE);
+        let mut decoder = Decoder::with_ip(bits(source.mode), bytes, source.lin, source.options);
         let mut len = 0;
         while self.instrs.len() < MAX_INSTRUCTIONS {
             let mut instr = Instruction::default();
@@ -146,12 +150,20 @@ impl Frontend {
             entry,
             instructions: self.instrs.len() as u32,
         };
+        let plan = if source.mode.has(Mode::UNGROUPED) || crossing.is_some() {
+            None
+        } else {
+            groups::plan(&self.instrs, &self.live, forms, code64)
+        };
         let mut ended = false;
         for i in 0..self.instrs.len() {
             let instr = self.instrs[i];
             out.sites.push((emitter.hot_len() as u32, (instr.ip() - source.lin) as u32));
             emitter.at(instr.ip());
             let site = Site { before: self.live[i] };
+            if let Some(p) = plan.as_ref().filter(|p| p.check == i) {
+                emitter.group(p, site.before);
+            }
             let start = emitter.hot_len();
             if emit_one(&instr, source, forms, emitter, site, (taken, next), &mut ended).is_err() {
                 emitter.rewind(start);
@@ -160,6 +172,12 @@ impl Frontend {
             }
             if ended {
                 break;
+            }
+            if let Some(n) = groups::rsp_adjust(&instr) {
+                emitter.rsp_adjusted(n);
+            }
+            if plan.as_ref().is_some_and(|p| p.last == i) {
+                emitter.end_group();
             }
         }
         if !ended {
@@ -194,18 +212,18 @@ impl Frontend {
         let either = |a: FlagSet, b: FlagSet| FlagSet(a.0 | b.0);
         match forms.form(last).class {
             Class::Jcc => {
-                let (t, n) = (live_at(source, last.near_branch_target()), live_at(source, next_rip));
+                let (t, n) = (live_at(source, forms, last.near_branch_target()), live_at(source, forms, next_rip));
                 (either(t, n), t, n)
             }
             Class::Jmp | Class::Call => {
-                let t = live_at(source, last.near_branch_target());
+                let t = live_at(source, forms, last.near_branch_target());
                 (t, t, FlagSet::ALL)
             }
             Class::Ret | Class::JmpIndirect | Class::CallIndirect | Class::Interpret => {
                 (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL)
             }
             _ => {
-                let n = live_at(source, next_rip);
+                let n = live_at(source, forms, next_rip);
                 (n, n, n)
             }
         }

@@ -12,6 +12,9 @@ mod delta;
 mod emit;
 mod flags;
 mod frontend;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
+mod groups;
 pub mod host;
 mod pages;
 mod regs;

@@ -23,11 +23,13 @@ pub(crate) struct Stubs {
 /// Bytes of the `jmp rel32` that follows every call of the miss stub.
 pub(crate) const JMP_BYTES: u64 = 5;
 
-/// What kind of access missed: size in bits 0–7, write in bit 8.
+/// What kind of access missed: size in bits 0–7 and the bits below.
 pub(crate) struct MissInfo;
 
 impl MissInfo {
     pub(crate) const WRITE: u64 = 1 << 8;
+    /// Only if the guest could not tell: the page is dirty already, nothing faults.
+    pub(crate) const SOFT: u64 = 1 << 9;
 }
 
 /// Called by the miss stub: [`JMP_BYTES`] = filled, try again; 0 = for the interpreter.
@@ -137,43 +139,46 @@ fn emit_interpret(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
     ops
 }
 
-/// The return address into the block's cold code is kept in r13 (scratch, preserved by the helper), so that field
-/// offsets from RSP stay plain and the stack is aligned for the call.
+/// The return address into the block's cold code waits in the context, so that field offsets from RSP stay plain and
+/// the stack is aligned for the call. r13 (a group's delta) survives: the helper preserves it.
 fn emit_miss(helper: MissHelper) -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
     dynasm!(ops
         ; .arch x64
-        ; pop r13
+        ; mov [rsp + 8 + ctx!(miss_info)], r11
+        ; pop r11
+        ; mov [rsp + ctx!(miss_return)], r11
         ; mov [rsp + ctx!(miss_ea)], r10
-        ; mov [rsp + ctx!(miss_info)], r11
     );
     save_gprs(&mut ops);
     dynasm!(ops
         ; .arch x64
         ; lahf
         ; seto al
-        ; mov [rsp + ctx!(tmp) + 8], rax
+        ; mov [rsp + ctx!(miss_flags)], rax
     );
     save_vectors(&mut ops);
     dynasm!(ops
         ; .arch x64
         ; vzeroupper
         ; mov rdi, rsp
-        ; mov rbx, rsp
         ; mov rax, QWORD helper as usize as i64
         ; call rax
-        ; mov r11, rax
+        ; add [rsp + ctx!(miss_return)], rax
     );
     load_vectors(&mut ops);
     dynasm!(ops
         ; .arch x64
-        ; add r13, r11
-        ; mov rax, [rsp + ctx!(tmp) + 8]
+        ; mov rax, [rsp + ctx!(miss_flags)]
         ; add al, 127
         ; sahf
     );
     load_gprs(&mut ops);
-    dynasm!(ops ; .arch x64 ; mov r10, [rsp + ctx!(miss_ea)] ; jmp r13);
+    dynasm!(ops
+        ; .arch x64
+        ; mov r10, [rsp + ctx!(miss_ea)]
+        ; jmp QWORD [rsp + ctx!(miss_return)]
+    );
     ops
 }
 

@@ -76,7 +76,6 @@ pub struct Translator {
     core: Core,
     attention: Attention,
     mem: GuestMemory,
-    model: CpuModel,
     cache: CodeCache,
     stubs: Stubs,
     delta: DeltaTables,
@@ -111,7 +110,7 @@ unsafe extern "sysv64" fn miss_helper(context: *mut JitContext) -> u64 {
     // SAFETY: `engine` is set by `run` to the translator that owns the context, which holds no borrow now.
     let (this, ea, info) =
         unsafe { (&mut *((*context).engine as *mut Translator), (*context).miss_ea, (*context).miss_info) };
-    if this.fill(ea, info & 0xFF, info & MissInfo::WRITE != 0) { JMP_BYTES } else { 0 }
+    if this.fill(ea, info) { JMP_BYTES } else { 0 }
 }
 
 /// Decides about a host fault in translated code.
@@ -156,7 +155,6 @@ impl Translator {
         let mut cache = CodeCache::new(options.code_cache.clamp(1 << 20, 1 << 30))?;
         let stubs = stubs::emit(&mut cache, miss_helper);
         let vectors = LiveVectors::new(context, HostVectorUnit::new()?);
-        let supports = model.clone();
         let pages = CodePages::new(cache.address(stubs.indirect));
         // SAFETY: freshly mapped zeroed memory of the right size and alignment; all-zero is a valid context.
         unsafe { (*context).mxcsr = 0x1F80 };
@@ -164,12 +162,11 @@ impl Translator {
             core: Core::new(model.clone(), Box::new(vectors), attention.clone(), vp),
             attention,
             mem: mem.clone(),
-            model,
             stubs,
             delta: DeltaTables::new()?,
             stack,
             context,
-            forms: Forms::new(Box::new(move |f| supports.supports(f))),
+            forms: Forms::new(model),
             emitter: Emitter::new(stubs),
             frontend: Frontend::default(),
             blocks: BlockTable::default(),
@@ -283,15 +280,18 @@ impl Translator {
 
     // ---- memory -----------------------------------------------------------------------------------------
 
-    /// Fills the delta table for an access of `size` bytes at `ea`; false if the interpreter must do it.
-    fn fill(&mut self, ea: u64, size: u64, write: bool) -> bool {
+    /// Fills the delta table for an access of kind `info` at `ea`; false if the interpreter must do it.
+    fn fill(&mut self, ea: u64, info: u64) -> bool {
         self.stats.misses += 1;
-        if (ea & 0xFFF) + size > 4096 || !canonical(ea) {
-            return false;
-        }
+        let (size, write, soft) = (info & 0xFF, info & MissInfo::WRITE != 0, info & MissInfo::SOFT != 0);
         // SAFETY: set while translated code runs, and only then is this called.
         let cpu = unsafe { &*self.running };
-        let access = if write { Access::Write } else { Access::Read };
+        let wraps = !cpu.code64() && ea >> 32 != 0;
+        if (ea & 0xFFF) + size > 4096 || !canonical(ea) || wraps {
+            return false;
+        }
+        // A soft write must not set the dirty bit: it asks only whether a write would be allowed as things are.
+        let access = if write && !soft { Access::Write } else { Access::Read };
         let privilege = if cpu.cpl == 3 { Privilege::User } else { Privilege::Supervisor };
         let Ok(t) = translate(cpu, &self.mem, LinAddr(ea), access, privilege) else { return false };
         let view = self.view(cpu);
@@ -304,7 +304,7 @@ impl Translator {
         let delta = (self.mem.host_base() as u64 + ram.0).wrapping_sub(page);
         let large = t.page_shift > 12;
         let code = self.mem.has_code(ram);
-        if write && (rom || code) {
+        if write && (rom || code || (soft && !t.writable)) {
             return false;
         }
         if write || (t.writable && !rom && !code) {
@@ -418,7 +418,8 @@ impl Translator {
             crossing = Some(Crossing { slot, page: (next.0 >> PAGE_SHIFT) as u32 + 1 });
             extra = Some(next.0 >> PAGE_SHIFT);
         }
-        let source = Source { bytes, at: source_at, lin: key.lin, mode: key.mode };
+        let options = self.core.model().decoder_options();
+        let source = Source { bytes, at: source_at, lin: key.lin, mode: key.mode, options };
         let first_link = self.blocks.links.len() as u32;
         let t = self.frontend.translate(&source, &mut self.forms, &mut self.emitter, first_link, crossing);
         let start = self.cache.next();
@@ -433,6 +434,7 @@ impl Translator {
                 stub: CodeOffset(start.0 + self.emitter.offset(l.stub)),
                 flags_live: l.flags_live,
                 same_page: l.same_page && extra.is_none(),
+                ungrouped: l.ungrouped,
             });
         }
         self.stats.blocks += 1;
@@ -655,7 +657,9 @@ impl Translator {
                 Reason::Link => {
                     self.stats.link_exits += 1;
                     let number = self.context().link;
-                    let Some((to, slot)) = self.block_at(cpu, rip, mode) else {
+                    let ungrouped = self.blocks.links[number as usize].ungrouped;
+                    let to_mode = if ungrouped { Mode(mode.0 | Mode::UNGROUPED) } else { mode };
+                    let Some((to, slot)) = self.block_at(cpu, rip, to_mode) else {
                         self.store_registers(cpu);
                         return true;
                     };
@@ -721,7 +725,9 @@ impl Engine for Translator {
             {
                 break exit;
             }
-            if self.interrupt_pending && (cpu.rflags & flags::IF != 0 || self.attention.get() & Attention::NMI != 0) {
+            if self.interrupt_pending
+                && (cpu.rflags & flags::IF != 0 || self.attention.get() & Attention::NMI != 0)
+            {
                 self.interrupt_pending = false;
                 match self.interrupts(cpu, bus) {
                     Step::TripleFault => break Exit::TripleFault,

@@ -1,0 +1,280 @@
+//! Base groups: one check for all accesses of a block off one base register.
+//!
+//! Struct fields, pushes, pops and stack slots use small displacements off a register that does not change in
+//! between. A group checks once that `[base + lo, base + hi)` lies on one page that the view allows, keeps the page's
+//! delta in r13, and each member becomes a single instruction with `[base + r13 + disp]`. Where the check
+//! fails the block goes on in its ungrouped copy; a group check never raises the guest's fault.
+
+use crate::classify::{Class, Forms};
+use crate::flags::FlagSet;
+use crate::regs;
+use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+
+const RSP: u8 = 4;
+/// Bytes a group may span.
+const MAX_SPAN: i32 = 2048;
+
+/// The group of a block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Plan {
+    /// Guest register number.
+    pub(crate) base: u8,
+    /// Range of displacements relative to the base's value at the check.
+    pub(crate) lo: i32,
+    pub(crate) hi: i32,
+    /// Some member writes.
+    pub(crate) write: bool,
+    /// The check goes before this instruction.
+    pub(crate) check: usize,
+    /// The last member.
+    pub(crate) last: usize,
+}
+
+/// A run of instructions over which one base register is unchanged (or, for RSP, moved by known amounts).
+/// Displacements count from the base's value at `start`.
+struct Region {
+    base: u8,
+    start: usize,
+    /// How far the base moved since `start` (RSP only).
+    moved: i32,
+    /// `moved` before each instruction from `start` up to the first member.
+    trace: Vec<i32>,
+    members: u32,
+    lo: i32,
+    hi: i32,
+    write: bool,
+    last: usize,
+    /// A member lies too far from the others: no more are taken.
+    full: bool,
+}
+
+impl Region {
+    fn new(base: u8, start: usize, upto: usize) -> Region {
+        let trace = vec![0; upto + 1 - start];
+        Region {
+            base,
+            start,
+            moved: 0,
+            trace,
+            members: 0,
+            lo: 0,
+            hi: 0,
+            write: false,
+            last: start,
+            full: false,
+        }
+    }
+
+    fn add(&mut self, at: usize, disp: i32, size: i32, write: bool) {
+        let lo = self.moved.saturating_add(disp);
+        let hi = lo.saturating_add(size);
+        let (min, max) = if self.members == 0 { (lo, hi) } else { (self.lo.min(lo), self.hi.max(hi)) };
+        if self.full || max.saturating_sub(min) > MAX_SPAN || lo.unsigned_abs() > 1 << 30 {
+            self.full = true;
+            return;
+        }
+        (self.lo, self.hi) = (min, max);
+        self.write |= write;
+        self.members += 1;
+        self.last = at;
+    }
+
+    /// The check goes where no flags are live, as late as possible, else right before the first member.
+    fn into_plan(self, live: &[FlagSet]) -> Plan {
+        let first = self.start + self.trace.len() - 1;
+        let check = (self.start..=first).rev().find(|&i| live[i].is_empty()).unwrap_or(first);
+        let moved = self.trace[check - self.start];
+        Plan {
+            base: self.base,
+            lo: self.lo - moved,
+            hi: self.hi - moved,
+            write: self.write,
+            check,
+            last: self.last,
+        }
+    }
+}
+
+/// Regions under construction and the best one finished.
+struct Search {
+    open: Vec<Region>,
+    best: Option<Region>,
+    /// First instruction at which each register has its present value.
+    since: [usize; 16],
+}
+
+impl Search {
+    fn region(&mut self, base: u8, at: usize) -> &mut Region {
+        if let Some(k) = self.open.iter().position(|r| r.base == base) {
+            return &mut self.open[k];
+        }
+        self.open.push(Region::new(base, self.since[base as usize], at));
+        self.open.last_mut().expect("just pushed")
+    }
+
+    fn close(&mut self, base: u8, at: usize) {
+        self.since[base as usize] = at + 1;
+        if let Some(k) = self.open.iter().position(|r| r.base == base) {
+            let r = self.open.swap_remove(k);
+            self.consider(r);
+        }
+    }
+
+    fn consider(&mut self, r: Region) {
+        if r.members >= 2 && self.best.as_ref().is_none_or(|b| r.members > b.members) {
+            self.best = Some(r);
+        }
+    }
+}
+
+/// Finds the most useful group of a block.
+pub(crate) fn plan(
+    instrs: &[Instruction],
+    live: &[FlagSet],
+    forms: &mut Forms,
+    code64: bool,
+) -> Option<Plan> {
+    let mut s = Search { open: Vec::new(), best: None, since: [0; 16] };
+    let word = if code64 { 8 } else { 4 };
+    for (i, instr) in instrs.iter().enumerate() {
+        let form = forms.form(instr);
+        if form.class == Class::Interpret {
+            break;
+        }
+        for r in &mut s.open {
+            if r.members == 0 && r.start + r.trace.len() == i {
+                r.trace.push(r.moved);
+            }
+        }
+        if let Some(base) = grouped_base(instr, &form.class, code64) {
+            let size = instr.memory_size().size() as i32;
+            let write = memory_written(instr, &form.access);
+            s.region(base, i).add(i, instr.memory_displacement64() as i32, size, write);
+        }
+        match form.class {
+            Class::Push | Class::Call | Class::CallIndirect => {
+                let r = s.region(RSP, i);
+                r.add(i, -word, word, true);
+                r.moved -= word;
+            }
+            Class::Pop | Class::Ret => {
+                let r = s.region(RSP, i);
+                r.add(i, 0, word, false);
+                r.moved += word;
+            }
+            _ => {}
+        }
+        let adjust = rsp_adjust(instr);
+        if let Some(n) = adjust {
+            s.region(RSP, i).moved += n;
+        }
+        for base in 0..16u8 {
+            if !(base == RSP && adjust.is_some()) && modifies(instr, &form.class, &form.access, base) {
+                s.close(base, i);
+            }
+        }
+    }
+    for r in std::mem::take(&mut s.open) {
+        s.consider(r);
+    }
+    s.best.map(|r| r.into_plan(live))
+}
+
+/// The base register of a memory operand that can be a member.
+fn grouped_base(instr: &Instruction, class: &Class, code64: bool) -> Option<u8> {
+    match class {
+        Class::Identity(_) | Class::Push | Class::CallIndirect | Class::JmpIndirect => {}
+        _ => return None,
+    }
+    operand_base(instr, code64)
+}
+
+/// The base register of a memory operand of the form `[base + disp]` in a flat segment.
+pub(crate) fn operand_base(instr: &Instruction, code64: bool) -> Option<u8> {
+    if !(0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory) {
+        return None;
+    }
+    let base = instr.memory_base();
+    let flat = !matches!(instr.memory_segment(), Register::FS | Register::GS);
+    let wide = base.size() == if code64 { 8 } else { 4 };
+    let plain = base.is_gpr() && wide && instr.memory_index() == Register::None && flat;
+    let high = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));
+    (plain && !high && instr.memory_size().size() > 0).then(|| regs::number(base))
+}
+
+fn memory_written(instr: &Instruction, access: &[OpAccess; 5]) -> bool {
+    (0..instr.op_count()).any(|i| {
+        instr.op_kind(i) == OpKind::Memory
+            && !matches!(access[i as usize], OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
+    })
+}
+
+/// `add rsp, imm`, `sub rsp, imm`, `lea rsp, [rsp + disp]`: the known change of RSP.
+pub(crate) fn rsp_adjust(instr: &Instruction) -> Option<i32> {
+    if instr.op0_kind() != OpKind::Register || instr.op0_register().full_register() != Register::RSP {
+        return None;
+    }
+    if instr.op0_register().size() < 4 {
+        return None;
+    }
+    match instr.mnemonic() {
+        Mnemonic::Add | Mnemonic::Sub
+            if instr.op1_kind() != OpKind::Register && instr.op1_kind() != OpKind::Memory =>
+        {
+            let n = i32::try_from(instr.immediate(1) as i64).ok().or_else(|| {
+                // 32-bit code: the immediate is not sign-extended to 64 bits.
+                u32::try_from(instr.immediate(1)).ok().map(|v| v as i32)
+            })?;
+            let n = if instr.mnemonic() == Mnemonic::Add { n } else { n.checked_neg()? };
+            (n.abs() <= MAX_SPAN).then_some(n)
+        }
+        Mnemonic::Lea
+            if instr.memory_base().full_register() == Register::RSP
+                && instr.memory_index() == Register::None =>
+        {
+            let n = instr.memory_displacement64() as i32;
+            (n.checked_abs()? <= MAX_SPAN).then_some(n)
+        }
+        _ => None,
+    }
+}
+
+/// Whether `instr` may change guest register `base` in a way the group does not follow.
+fn modifies(instr: &Instruction, class: &Class, access: &[OpAccess; 5], base: u8) -> bool {
+    if base == RSP && matches!(class, Class::Leave) || base == 5 && matches!(class, Class::Leave) {
+        return true;
+    }
+    for i in 0..instr.op_count() {
+        let r = instr.op_register(i);
+        if instr.op_kind(i) == OpKind::Register
+            && r.is_gpr()
+            && regs::number(r) == base
+            && !matches!(access[i as usize], OpAccess::Read | OpAccess::CondRead | OpAccess::None)
+        {
+            return true;
+        }
+    }
+    // RAX, RCX, RDX and RBX are written without being named by a few instructions.
+    base < 4
+        && matches!(
+            instr.mnemonic(),
+            Mnemonic::Mul
+                | Mnemonic::Imul
+                | Mnemonic::Div
+                | Mnemonic::Idiv
+                | Mnemonic::Cbw
+                | Mnemonic::Cwde
+                | Mnemonic::Cdqe
+                | Mnemonic::Cwd
+                | Mnemonic::Cdq
+                | Mnemonic::Cqo
+                | Mnemonic::Cmpxchg
+                | Mnemonic::Cmpxchg8b
+                | Mnemonic::Cmpxchg16b
+                | Mnemonic::Lahf
+                | Mnemonic::Pcmpestri
+                | Mnemonic::Pcmpistri
+                | Mnemonic::Vpcmpestri
+                | Mnemonic::Vpcmpistri
+        )
+}
