@@ -3,6 +3,10 @@
 //! The format is found by content ([`detect`]): Linux bzImage by its 64-bit or 32-bit boot protocol, ELF with the PVH
 //! note, Multiboot 1 (ELF or the address fields of its header), boot sectors and flat images. Loaders are generic over
 //! vm-memory's traits; every refusal is one line that names the file and what to do.
+//!
+//! There is no BIOS in between, so the machine leaves its devices as one would: PIRQs routed and level-triggered as in
+//! [`crate::tables::wiring`], interrupt lines and BARs of PCI functions assigned, the bootstrap processor's local APIC in
+//! virtual wire mode (LINT0 ExtINT, LINT1 NMI), the 8259A pair initialised and masked.
 
 mod elf;
 mod entry;

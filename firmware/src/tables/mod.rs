@@ -34,8 +34,8 @@ pub mod wiring {
     pub const PM1A_CONTROL: u16 = 0x604;
     /// Power management timer, 32 bits.
     pub const PM_TIMER: u16 = 0x608;
-    /// General-purpose event block 0, 4 bytes.
-    pub const GPE0: u16 = 0x620;
+    /// General-purpose event block 0: two bytes of status, two of enables; the end of the block of 16 ports at 0x600.
+    pub const GPE0: u16 = 0x60C;
     /// SMI command port.
     pub const SMI_COMMAND: u16 = 0xB2;
     /// Written to [`SMI_COMMAND`]: set SCI_EN.

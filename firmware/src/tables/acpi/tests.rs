@@ -62,7 +62,7 @@ fn fadt_fields_are_at_the_offsets_of_the_specification() {
     assert_eq!(f[46], 9, "SCI_INT");
     assert_eq!(u32_at(f, 48), 0xB2, "SMI_CMD");
     assert_eq!(f[52..54], [0xF1, 0xF0], "ACPI_ENABLE, ACPI_DISABLE");
-    assert_eq!([56, 64, 76, 80].map(|at| u32_at(f, at)), [0x600, 0x604, 0x608, 0x620]);
+    assert_eq!([56, 64, 76, 80].map(|at| u32_at(f, at)), [0x600, 0x604, 0x608, 0x60C]);
     assert_eq!(f[88..93], [4, 2, 0, 4, 4], "block lengths");
     assert_eq!(f[109], 3, "IAPC_BOOT_ARCH");
     assert_eq!(u32_at(f, 112) & 1 << 10, 1 << 10, "RESET_REG_SUP");
