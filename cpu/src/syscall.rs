@@ -34,6 +34,8 @@ pub(crate) fn syscall(ex: &mut Exec<'_>) -> Result<(), Fault> {
     ex.cpu.gpr[gpr::RCX] = ex.next_rip;
     ex.cpu.gpr[11] = ex.cpu.rflags & !flags::RF;
     ex.next_rip = ex.cpu.msr.lstar;
+    // With TF masked by FMASK the handler is not single-stepped into.
+    ex.delivered = ex.cpu.msr.sfmask & flags::TF != 0;
     ex.cpu.rflags = (ex.cpu.rflags & !ex.cpu.msr.sfmask & !flags::RF) | flags::FIXED;
     enter(ex, base, CODE64, 0);
     stack(ex, base.wrapping_add(8), 0);

@@ -119,7 +119,7 @@ fn user_may_look(ex: &Exec<'_>) -> Done {
     if ex.cpu.cr4 & cr4::UMIP != 0 && ex.cpu.cpl > 0 { Err(Fault::GP0) } else { Ok(()) }
 }
 
-fn segment_register(r: Register) -> Option<SegReg> {
+pub(super) fn segment_register(r: Register) -> Option<SegReg> {
     Some(match r {
         Register::ES => SegReg::Es,
         Register::CS => SegReg::Cs,

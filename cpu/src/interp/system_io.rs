@@ -1,6 +1,7 @@
 //! IN, OUT, INS and OUTS (SDM 1, chapter 19).
 
-use super::operand::{read_gpr, segment, write_gpr};
+use super::operand::{read_gpr, write_gpr};
+use super::system::segment_register;
 use crate::debug;
 use crate::exec::Exec;
 use crate::fault::Fault;
@@ -121,7 +122,7 @@ pub(super) fn ins(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(),
 /// OUTS.
 pub(super) fn outs(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault> {
     let mask = address_mask(i.op1_kind());
-    let seg = segment(i.memory_segment());
+    let seg = segment_register(i.memory_segment()).unwrap_or(SegReg::Ds);
     repeat(ex, i, gpr::RSI, mask, size, |ex, at| {
         let port = claim(ex, ex.cpu.gpr[gpr::RDX] as u16, size)?;
         let value = ex.load(seg, at, size)?;
