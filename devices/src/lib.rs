@@ -20,6 +20,7 @@ pub mod rtc;
 mod sysports;
 mod time;
 mod timed;
+pub mod uart;
 
 pub use acpi_pm::{AcpiPm, AcpiPmWiring};
 pub use bus::{Bus, BusDevice, Claim};
@@ -37,3 +38,4 @@ pub use rtc::Rtc;
 pub use sysports::{ByteSink, DebugConsole, DebugExit, SystemPorts};
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};
 pub use timed::bind_timer;
+pub use uart::{CharSink, CharSource, NoInput, Uart, UartWiring};
