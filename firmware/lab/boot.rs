@@ -1,4 +1,7 @@
 //! From the PVH entry point to 64-bit Rust, and what the loader tells (Xen `docs/misc/pvh.pandoc`).
+//!
+//! Safety: the loader's structures lie below 4 GiB, which the stub maps to itself, and are read once, before anything else
+//! uses that memory.
 
 use crate::cell::Fixed;
 use core::arch::global_asm;

@@ -1,4 +1,6 @@
 //! A static that one thread owns.
+//!
+//! Invariant: one processor runs one thread; interrupt handlers touch no [`Fixed`].
 
 use core::cell::UnsafeCell;
 

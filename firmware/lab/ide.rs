@@ -1,5 +1,7 @@
 //! IDE disks: PIO by READ and WRITE MULTIPLE, and bus-master DMA, both driven by interrupts (ATA/ATAPI-6; SFF-8038i,
 //! "Programming Interface for Bus Master IDE Controller"; Intel 82371SB).
+//!
+//! Safety: transfers stay inside the buffers that a [`Plan`] names, and the PRDT changes only between commands.
 
 use crate::cell::Fixed;
 use crate::port::{in8, in16, ins16, out8, out32, outs16};

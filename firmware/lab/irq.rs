@@ -1,4 +1,7 @@
 //! Interrupts: IDT, 8259 pair, local APIC. They are taken in [`wait`] and nowhere else, with the processor halted.
+//!
+//! Invariants: interrupts are enabled for the one HLT of [`wait`], whose assembly names every register that a handler may
+//! change; handlers touch atomics alone; the local APIC's page is mapped to itself.
 
 use crate::cell::Fixed;
 use crate::port::{in8, out8};

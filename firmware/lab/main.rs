@@ -1,7 +1,7 @@
 //! The lab guest: runs the jobs of its command line on IDE and virtio-blk disks, verifies the data, reports.
 //!
 //! A freestanding program on one processor without any OS. All of it is `unsafe` at heart: it owns every port and every
-//! byte of memory. What it relies on: memory below 4 GiB is mapped to itself; interrupts are enabled nowhere but in
+//! byte of memory. The invariants it relies on: memory below 4 GiB is mapped to itself; interrupts are enabled nowhere but in
 //! [`irq::wait`]; statics are touched by one thread, and by interrupt handlers only while that thread waits.
 #![no_std]
 #![no_main]

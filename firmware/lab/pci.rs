@@ -1,4 +1,6 @@
 //! PCI configuration mechanism 1 (PCI 2.3, 3.2.2.3.2), and addresses for BARs that no firmware assigned.
+//!
+//! Invariant: BARs are assigned by one thread, in [`init`].
 
 use crate::cell::Fixed;
 use crate::port::{in32, out32};

@@ -1,4 +1,6 @@
 //! I/O ports.
+//!
+//! Safety: the program owns every port; what a port access makes a device do to memory is its driver's concern.
 
 use core::arch::asm;
 

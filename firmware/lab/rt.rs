@@ -1,4 +1,6 @@
 //! The symbols that compiled code expects of a C library.
+//!
+//! Safety: callers keep the contracts of the C functions; the direction flag is clear except inside [`memmove`].
 
 use core::arch::asm;
 

@@ -1,4 +1,7 @@
 //! virtio-blk over PCI, the modern interface (virtio 1.2: 2.7 split virtqueues, 4.1 PCI, 5.2 block device).
+//!
+//! Invariants: the device sees no memory but [`SHARED`] and the buffers of a [`Plan`]; a slot's header, status and descriptors
+//! change only while the device does not own them; all shared fields are read and written by volatile accesses.
 
 use crate::cell::Fixed;
 use crate::shared::MAX_DEPTH;

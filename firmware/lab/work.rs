@@ -1,5 +1,7 @@
 //! Runs one job: in portions that fit into memory, each a measured section between two unmeasured ones that prepare and
 //! verify the data.
+//!
+//! Invariant: every operation's buffer lies inside the arena, which nothing else uses.
 
 use crate::shared::{Job, LAB_PORT, MARK_BEGIN, MARK_END, Report, SECTOR, Status, pattern_word};
 use crate::{irq, port};
