@@ -1,15 +1,19 @@
 /* Real programs: `tool NAME UNITS COMMAND [ARGUMENT]…` runs the command UNITS times between the marks of
- * bench.h; the result is a sum over everything the command wrote to its standard output. */
+ * bench.h; the result is a sum over what the command wrote to its standard output. */
 #include "bench.h"
 #include <sys/wait.h>
 
+/* Every 61st byte of the stream, wherever the pipe happens to cut it, and its length. */
 static uint64_t drain(int from, uint64_t sum) {
     static uint8_t buffer[65536];
+    uint64_t length = 0, next = 0;
     ssize_t got;
-    while ((got = read(from, buffer, sizeof buffer)) > 0)
-        for (ssize_t i = 0; i < got; i += 61)
-            sum = bench_mix(sum, buffer[i]);
-    return sum;
+    while ((got = read(from, buffer, sizeof buffer)) > 0) {
+        for (; next < length + (uint64_t)got; next += 61)
+            sum = bench_mix(sum, buffer[next - length]);
+        length += (uint64_t)got;
+    }
+    return bench_mix(sum, length);
 }
 
 static uint64_t run(char **command, uint64_t sum) {

@@ -60,7 +60,11 @@ pub fn cargo() -> Command {
 }
 
 fn name(command: &Command) -> String {
-    Path::new(command.get_program()).file_name().unwrap_or(command.get_program()).to_string_lossy().into_owned()
+    Path::new(command.get_program())
+        .file_name()
+        .unwrap_or(command.get_program())
+        .to_string_lossy()
+        .into_owned()
 }
 
 fn describe(command: &Command) -> String {
@@ -74,7 +78,9 @@ fn cannot_start(command: &Command, error: &std::io::Error) -> Failure {
         return Failure(format!("{program}: {error}"));
     }
     let advice = match program.as_str() {
-        "apt-get" | "apt-cache" | "dpkg-deb" => "; the guests are Debian packages, so this step needs a Debian or Ubuntu host",
+        "apt-get" | "apt-cache" | "dpkg-deb" => {
+            "; the guests are Debian packages, so this step needs a Debian or Ubuntu host"
+        }
         "gcc" => "; apt-get install gcc libc6-dev",
         "xz" => "; apt-get install xz-utils",
         _ => "",

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: unit tests of every crate, then whole machines.
 
-use crate::host::{self, Outcome};
 use crate::guests;
+use crate::host::{self, Outcome};
 
 /// Which tests to run.
 #[derive(clap::Args)]

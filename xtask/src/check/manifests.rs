@@ -64,7 +64,8 @@ struct Dependency {
 }
 
 fn metadata(extra: &[&str]) -> Outcome<Metadata> {
-    let json = host::output(host::cargo().args(["metadata", "--format-version", "1", "--quiet"]).args(extra))?;
+    let json =
+        host::output(host::cargo().args(["metadata", "--format-version", "1", "--quiet"]).args(extra))?;
     serde_json::from_slice(&json).context("cargo metadata")
 }
 

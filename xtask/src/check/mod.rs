@@ -4,7 +4,7 @@ mod manifests;
 mod mask;
 mod sources;
 
-use crate::host::{self, Outcome, Failure};
+use crate::host::{self, Failure, Outcome};
 
 /// What to leave out.
 #[derive(clap::Args)]

@@ -192,7 +192,8 @@ mod tests {
 
     #[test]
     fn functions_are_measured_by_their_braces() {
-        let masked = mask("trait T { fn a(&self) -> [u8; 2]; }\nfn b() {\n  if x { y }\n}\nlet f: fn (u8) = g;");
+        let masked =
+            mask("trait T { fn a(&self) -> [u8; 2]; }\nfn b() {\n  if x { y }\n}\nlet f: fn (u8) = g;");
         let found = functions(&masked);
         assert_eq!(found.len(), 1);
         assert_eq!((found[0].name, found[0].first_line, found[0].lines), ("b", 2, 3));

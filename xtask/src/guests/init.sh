@@ -81,6 +81,7 @@ compare_disk() { # DEVICE
 
 bench() {
     cd /bench || return
+    set -f # the list holds words, not patterns
     while read -r name command; do
         $command </dev/null || echo "@@failed $name"
     done <list

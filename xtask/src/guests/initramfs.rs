@@ -11,7 +11,8 @@ const INIT: &str = include_str!("init.sh");
 const DEFAULT: &[&str] = &["virtio_pci", "virtio_blk", "virtio_rng", "ata_piix", "ahci", "sd_mod"];
 
 /// Loaded on demand by `pv.modules=`. (ext4 asks the crypto API for crc32c, which `.modinfo` does not name.)
-const EXTRA: &[(&str, &[&str])] = &[("ext4", &["crc32c_generic", "ext4"]), ("net", &["virtio_net", "e1000", "8139cp"])];
+const EXTRA: &[(&str, &[&str])] =
+    &[("ext4", &["crc32c_generic", "ext4"]), ("net", &["virtio_net", "e1000", "8139cp"])];
 
 /// Builds the image for one kernel, not yet compressed.
 pub fn build(busybox: &Path, diskbench: &Path, modules: &Modules) -> Outcome<Vec<u8>> {

@@ -42,7 +42,10 @@ impl Modules {
             return Ok(());
         }
         if depth > 32 {
-            return Err(Failure::new(format!("{}: modules depend on each other in a circle", path.display())));
+            return Err(Failure::new(format!(
+                "{}: modules depend on each other in a circle",
+                path.display()
+            )));
         }
         let object = load(path)?;
         for needed in dependencies(&object) {

@@ -11,7 +11,9 @@ const SERIES: &str = "linux-image-6.1.0-";
 pub fn newest_kernel(flavour: &str) -> Outcome<String> {
     let names = host::text(host::command("apt-cache").args(["pkgnames", SERIES]))?;
     newest(&names, flavour).ok_or_else(|| {
-        Failure::new(format!("no package {SERIES}*-{flavour} is known; run `apt-get update` on a Debian 12 host"))
+        Failure::new(format!(
+            "no package {SERIES}*-{flavour} is known; run `apt-get update` on a Debian 12 host"
+        ))
     })
 }
 

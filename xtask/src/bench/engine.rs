@@ -1,0 +1,258 @@
+//! What runs the suite: the host itself, paravane, QEMU. Each run gives samples: name, units, result, CPU time.
+
+use super::cputime::CpuTime;
+use super::suite::Program;
+use crate::host::{self, Context, Failure, Outcome};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// One way to run the programs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// The host CPU, no emulator
+    Native,
+    /// Our binary, at this path
+    Paravane(PathBuf),
+    /// `qemu-system-x86_64 -accel tcg` with this CPU model
+    Qemu(&'static str),
+}
+
+/// What one program did in one run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// The program
+    pub name: String,
+    /// Units of work
+    pub units: u64,
+    /// A checksum, or `skipped`
+    pub result: String,
+    /// Host CPU time
+    pub cpu_ns: u64,
+}
+
+/// What a machine boots.
+pub struct Boot<'a> {
+    /// The bzImage
+    pub kernel: &'a Path,
+    /// The initramfs
+    pub initrd: &'a Path,
+    /// The kernel command line
+    pub append: String,
+    /// A machine that takes longer is killed
+    pub limit: Duration,
+}
+
+impl Engine {
+    /// The column's name.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Native => "native".into(),
+            Self::Paravane(_) => "paravane".into(),
+            Self::Qemu(model) => format!("qemu-{model}"),
+        }
+    }
+
+    fn machine(&self, boot: &Boot<'_>) -> Option<Command> {
+        let mut command = match self {
+            Self::Native => return None,
+            Self::Paravane(binary) => {
+                let mut command = host::command(binary);
+                command.args(["run", "--memory", "512M", "--serial", "stdio", "--no-reboot"]);
+                command.arg("--kernel").arg(boot.kernel).arg("--initrd").arg(boot.initrd).arg("--append");
+                command
+            }
+            Self::Qemu(model) => {
+                let mut command = host::command("qemu-system-x86_64");
+                command.args([
+                    "-machine",
+                    "pc,accel=tcg",
+                    "-cpu",
+                    model,
+                    "-m",
+                    "512",
+                    "-nodefaults",
+                    "-no-reboot",
+                ]);
+                command.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
+                command.arg("-kernel").arg(boot.kernel).arg("-initrd").arg(boot.initrd).arg("-append");
+                command
+            }
+        };
+        command.arg(&boot.append);
+        Some(command)
+    }
+}
+
+/// Runs the programs on the host, one after the other, `repeat` times each: native runs are short.
+pub fn run_native(programs: &[(&Program, u64)], folder: &Path, repeat: u32) -> Outcome<Vec<Sample>> {
+    let mut samples = Vec::new();
+    for (program, units) in programs {
+        let words = program.words(*units);
+        for _ in 0..repeat {
+            let mut command = host::command(folder.join(words[0].trim_start_matches("./")));
+            let text = host::text(command.args(&words[1..]).current_dir(folder).stdin(Stdio::null()))?;
+            let own_time = text.lines().filter_map(parse_end).next_back();
+            samples.push(own_time.ok_or_else(|| Failure::new(format!("{}: no end mark", program.name)))?);
+        }
+    }
+    Ok(samples)
+}
+
+/// What a machine gave: samples, and what went wrong on the way.
+#[derive(Default)]
+pub struct MachineRun {
+    /// One per program that finished
+    pub samples: Vec<Sample>,
+    /// One line each; empty for a clean run
+    pub problems: Vec<String>,
+}
+
+/// Boots a machine and samples its CPU time at the guest's marks, until it ends. What was measured before
+/// something went wrong is kept.
+pub fn run_machine(engine: &Engine, boot: &Boot<'_>) -> Outcome<MachineRun> {
+    let mut command = engine.machine(boot).ok_or_else(|| Failure::new("the host is no machine"))?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().context(engine.name())?;
+    let stderr = child.stderr.take().map(drain);
+    let mut watch = Watch::of(&child);
+    let in_time = watch.follow(&lines_of(&mut child)?, boot.limit);
+    if !in_time {
+        child.kill().ok();
+    }
+    let status = child.wait().context(engine.name())?;
+    let said = stderr.and_then(|thread| thread.join().ok()).unwrap_or_default();
+    if !in_time {
+        watch.problem(&format!("not finished after {} s", boot.limit.as_secs()), &said);
+    } else if !watch.finished || !status.success() {
+        watch.problem(&format!("ended early ({status})"), &said);
+    }
+    for problem in &mut watch.run.problems {
+        problem.insert_str(0, &format!("{}: ", engine.name()));
+    }
+    Ok(watch.run)
+}
+
+/// Reads a machine's console.
+struct Watch {
+    time: CpuTime,
+    start: Instant,
+    begun: Option<(String, u64)>,
+    finished: bool,
+    last_line: String,
+    run: MachineRun,
+}
+
+impl Watch {
+    fn of(child: &Child) -> Self {
+        Self {
+            time: CpuTime::of(child.id()),
+            start: Instant::now(),
+            begun: None,
+            finished: false,
+            last_line: String::new(),
+            run: MachineRun::default(),
+        }
+    }
+
+    /// Reads to the end; `false` when the limit is reached first.
+    fn follow(&mut self, lines: &Receiver<String>, limit: Duration) -> bool {
+        loop {
+            match lines.recv_timeout(limit.saturating_sub(self.start.elapsed())) {
+                Ok(line) => self.line(line.trim()),
+                Err(RecvTimeoutError::Disconnected) => return true,
+                Err(RecvTimeoutError::Timeout) => return false,
+            }
+        }
+    }
+
+    fn line(&mut self, line: &str) {
+        let now = self.time.look();
+        if let Some((_, name)) = line.split_once("@@begin ") {
+            self.begun = Some((name.to_owned(), now));
+        } else if let Some(sample) = parse_end(line) {
+            self.end(sample, now);
+        } else if line.contains("@@boot init") {
+            let wall = self.start.elapsed().as_nanos() as u64;
+            self.run.samples.extend([boot_sample("boot-cpu", now), boot_sample("boot-wall", wall)]);
+        } else if let Some((_, name)) = line.split_once("@@failed ") {
+            let what = format!("{name} failed in the guest");
+            self.problem(&what, "");
+        }
+        self.finished |= line.contains("@@done") || line.contains("paravane: init reached");
+        if !line.is_empty() {
+            line.clone_into(&mut self.last_line);
+        }
+    }
+
+    fn end(&mut self, sample: Sample, now: u64) {
+        match self.begun.take() {
+            Some((name, begun)) if name == sample.name => {
+                self.run.samples.push(Sample { cpu_ns: now.saturating_sub(begun), ..sample });
+            }
+            _ => self.problem(&format!("{} ended without having begun", sample.name), ""),
+        }
+    }
+
+    fn problem(&mut self, what: &str, said: &str) {
+        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or(&self.last_line);
+        let during = self.begun.as_ref().map(|(name, _)| format!(" in {name}")).unwrap_or_default();
+        self.run.problems.push(format!("{what}{during}; last it said: {last}"));
+    }
+}
+
+fn boot_sample(name: &str, cpu_ns: u64) -> Sample {
+    Sample { name: name.into(), units: 1, result: "init".into(), cpu_ns }
+}
+
+fn drain(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        pipe.read_to_end(&mut bytes).ok();
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// Lines as they come, so that each can be waited for with a limit.
+fn lines_of(child: &mut Child) -> Outcome<Receiver<String>> {
+    let stdout = child.stdout.take().ok_or_else(|| Failure::new("no pipe from the machine"))?;
+    let (sender, lines) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut reader = BufReader::with_capacity(4096, stdout);
+        let mut line = Vec::new();
+        while matches!(reader.read_until(b'\n', &mut line), Ok(count) if count > 0) {
+            if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                break;
+            }
+            line.clear();
+        }
+    });
+    Ok(lines)
+}
+
+/// `@@end NAME UNITS RESULT CPU_NANOSECONDS`, perhaps behind a kernel message.
+fn parse_end(line: &str) -> Option<Sample> {
+    let (_, rest) = line.split_once("@@end ")?;
+    let mut words = rest.split_whitespace();
+    Some(Sample {
+        name: words.next()?.to_owned(),
+        units: words.next()?.parse().ok()?,
+        result: words.next()?.to_owned(),
+        cpu_ns: words.next()?.parse().ok()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn end_marks() {
+        let sample = parse_end("[ 1.0] x@@end sort 20 d3944189044d9c7f 18115000\r\n").unwrap();
+        assert_eq!((sample.name.as_str(), sample.units, sample.cpu_ns), ("sort", 20, 18_115_000));
+        assert_eq!(sample.result, "d3944189044d9c7f");
+        assert!(parse_end("@@end sort").is_none() && parse_end("@@begin sort").is_none());
+    }
+}

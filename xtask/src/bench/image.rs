@@ -1,0 +1,139 @@
+//! Builds the programs, and the initramfs that carries them into a guest.
+//!
+//! The same folder serves native runs: what the guest runs is byte for byte what the host runs.
+
+use super::suite::{COLD_FUNCTIONS, Kind, Program, SCRIPTS, TEXT_BYTES};
+use crate::guests::cpio::Archive;
+use crate::guests::{self, Manifest};
+use crate::host::{self, Context, Failure, Outcome};
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// Compiles what the programs need into `guests/bench`, and returns that folder.
+pub fn build(programs: &[&Program], manifest: &Manifest) -> Outcome<PathBuf> {
+    let folder = guests::folder().join("bench");
+    fs::create_dir_all(&folder).context(folder.display())?;
+    let sources: BTreeSet<&str> = programs.iter().map(|program| source(program)).chain(["gentext"]).collect();
+    for source in sources {
+        compile(source, &folder)?;
+    }
+    let text = host::output(host::command(folder.join("gentext")).arg(TEXT_BYTES))?;
+    host::write(&folder.join("text"), &text)?;
+    for script in SCRIPTS {
+        host::write(&folder.join(script), &host::read(&host::root().join("tests/bench").join(script))?)?;
+    }
+    let busybox = folder.join("busybox");
+    host::write(&busybox, &host::read(&guests::folder().join(&manifest.busybox))?)?;
+    fs::set_permissions(&busybox, fs::Permissions::from_mode(0o755)).context(busybox.display())?;
+    Ok(folder)
+}
+
+fn source(program: &Program) -> &'static str {
+    match program.kind {
+        Kind::Compiled { source, .. } => source,
+        Kind::Tool(_) => "tool",
+    }
+}
+
+fn compile(name: &str, folder: &Path) -> Outcome<()> {
+    let harness = host::root().join("tests/bench");
+    let program = folder.join(name);
+    let (input, optimize) = if name == "cold" {
+        let input = folder.join("cold.c");
+        let text = cold_source(COLD_FUNCTIONS);
+        if fs::read(&input).ok().as_deref() != Some(text.as_bytes()) {
+            host::write(&input, text.as_bytes())?;
+        }
+        (input, "-O1")
+    } else {
+        (harness.join(format!("{name}.c")), "-O2")
+    };
+    if newer(&program, &[&input, &harness.join("bench.h")]) {
+        return Ok(());
+    }
+    println!("bench: compiling {name}");
+    let mut gcc = host::command("gcc");
+    gcc.args(["-std=gnu17", "-march=x86-64", "-Wall", "-Wextra", "-static", optimize, "-I"]).arg(&harness);
+    host::run(gcc.arg("-o").arg(&program).arg(&input).arg("-lm"))
+}
+
+/// Whether a file is there and newer than all that it is made from.
+fn newer(made: &Path, from: &[&Path]) -> bool {
+    let age = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    let Some(made) = age(made) else { return false };
+    from.iter().all(|path| age(path).is_some_and(|age| age < made))
+}
+
+/// Class `cold`: thousands of small functions, no two alike, each called once.
+fn cold_source(count: u64) -> String {
+    let mut text = String::from(
+        "/* Cold code: one unit is one function that has not run before. */\n#include \"bench.h\"\n",
+    );
+    let mut random = 0x2545_f491_4f6c_dd1d_u64;
+    for n in 0..count {
+        // xorshift64: any sequence that is the same everywhere will do.
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        let (a, b, shift) = (random & 0xffff, random >> 48 | 1, random >> 20 & 31);
+        let step = match random >> 32 & 3 {
+            0 => format!("x = x * {b} + {a}; if (x & {}) x ^= x >> {};", 1 << shift, shift + 1),
+            1 => format!("for (int i = 0; i < {}; i++) x += x << {} ^ {a};", 1 + shift % 3, 1 + shift % 7),
+            2 => format!("if (x % {b} < {}) x -= {a}; else x = (x ^ {b}) + (x >> {shift});", b / 2 + 1),
+            _ => format!("uint32_t y = (uint32_t)x; y = y << {} | y >> 9; x += y ^ {a};", 1 + shift % 20),
+        };
+        writeln!(text, "static __attribute__((noinline)) uint64_t f{n}(uint64_t x) {{ {step} return x; }}")
+            .ok();
+    }
+    text.push_str("static uint64_t (*const all[])(uint64_t) = {");
+    for n in 0..count {
+        write!(text, "{}f{n},", if n % 16 == 0 { "\n" } else { "" }).ok();
+    }
+    text.push_str(
+        "\n};\nstatic uint64_t work(uint64_t units, const char *variant) {\n    (void)variant;\n    uint64_t x = 1;\n\
+         \x20   for (uint64_t i = 0; i < units && i < sizeof all / sizeof *all; i++)\n        x = all[i](x);\n\
+         \x20   return x;\n}\nBENCH(\"cold\", bench_nothing, work)\n",
+    );
+    text
+}
+
+/// The second half of the initrd: the programs, their input, and the list of what to run, compressed.
+pub fn archive(programs: &[(&Program, u64)], folder: &Path) -> Outcome<Vec<u8>> {
+    let mut archive = Archive::default();
+    let mut list = String::new();
+    let mut files: BTreeSet<String> =
+        SCRIPTS.iter().chain(&["text", "busybox"]).map(|&file| file.to_owned()).collect();
+    for (program, units) in programs {
+        let words = program.words(*units);
+        if let Some(blank) = words.iter().find(|word| word.contains(char::is_whitespace)) {
+            return Err(Failure::new(format!("{}: the guest's list cannot hold `{blank}`", program.name)));
+        }
+        writeln!(list, "{} {}", program.name, words.join(" ")).ok();
+        files.insert(source(program).to_owned());
+    }
+    for file in files {
+        archive.file(&format!("bench/{file}"), true, &host::read(&folder.join(&file))?);
+    }
+    archive.file("bench/list", false, list.as_bytes());
+    let tools =
+        programs.iter().flat_map(|(program, _)| program.words(0)).filter(|word| word.starts_with("/usr/"));
+    for file in with_libraries(tools.collect())? {
+        archive.file(file.trim_start_matches('/'), true, &host::read(Path::new(&file))?);
+    }
+    guests::compress(&archive.finish())
+}
+
+/// Host programs and, as `ldd` names them, their shared libraries and loader.
+fn with_libraries(programs: BTreeSet<String>) -> Outcome<BTreeSet<String>> {
+    let mut all = programs.clone();
+    for program in &programs {
+        let listed = host::text(host::command("ldd").arg(program))?;
+        // "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)" or "/lib64/ld-linux-x86-64.so.2 (0x…)"
+        let words = listed.split_whitespace().filter(|word| word.starts_with('/'));
+        all.extend(words.map(str::to_owned));
+    }
+    Ok(all)
+}
