@@ -4,8 +4,9 @@
 //! `PARAVANE_FUZZ_SEQUENCES` sequences, `PARAVANE_FUZZ_REPORT` a file for all findings.
 
 use paravane_cpu::{Attention, CpuModel, Engine, HostFeatures, Interpreter, VpIndex, model_by_name};
-use paravane_jit::fuzz::{Bench, Campaign};
+use paravane_jit::fuzz::{Bench, Campaign, Leave};
 use paravane_jit::host::{HostVectorUnit, NativeMode};
+use paravane_jit::{JitOptions, Translator};
 use std::io::Write;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -26,9 +27,16 @@ fn interpreter(_: &Bench) -> Box<dyn Engine> {
     Box::new(Interpreter::new(model(), vector, Attention::default(), VpIndex(0)))
 }
 
+fn translator(bench: &Bench) -> Box<dyn Engine> {
+    let memory = bench.guest().memory();
+    let options = JitOptions::default();
+    Box::new(Translator::new(model(), memory, Attention::default(), VpIndex(0), options).unwrap())
+}
+
 fn conform(name: &str, mode: NativeMode, sequences: u64, engine: impl Fn(&Bench) -> Box<dyn Engine>) {
     let _guard = ONE_AT_A_TIME.lock();
-    let mut bench = Bench::new(mode).unwrap();
+    let leave = if name == "translator" { Leave::DeadFlags } else { Leave::Nothing };
+    let mut bench = Bench::new(mode, leave).unwrap();
     let mut engine = engine(&bench);
     let campaign = Campaign {
         seed: setting("PARAVANE_FUZZ_SEED", 1),
@@ -56,4 +64,14 @@ fn interpreter_in_64_bit_mode() {
 #[test]
 fn interpreter_in_32_bit_mode() {
     conform("interpreter", NativeMode::Protected32, 50, interpreter);
+}
+
+#[test]
+fn translator_in_64_bit_mode() {
+    conform("translator", NativeMode::Long, 500, translator);
+}
+
+#[test]
+fn translator_in_32_bit_mode() {
+    conform("translator", NativeMode::Protected32, 500, translator);
 }

@@ -15,6 +15,7 @@ mod safety;
 mod sequence;
 
 pub use campaign::{Campaign, Report};
+pub use compare::Leave;
 pub use forms::{LeftOut, admit, forms};
 pub use generate::{Case, Generator, OFFSET};
 pub use guest::{Guest, GuestCase};
@@ -68,11 +69,12 @@ pub struct Bench {
     guest: Guest,
     mode: NativeMode,
     generator: Generator,
+    leave: Leave,
 }
 
 impl Bench {
     /// Maps code and arena here and lays out the same in a guest. One at a time per process: see [`Native::new`].
-    pub fn new(mode: NativeMode) -> io::Result<Bench> {
+    pub fn new(mode: NativeMode, leave: Leave) -> io::Result<Bench> {
         let layout =
             NativeLayout { code: 0x4000_0000, data: 0x5000_0000, writable_pages: 2, read_only_pages: 1 };
         let bits = if mode == NativeMode::Long { 64 } else { 32 };
@@ -81,6 +83,7 @@ impl Bench {
             guest: Guest::new(layout)?,
             mode,
             generator: Generator { bits, layout },
+            leave,
         })
     }
 
@@ -141,7 +144,7 @@ impl Bench {
             rip: self.generator.layout.code + OFFSET,
         };
         match self.guest.run(engine, self.mode, &guest_case) {
-            Ok(engine) => compare::differences(case, self.generator.bits, &host, &engine),
+            Ok(engine) => compare::differences(case, self.generator.bits, self.leave, &host, &engine),
             Err(Exit::Unsupported) => vec!["the engine does not support it".into()],
             Err(exit) => vec![format!("the engine stopped with {exit:?}")],
         }
@@ -198,7 +201,7 @@ mod tests {
     fn the_host_is_repeatable() {
         let _guard = ONE_AT_A_TIME.lock();
         for mode in [NativeMode::Long, NativeMode::Protected32] {
-            let mut bench = Bench::new(mode).unwrap();
+            let mut bench = Bench::new(mode, Leave::Nothing).unwrap();
             let bits = bench.bits();
             let mut ran = 0;
             for (form, admitted) in forms(bits) {
@@ -206,7 +209,7 @@ mod tests {
                     let mut random = Random::new(seed);
                     let Some(case) = bench.generator.case(form, &mut random) else { continue };
                     let (first, second) = (bench.on_host(&case), bench.on_host(&case));
-                    let differences = compare::differences(&case, bits, &first, &second);
+                    let differences = compare::differences(&case, bits, Leave::Nothing, &first, &second);
                     assert!(differences.is_empty(), "{form:?} {:x?} {differences:?}", case.code);
                     ran += 1;
                 }
@@ -218,7 +221,7 @@ mod tests {
     #[test]
     fn sequences_grow_and_are_repeatable() {
         let _guard = ONE_AT_A_TIME.lock();
-        let mut bench = Bench::new(NativeMode::Long).unwrap();
+        let mut bench = Bench::new(NativeMode::Long, Leave::Nothing).unwrap();
         let admitted: Vec<Code> = forms(64).into_iter().filter(|(_, v)| v.is_ok()).map(|(c, _)| c).collect();
         let mut bytes = 0;
         for seed in 0..200 {
@@ -226,7 +229,10 @@ mod tests {
             let sequence = Sequence::draw(&mut bench, &admitted, 8, &mut random).unwrap();
             let case = sequence.case();
             let (first, second) = (bench.on_host(&case), bench.on_host(&case));
-            assert_eq!(compare::differences(&case, 64, &first, &second), Vec::<String>::new());
+            assert_eq!(
+                compare::differences(&case, 64, Leave::Nothing, &first, &second),
+                Vec::<String>::new()
+            );
             bytes += case.code.len();
         }
         assert!(bytes > 200 * 30, "{bytes}");

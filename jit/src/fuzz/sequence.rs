@@ -213,7 +213,7 @@ fn is_shift(mnemonic: Mnemonic) -> bool {
 }
 
 /// iced-x86's flag bits as EFLAGS bits.
-fn from_iced(bits: u32) -> u64 {
+pub fn from_iced(bits: u32) -> u64 {
     [
         (RflagsBits::OF, flags::OF),
         (RflagsBits::SF, flags::SF),
