@@ -150,7 +150,6 @@ macro_rules! register {
     };
 }
 
-#[expect(dead_code, reason = "a complete set of widths")]
 impl Registers {
     register!(read8, write8, u8);
     register!(read16, write16, u16);

@@ -46,11 +46,14 @@ pub enum Transfer {
 
 /// What is measured.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Op {
+    /// Reads one block after the other.
     SeqRead,
+    /// Writes one block after the other.
     SeqWrite,
+    /// Reads blocks in random order.
     RandRead,
+    /// Writes blocks in random order.
     RandWrite,
 }
 
@@ -217,12 +220,16 @@ pub fn pattern(lba: u64, seed: u64, sector: &mut [u8; 512]) {
 
 /// How a job ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[expect(missing_docs, reason = "the names say it")]
 pub enum Status {
+    /// All operations went well and all data is right.
     Ok,
+    /// There is no such disk.
     NoDevice,
+    /// The disk or memory has no room for one operation.
     NoRoom,
+    /// The device failed operations.
     IoError,
+    /// Data is wrong.
     Mismatch,
 }
 
