@@ -246,7 +246,8 @@ pub(crate) fn load_task_register(ex: &mut Exec<'_>, selector: u16) -> Result<(),
         return Err(Fault::gp(selector));
     }
     let mut d = segment::fetch_wide(ex, selector, Vector::GP, 0)?;
-    let available = if ex.cpu.long_mode() { d.system_type() == Some(9) } else { matches!(d.system_type(), Some(1 | 9)) };
+    let available =
+        if ex.cpu.long_mode() { d.system_type() == Some(9) } else { matches!(d.system_type(), Some(1 | 9)) };
     if !available {
         return Err(Fault::gp(selector));
     }

@@ -142,7 +142,10 @@ fn syscall_and_sysret() {
     bed.cpu.msr.sfmask = flags::IF;
     bed.cpu.rflags |= flags::IF;
     bed.run(&[0x0F, 0x05]);
-    assert_eq!((bed.cpu.rip, bed.cpu.cpl, bed.cpu.gpr[gpr::RCX], bed.cpu.gpr[11]), (0x9000, 0, CODE + 2, 0x202));
+    assert_eq!(
+        (bed.cpu.rip, bed.cpu.cpl, bed.cpu.gpr[gpr::RCX], bed.cpu.gpr[11]),
+        (0x9000, 0, CODE + 2, 0x202)
+    );
     assert_eq!(bed.cpu.rflags & flags::IF, 0);
     assert_eq!(bed.cpu.segment(SegReg::Ss).selector, 0x10);
     bed.run(&[0x48, 0x0F, 0x07]);
@@ -364,7 +367,13 @@ fn a_guest_that_runs_wild_never_panics() {
         };
         for v in 0..48 {
             match round % 3 {
-                1 => bed.gate(v, random.next() & 15, random.next() & 3, (random.next() & 15) << 3, CODE + v * 64),
+                1 => bed.gate(
+                    v,
+                    random.next() & 15,
+                    random.next() & 3,
+                    (random.next() & 15) << 3,
+                    CODE + v * 64,
+                ),
                 2 => gate64(&mut bed, v, CODE + v * 64, random.next() & 7, random.next() & 3),
                 _ => {}
             }
@@ -399,7 +408,9 @@ fn a_guest_that_runs_wild_never_panics() {
 fn speed_of_a_small_loop() {
     let mut bed = long();
     // L: ADD RAX, [RBX]; MOV [RBX+8], RAX; LEA RDX, [RAX+RCX]; TEST DL, DL; DEC RCX; JNZ L
-    let code = [0x48, 3, 3, 0x48, 0x89, 0x43, 8, 0x48, 0x8D, 0x14, 8, 0x84, 0xD2, 0x48, 0xFF, 0xC9, 0x75, 0xEE, 0xF4];
+    let code = [
+        0x48, 3, 3, 0x48, 0x89, 0x43, 8, 0x48, 0x8D, 0x14, 8, 0x84, 0xD2, 0x48, 0xFF, 0xC9, 0x75, 0xEE, 0xF4,
+    ];
     bed.put(CODE, &code);
     bed.cpu.gpr[gpr::RBX] = 0x1_0000;
     bed.cpu.gpr[gpr::RCX] = 2_000_000;

@@ -52,10 +52,10 @@ pub(crate) fn combine(first: Vector, second: Fault) -> Option<Fault> {
     if first == Vector::DF {
         return None;
     }
-    let double = match (class(first), class(second.vector)) {
-        (Class::Contributory, Class::Contributory) => true,
-        (Class::Page, Class::Contributory | Class::Page) => true,
-        _ => false,
+    let double = match class(first) {
+        Class::Benign => false,
+        Class::Contributory => class(second.vector) == Class::Contributory,
+        Class::Page => class(second.vector) != Class::Benign,
     };
     Some(if double { Fault::with_code(Vector::DF, 0) } else { second })
 }
@@ -239,7 +239,11 @@ fn legacy(ex: &mut Exec<'_>, event: &Event, gate: &Gate) -> Result<(), Fault> {
     let size = if gate.kind & 8 != 0 { 4 } else { 2 };
     let inner = cpl != ex.cpu.cpl || ex.cpu.v8086();
     let from_v86 = ex.cpu.v8086();
-    let mut frame = if inner { inner_stack(ex, cpl, gate.ext)? } else { Frame::current(ex, Fault::with_code(Vector::SS, gate.ext)) };
+    let mut frame = if inner {
+        inner_stack(ex, cpl, gate.ext)?
+    } else {
+        Frame::current(ex, Fault::with_code(Vector::SS, gate.ext))
+    };
     let new_ss = frame.ss;
     let seg = |ex: &Exec<'_>, s: SegReg| u64::from(ex.cpu.segment(s).selector);
     if from_v86 {

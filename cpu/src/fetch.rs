@@ -77,26 +77,18 @@ impl Fetcher {
             if cached.rip == cpu.rip && cached.bits == bits && cached.len <= room && same(cached, &raw) {
                 return Ok(&self.slots[slot]);
             }
-            return self.decode(unit, cpu, bits, room, raw, MAX_LEN, slot);
+            return self.decode(unit, cpu, &raw[..MAX_LEN.min(room)], slot);
         }
         let (raw, have) = assemble(unit, cpu, mem, bus, &entry, lin, self.options)?;
-        self.decode(unit, cpu, bits, room, raw, have, slot)
+        self.decode(unit, cpu, &raw[..have.min(room)], slot)
     }
 
-    /// Decodes `have` bytes, of which `room` lie within the code segment, into `slot`.
+    /// Decodes `bytes`, all that lie within the code segment, into `slot`.
     #[cold]
-    fn decode(
-        &mut self,
-        unit: &Unit,
-        cpu: &CpuState,
-        bits: u32,
-        room: usize,
-        raw: [u8; 16],
-        have: usize,
-        slot: usize,
-    ) -> Result<&Decoded, Fault> {
+    fn decode(&mut self, unit: &Unit, cpu: &CpuState, bytes: &[u8], slot: usize) -> Result<&Decoded, Fault> {
         self.decodes += 1;
-        let mut decoder = Decoder::with_ip(bits, &raw[..have.min(room)], cpu.rip, self.options);
+        let bits = cpu.code_bits();
+        let mut decoder = Decoder::with_ip(bits, bytes, cpu.rip, self.options);
         let instr = decoder.decode();
         if instr.is_invalid() {
             // Longer than 15 bytes or past the segment limit.
@@ -106,6 +98,8 @@ impl Fetcher {
         if !unit.model.allows(&instr) {
             return Err(Fault::UD);
         }
+        let mut raw = [0; 16];
+        raw[..instr.len()].copy_from_slice(&bytes[..instr.len()]);
         self.slots[slot] = Decoded { instr, rip: cpu.rip, raw, len: instr.len(), bits };
         Ok(&self.slots[slot])
     }

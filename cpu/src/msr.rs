@@ -174,7 +174,8 @@ pub(crate) fn write(ex: &mut Exec<'_>, n: u32, v: u64) -> Result<(), Fault> {
 fn write_efer(ex: &mut Exec<'_>, v: u64) -> Result<(), Fault> {
     let old = ex.cpu.efer;
     let new = (v & !efer::LMA) | (old & efer::LMA);
-    if new & !(ex.model.efer_allowed() | efer::LMA) != 0 || ((old ^ new) & efer::LME != 0 && ex.cpu.paging()) {
+    if new & !(ex.model.efer_allowed() | efer::LMA) != 0 || ((old ^ new) & efer::LME != 0 && ex.cpu.paging())
+    {
         return Err(Fault::GP0);
     }
     ex.cpu.efer = new;

@@ -285,7 +285,8 @@ pub(crate) fn drop_privileged(cpu: &mut CpuState) {
     let cpl = cpu.cpl;
     for seg in [SegReg::Es, SegReg::Ds, SegReg::Fs, SegReg::Gs] {
         let s = &mut cpu.seg[seg as usize];
-        let conforming = s.attributes & (attr::CODE | attr::CONFORM_EXPAND) == attr::CODE | attr::CONFORM_EXPAND;
+        let conforming =
+            s.attributes & (attr::CODE | attr::CONFORM_EXPAND) == attr::CODE | attr::CONFORM_EXPAND;
         if s.present() && !conforming && s.dpl() < cpl {
             *s = Segment { base: s.base, ..Segment::default() };
         }

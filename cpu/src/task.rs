@@ -77,7 +77,11 @@ pub(crate) fn switch(ex: &mut Exec<'_>, selector: u16, reason: Reason, rip: u64)
     let new = Segment { attributes: tss.segment().attributes | 2, ..tss.segment() };
     // Every page both tasks need, before anything is changed.
     ex.sys_probe(old.base, Format::of(&old).last as usize + 1, Access::Write)?;
-    ex.sys_probe(new.base, format.last as usize + 1, if reason.nests() { Access::Write } else { Access::Read })?;
+    ex.sys_probe(
+        new.base,
+        format.last as usize + 1,
+        if reason.nests() { Access::Write } else { Access::Read },
+    )?;
     let image = read(ex, &new, &format)?;
     save(ex, &old, reason, rip)?;
     if matches!(reason, Reason::Jump | Reason::Return) {

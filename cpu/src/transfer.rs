@@ -17,7 +17,8 @@ pub(crate) fn real_code_segment(cpu: &CpuState, selector: u16) -> Segment {
 
 /// CS for real and virtual-8086 mode; the offset must lie within the limit.
 fn flat_code(ex: &Exec<'_>, selector: u16, offset: u64) -> Result<Segment, Fault> {
-    let cs = if ex.cpu.v8086() { segment::virtual8086(selector) } else { real_code_segment(ex.cpu, selector) };
+    let cs =
+        if ex.cpu.v8086() { segment::virtual8086(selector) } else { real_code_segment(ex.cpu, selector) };
     if offset > u64::from(cs.limit) { Err(Fault::GP0) } else { Ok(cs) }
 }
 
@@ -191,7 +192,13 @@ fn call_gate(ex: &mut Exec<'_>, gate: &Descriptor) -> Result<(), Fault> {
     check_code(ex, &code)?;
     let offset = gate_offset(gate);
     let long = ex.cpu.long_mode();
-    let size = if long { 8 } else if gate.system_type() == Some(4) { 2 } else { 4 };
+    let size = if long {
+        8
+    } else if gate.system_type() == Some(4) {
+        2
+    } else {
+        4
+    };
     let inner = !code.is_conforming() && code.dpl() < ex.cpu.cpl;
     let cpl = if inner { code.dpl() } else { ex.cpu.cpl };
     check_target(ex, &code.segment(), offset)?;
@@ -220,7 +227,12 @@ fn call_gate(ex: &mut Exec<'_>, gate: &Descriptor) -> Result<(), Fault> {
 }
 
 /// Pushes the caller's SS:RSP and copies a legacy gate's parameters.
-fn push_outer_stack(ex: &mut Exec<'_>, frame: &mut Frame, gate: &Descriptor, size: usize) -> Result<(), Fault> {
+fn push_outer_stack(
+    ex: &mut Exec<'_>,
+    frame: &mut Frame,
+    gate: &Descriptor,
+    size: usize,
+) -> Result<(), Fault> {
     let rsp = ex.cpu.gpr[gpr::RSP];
     frame.push(ex, size, u64::from(ex.cpu.segment(SegReg::Ss).selector))?;
     frame.push(ex, size, rsp)?;

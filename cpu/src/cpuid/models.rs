@@ -1,7 +1,7 @@
 //! The named processor models.
 
-use super::bits::{self, Feature, Features};
 use super::CpuModel;
+use super::bits::{self, Feature, Features};
 
 /// What the host's own units can execute, for the instructions the engines hand to them.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +24,9 @@ impl HostFeatures {
         );
         // VEX encodings go together.
         if !set.has(bits::AVX) {
-            [bits::AVX2, bits::FMA, bits::F16C, bits::BMI1, bits::BMI2].into_iter().for_each(|f| set.remove(f));
+            [bits::AVX2, bits::FMA, bits::F16C, bits::BMI1, bits::BMI2]
+                .into_iter()
+                .for_each(|f| set.remove(f));
         }
         HostFeatures(set)
     }

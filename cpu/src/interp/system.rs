@@ -507,11 +507,7 @@ fn visible(ex: &Exec<'_>, d: &segment::Descriptor) -> bool {
 }
 
 /// LAR and LSL: sets ZF and the destination if `f` finds something.
-fn query(
-    ex: &mut Exec<'_>,
-    i: &Instruction,
-    f: fn(&Exec<'_>, &segment::Descriptor) -> Option<u64>,
-) -> Done {
+fn query(ex: &mut Exec<'_>, i: &Instruction, f: fn(&Exec<'_>, &segment::Descriptor) -> Option<u64>) -> Done {
     protected_only(ex)?;
     let selector = read(ex, i, 1, 2)? as u16;
     let found = segment::peek(ex, selector)?.filter(|d| visible(ex, d)).and_then(|d| f(ex, &d));

@@ -224,7 +224,8 @@ impl Walk<'_> {
                 };
         }
         if access == Access::Execute {
-            return !xd && !(user_page && cpu.cr4 & cr4::SMEP != 0);
+            let prevented = user_page && cpu.cr4 & cr4::SMEP != 0;
+            return !(xd || prevented);
         }
         let lifted = self.privilege == Privilege::Supervisor && cpu.rflags & flags::AC != 0;
         if user_page && cpu.cr4 & cr4::SMAP != 0 && !lifted {
