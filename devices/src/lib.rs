@@ -11,6 +11,7 @@ mod control;
 mod counters;
 mod device;
 pub mod hpet;
+pub mod i8042;
 pub mod ide;
 mod irq;
 pub mod irqchip;
@@ -30,6 +31,7 @@ pub use device::{
     Device, DeviceHandle, Inspect, MmioDevice, PioDevice, ResetKind, StringPio, TimedDevice, share,
 };
 pub use hpet::{Hpet, HpetWiring, LegacyRoute};
+pub use i8042::{I8042, I8042Wiring};
 pub use irq::{IrqLine, IrqSink, MsiSink};
 pub use irqchip::{FabricConfig, InterruptFabric, IoApicWindow, PicPorts, TscClock, VcpuKick, WiredOr};
 pub use paravane_memory::{Port, VpIndex, Width};
