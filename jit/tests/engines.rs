@@ -311,3 +311,39 @@ program!(
 fn string_instructions_and_division() {
     agree(t_str::bytes(), flags::CF | flags::ZF | flags::SF);
 }
+
+program!(
+    t_system,
+    "mov ecx, 300",
+    "2: pushfq",
+    "pop rax",
+    "add rbx, rax",
+    "cmp rcx, 77",
+    "pushfq",
+    "sti",
+    "cli",
+    "popfq",
+    "setb dl",
+    "adc r9, 0",
+    "stosb",
+    "lodsd",
+    "movsq",
+    "scasd",
+    "cmpsb",
+    "adc r10, 1",
+    "mov r11, rcx",
+    "imul r11, r11, 13",
+    "xor eax, eax",
+    "bts [rdi + 100], r11",
+    "adc r8, 0",
+    "xor eax, eax",
+    "lock btr dword ptr [rdi + 64], ecx",
+    "adc r8, r8",
+    "dec ecx",
+    "jnz 2b",
+);
+
+#[test]
+fn flag_images_strings_and_bit_strings() {
+    agree(t_system::bytes(), flags::STATUS);
+}
