@@ -5,6 +5,7 @@ use super::operand::{
     address, address_mask, gpr_size, operand_size, read, read_gpr, set_status, update, write, write_gpr,
     write_sized,
 };
+use super::vector::misaligned;
 use super::{alu, bits, shift};
 use crate::exec::Exec;
 use crate::fault::{Fault, Vector};
@@ -249,7 +250,7 @@ pub(super) fn cmpxchg_pair(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> E
         let swap = &mut |v| if u128::from(v) == expected { new as u64 } else { v };
         u128::from(ex.rmw(seg, at, 8, i.has_lock_prefix(), swap)?)
     } else {
-        if ex.linear(seg, at, 16, true)?.0 & 15 != 0 {
+        if misaligned(ex, seg, at, 16) {
             return Err(Fault::GP0);
         }
         ex.rmw16b(seg, at, &mut |v| (v == expected).then_some(new))?

@@ -4,7 +4,7 @@
 //! They are done here and not by the host, because each element has its own fault.
 
 use super::alu::sign_extend;
-use super::operand::{address, address_mask, segment};
+use super::operand::{address, address_mask, memory_segment};
 use super::vector::enter_mmx;
 use crate::exec::Exec;
 use crate::fault::Fault;
@@ -50,6 +50,14 @@ fn set_lanes(fpu: &mut FpuState, r: Register, mut v: Lanes, bytes: usize) {
     fpu.0[FpuState::ymm_high_range(r.number())].copy_from_slice(&v[16..]);
 }
 
+/// Writes just the bits that `r` names.
+fn set_register(fpu: &mut FpuState, r: Register, v: &Lanes) {
+    fpu.0[FpuState::xmm_range(r.number())].copy_from_slice(&v[..16]);
+    if r.is_ymm() {
+        fpu.0[FpuState::ymm_high_range(r.number())].copy_from_slice(&v[16..]);
+    }
+}
+
 fn element(v: &Lanes, k: usize, size: usize) -> u64 {
     let mut bytes = [0; 8];
     bytes[..size].copy_from_slice(&v[k * size..(k + 1) * size]);
@@ -65,7 +73,8 @@ fn selected(mask: &Lanes, k: usize, size: usize) -> bool {
     mask[(k + 1) * size - 1] & 0x80 != 0
 }
 
-/// Gathers: a fault leaves the elements done so far in the destination and their mask elements cleared.
+/// Gathers: a fault leaves the elements done so far in the destination and their mask elements cleared; the mask
+/// elements still to be done hold their sign throughout.
 fn gather(ex: &mut Exec<'_>, i: &Instruction, index: usize, size: usize) -> Result<(), Fault> {
     let (to, by, at) = (i.op0_register(), i.op2_register(), i.memory_index());
     if to.number() == by.number() || to.number() == at.number() || by.number() == at.number() {
@@ -76,6 +85,10 @@ fn gather(ex: &mut Exec<'_>, i: &Instruction, index: usize, size: usize) -> Resu
     let indices = lanes(&ex.cpu.fpu, at);
     let count = (to.size() / size).min(at.size() / index);
     let mut fault = None;
+    for k in 0..count {
+        let extended = if selected(&mask, k, size) { u64::MAX } else { 0 };
+        set_element(&mut mask, k, size, extended);
+    }
     for k in 0..count {
         if selected(&mask, k, size) {
             match gather_element(ex, i, element(&indices, k, index), index, size) {
@@ -94,8 +107,9 @@ fn gather(ex: &mut Exec<'_>, i: &Instruction, index: usize, size: usize) -> Resu
             set_lanes(&mut ex.cpu.fpu, by, mask, 0);
         }
         Some(_) => {
-            set_lanes(&mut ex.cpu.fpu, to, result, to.size());
-            set_lanes(&mut ex.cpu.fpu, by, mask, by.size());
+            mask[count * size..].fill(0);
+            set_register(&mut ex.cpu.fpu, to, &result);
+            set_register(&mut ex.cpu.fpu, by, &mask);
         }
     }
     ex.vector.changed(&ex.cpu.fpu, ex.vp);
@@ -109,7 +123,7 @@ fn gather_element(
     index_size: usize,
     size: usize,
 ) -> Result<u64, Fault> {
-    let (seg, at) = (segment(i.memory_segment()), vector_base(ex, i));
+    let (seg, at) = (memory_segment(i), vector_base(ex, i));
     let offset = sign_extend(index, index_size).wrapping_mul(u64::from(i.memory_index_scale()));
     ex.load(seg, at.wrapping_add(offset) & address_mask(i), size)
 }
@@ -164,12 +178,8 @@ fn bytes_of(fpu: &FpuState, r: Register) -> [u8; 16] {
 
 /// MASKMOVQ, MASKMOVDQU: bytes at segment:rDI.
 fn store_bytes_by_mask(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault> {
-    if size == 8 {
-        let next = ex.next_rip;
-        enter_mmx(ex)?;
-        if ex.next_rip != next {
-            return Ok(()); // Frozen on an x87 error.
-        }
+    if size == 8 && !enter_mmx(ex)? {
+        return Ok(());
     }
     ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
     let v = bytes_of(&ex.cpu.fpu, i.op1_register());
@@ -179,8 +189,12 @@ fn store_bytes_by_mask(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Resul
         OpKind::MemorySegEDI => 0xFFFF_FFFF,
         _ => u64::MAX,
     };
-    let (seg, base): (SegReg, u64) = (segment(i.memory_segment()), ex.cpu.gpr[gpr::RDI]);
+    let (seg, base): (SegReg, u64) = (memory_segment(i), ex.cpu.gpr[gpr::RDI]);
     let wanted = (0..size).filter(|&k| mask[k] & 0x80 != 0);
+    if size == 8 {
+        // MASKMOVQ faults for its whole operand, whatever the mask (SDM 2B leaves that to the implementation).
+        ex.probe_write(seg, base & wrap, size)?;
+    }
     for k in wanted.clone() {
         ex.probe_write(seg, base.wrapping_add(k as u64) & wrap, 1)?;
     }

@@ -15,6 +15,7 @@ mod shift;
 mod stack;
 mod string;
 pub(crate) mod system;
+mod system_io;
 mod vector;
 mod xsave;
 

@@ -105,6 +105,22 @@ pub(super) const fn segment(r: Register) -> SegReg {
     }
 }
 
+/// Segment of the memory operand. 64-bit code ignores all overrides but FS and GS.
+#[inline]
+pub(super) fn memory_segment(i: &Instruction) -> SegReg {
+    let prefix = i.segment_prefix();
+    if prefix == Register::None
+        || i.code_size() != CodeSize::Code64
+        || matches!(prefix, Register::FS | Register::GS)
+    {
+        return segment(i.memory_segment());
+    }
+    match i.memory_base() {
+        Register::RSP | Register::RBP | Register::ESP | Register::EBP => SegReg::Ss,
+        _ => SegReg::Ds,
+    }
+}
+
 /// Mask of the address size of `i`'s memory operand.
 #[inline]
 pub(super) fn address_mask(i: &Instruction) -> u64 {
@@ -147,7 +163,7 @@ pub(super) fn effective(cpu: &CpuState, i: &Instruction) -> u64 {
 /// Segment and offset of the memory operand.
 #[inline]
 pub(super) fn address(cpu: &CpuState, i: &Instruction) -> (SegReg, u64) {
-    (segment(i.memory_segment()), effective(cpu, i))
+    (memory_segment(i), effective(cpu, i))
 }
 
 /// Bytes of operand `n`, a register or memory.

@@ -94,13 +94,14 @@ pub(super) fn jmp(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> {
     branch(ex, target, size)
 }
 
-/// CALL near: the target is checked before the return address is pushed.
+/// CALL near. The return address is written even where the target then turns out illegal, as hardware does.
 #[inline]
 pub(super) fn call(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> {
     let (target, size) = near_target(ex, i)?;
-    let back = ex.next_rip;
-    branch(ex, target, size)?;
-    ex.push(size, back).inspect_err(|_| ex.next_rip = back)
+    restoring(ex, |ex| {
+        ex.push(size, ex.next_rip)?;
+        branch(ex, target, size)
+    })
 }
 
 /// RET near.

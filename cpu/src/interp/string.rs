@@ -6,7 +6,7 @@
 //! iterations would have (overlap included); armed breakpoints (DR7) keep them to single iterations.
 
 use super::alu::{mask, sub};
-use super::operand::{segment, set_status};
+use super::operand::{memory_segment, set_status, write_sized};
 use crate::exec::Exec;
 use crate::fault::Fault;
 use crate::state::{CpuState, SegReg, flags, gpr};
@@ -36,7 +36,7 @@ impl Shape {
             OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI => 0xFFFF_FFFF,
             _ => u64::MAX,
         };
-        Shape { size, mask, seg: segment(i.memory_segment()) }
+        Shape { size, mask, seg: memory_segment(i) }
     }
 
     fn get(&self, cpu: &CpuState, n: usize) -> u64 {
@@ -74,6 +74,21 @@ struct Step {
 
 const ONE: Step = Step { elements: 1, go_on: true };
 
+/// As [`repeat`], for comparisons: a fault also brings back the flags from before the instruction (SDM 2B, REP).
+fn compare(
+    ex: &mut Exec<'_>,
+    i: &Instruction,
+    shape: &Shape,
+    step: impl FnMut(&mut Exec<'_>, u64) -> Result<Step, Fault>,
+) -> Result<(), Fault> {
+    let before = ex.cpu.rflags & flags::STATUS;
+    let done = repeat(ex, i, shape, step);
+    if done.is_err() {
+        set_status(ex.cpu, before);
+    }
+    done
+}
+
 /// Runs `step` once, or under a prefix until rCX is zero, `go_on` is false or the bound is reached. `step` gets the
 /// number of elements left to it.
 fn repeat(
@@ -89,9 +104,9 @@ fn repeat(
     let mut left = if single { 1 } else { BOUND / shape.size as u64 };
     loop {
         let count = shape.get(ex.cpu, gpr::RCX);
+        // A 32-bit count clears the upper half of RCX even if nothing is done.
+        shape.set(ex.cpu, gpr::RCX, count);
         if count == 0 {
-            // A 32-bit count of zero still clears the upper half of RCX.
-            shape.set(ex.cpu, gpr::RCX, 0);
             return Ok(());
         }
         if left == 0 {
@@ -211,7 +226,7 @@ pub(super) fn lods(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<()
     let shape = Shape::new(i, size);
     repeat(ex, i, &shape, |ex, _| {
         let v = ex.load(shape.seg, shape.get(ex.cpu, gpr::RSI), size)?;
-        super::operand::write_sized(ex.cpu, gpr::RAX, size, v);
+        write_sized(ex.cpu, gpr::RAX, size, v);
         shape.advance(ex.cpu, gpr::RSI, 1);
         Ok(ONE)
     })
@@ -222,12 +237,12 @@ fn goes_on(i: &Instruction, f: u64) -> bool {
     (f & flags::ZF != 0) != i.has_repne_prefix()
 }
 
-/// CMPS.
+/// CMPS: the second operand (ES:rDI) is read first.
 pub(super) fn cmps(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault> {
     let shape = Shape::new(i, size);
-    repeat(ex, i, &shape, |ex, _| {
-        let a = ex.load(shape.seg, shape.get(ex.cpu, gpr::RSI), size)?;
+    compare(ex, i, &shape, |ex, _| {
         let b = ex.load(SegReg::Es, shape.get(ex.cpu, gpr::RDI), size)?;
+        let a = ex.load(shape.seg, shape.get(ex.cpu, gpr::RSI), size)?;
         let (_, f) = sub(a, b, 0, size);
         set_status(ex.cpu, f);
         shape.advance(ex.cpu, gpr::RSI, 1);
@@ -240,7 +255,7 @@ pub(super) fn cmps(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<()
 pub(super) fn scas(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault> {
     let shape = Shape::new(i, size);
     let a = ex.cpu.gpr[gpr::RAX] & mask(size);
-    repeat(ex, i, &shape, |ex, _| {
+    compare(ex, i, &shape, |ex, _| {
         let b = ex.load(SegReg::Es, shape.get(ex.cpu, gpr::RDI), size)?;
         let (_, f) = sub(a, b, 0, size);
         set_status(ex.cpu, f);

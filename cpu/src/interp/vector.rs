@@ -22,11 +22,11 @@
 
 use super::alu::mask;
 use super::masked;
-use super::operand::{address, gpr_number};
+use super::operand::{address, address_mask, gpr_number};
 use super::xsave;
 use crate::exec::Exec;
 use crate::fault::{Fault, Vector};
-use crate::state::{FpuState, cr0, cr4, gpr};
+use crate::state::{FpuState, SegReg, cr0, cr4, gpr};
 use iced_x86::{CodeSize, CpuidFeature, EncodingKind, Instruction, MemorySize, Mnemonic, OpKind};
 
 /// Which rules an instruction follows.
@@ -90,10 +90,16 @@ fn is_mmx(i: &Instruction, feature: CpuidFeature) -> bool {
     if matches!(i.mnemonic(), Cvtps2pi | Cvttps2pi | Cvtpd2pi | Cvttpd2pi) {
         return false;
     }
-    let any = |f: fn(iced_x86::Register) -> bool| {
-        (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && f(i.op_register(n)))
-    };
-    any(|r| r.is_mm()) && !any(|r| r.is_xmm())
+    has_mm(i) && !names(i, |r| r.is_xmm())
+}
+
+/// An operand is an MMX register.
+fn has_mm(i: &Instruction) -> bool {
+    names(i, |r| r.is_mm())
+}
+
+fn names(i: &Instruction, f: fn(iced_x86::Register) -> bool) -> bool {
+    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && f(i.op_register(n)))
 }
 
 /// `#UD` and `#NM` as in the table above.
@@ -120,10 +126,39 @@ fn wait(ex: &mut Exec<'_>) -> Result<(), Fault> {
     run(ex, &[0xD9, 0xD0], &mut Operand([0; 512]))
 }
 
-/// Puts MMX instructions' state transition in force: x87 TOP zero, all registers valid (SDM 1, 9.5.1).
-pub(super) fn enter_mmx(ex: &mut Exec<'_>) -> Result<(), Fault> {
-    // movq mm0, mm0
-    run(ex, &[0x0F, 0x6F, 0xC0], &mut Operand([0; 512]))
+/// Raises a pending x87 error before an operand in memory is looked at. False: frozen, see [`run`].
+fn raise_pending(ex: &mut Exec<'_>, i: &Instruction) -> Result<bool, Fault> {
+    use Mnemonic::*;
+    if matches!(i.mnemonic(), Fnstcw | Fnstsw | Fnstenv | Fnsave) {
+        return Ok(true);
+    }
+    ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+    if ex.cpu.fpu.0[2] & FSW_ES == 0 {
+        return Ok(true);
+    }
+    let next = ex.next_rip;
+    run(ex, &[0xD9, 0xD0], &mut Operand([0; 512]))?;
+    Ok(ex.next_rip == next)
+}
+
+/// Error summary in the low byte of FSW.
+const FSW_ES: u8 = 1 << 7;
+/// TOP in the high byte of FSW.
+const FSW_TOP: u8 = 7 << 3;
+
+/// Puts MMX instructions' state transition in force: x87 TOP zero, all registers valid (SDM 1, 9.5.1). It comes
+/// before any access to memory. False: frozen on a pending x87 error, see [`run`].
+pub(super) fn enter_mmx(ex: &mut Exec<'_>) -> Result<bool, Fault> {
+    ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+    let fpu = &ex.cpu.fpu.0;
+    if fpu[2] & FSW_ES == 0 && fpu[3] & FSW_TOP == 0 && fpu[4] == 0xFF {
+        return Ok(true);
+    }
+    let (next, rbx) = (ex.next_rip, ex.cpu.gpr[gpr::RBX]);
+    // movd ebx, mm0
+    let done = run(ex, &[0x0F, 0x7E, 0xC3], &mut Operand([0; 512]));
+    ex.cpu.gpr[gpr::RBX] = rbx;
+    done.map(|()| ex.next_rip == next)
 }
 
 /// One call of the vector unit, with its exceptions made the guest's.
@@ -204,26 +239,123 @@ fn on_host(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8], class: Class) -> Re
     let code = Encoded::new(i, bytes, memory, None).ok_or(Fault::UD)?;
     let mut operand = Operand([0; 512]);
     if !memory {
-        return run_renamed(ex, &code, &mut operand);
+        if class == Class::Sse && has_mm(i) && !enter_mmx(ex)? {
+            return Ok(());
+        }
+        return match i.mnemonic() {
+            Vzeroall | Vzeroupper if i.code_size() != CodeSize::Code64 => zero_eight(ex, &code),
+            _ => run_renamed(ex, &code, &mut operand),
+        };
     }
     let (seg, at) = address(ex.cpu, i);
     let size = memory_bytes(i);
     let direction = memory_use(i, class);
+    if matches!(class, Class::X87 | Class::Mmx) && !raise_pending(ex, i)? {
+        return Ok(());
+    }
     let align = alignment(i, class, size) as u64;
-    if align > 1 && ex.linear(seg, at, size, direction != Use::Load)?.0 & (align - 1) != 0 {
+    if align > 1 && misaligned(ex, seg, at, align) {
         return Err(Fault::GP0);
     }
-    if direction != Use::Load {
-        ex.probe_write(seg, at, size)?;
+    if direction != Use::Load
+        && let Err(fault) = ex.probe_write(seg, at, size)
+    {
+        return store_fault(ex, i, class, &code, size, fault);
     }
     if direction != Use::Store {
+        if matches!(i.mnemonic(), Fldenv | Frstor) {
+            // The last byte is tried first.
+            let last = ex.linear(seg, at.wrapping_add(size as u64 - 1) & address_mask(i), 1, false)?;
+            ex.span(last, false)?;
+        }
         ex.load_bytes(seg, at, &mut operand.0[..size])?;
+    }
+    if class == Class::Sse && has_mm(i) && !enter_mmx(ex)? {
+        return Ok(());
     }
     let next = ex.next_rip;
     run_renamed(ex, &code, &mut operand)?;
     if direction != Use::Load && ex.next_rip == next {
         ex.store_bytes(seg, at, &operand.0[..size])?;
     }
+    Ok(())
+}
+
+/// A store whose memory raised `fault`, and what the instruction has done by then.
+fn store_fault(
+    ex: &mut Exec<'_>,
+    i: &Instruction,
+    class: Class,
+    code: &Encoded,
+    size: usize,
+    fault: Fault,
+) -> Result<(), Fault> {
+    if class == Class::X87 {
+        return store_unless_masked_out(ex, code, size, fault);
+    }
+    if class == Class::Mmx {
+        rotate_to_top_zero(ex);
+    }
+    if i.mnemonic() == Mnemonic::Vcvtps2ph {
+        // The conversion's own exceptions come first, and its MXCSR flags stand.
+        run(ex, code.bytes(), &mut Operand([0; 512]))?;
+    }
+    Err(fault)
+}
+
+/// An x87 store that an unmasked error suppresses does not look at its memory: it completes with the error pending.
+fn store_unless_masked_out(
+    ex: &mut Exec<'_>,
+    code: &Encoded,
+    size: usize,
+    fault: Fault,
+) -> Result<(), Fault> {
+    ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+    let before = ex.cpu.fpu.clone();
+    for pattern in [0, 0xFF] {
+        ex.cpu.fpu = before.clone();
+        ex.vector.changed(&ex.cpu.fpu, ex.vp);
+        let mut operand = Operand([pattern; 512]);
+        run(ex, code.bytes(), &mut operand)?;
+        ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+        if operand.0[..size].iter().any(|&b| b != pattern) {
+            ex.cpu.fpu = before;
+            ex.vector.changed(&ex.cpu.fpu, ex.vp);
+            return Err(fault);
+        }
+    }
+    Ok(())
+}
+
+/// Sets the x87 TOP to zero; the tags stay. That far an MMX store has come when its memory faults.
+fn rotate_to_top_zero(ex: &mut Exec<'_>) {
+    ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+    let fpu = &mut ex.cpu.fpu.0;
+    let top = usize::from(fpu[3] & FSW_TOP) >> 3;
+    fpu[3] &= !FSW_TOP;
+    fpu[32..160].rotate_right(16 * top);
+    ex.vector.changed(&ex.cpu.fpu, ex.vp);
+}
+
+/// Whether the linear address is no multiple of `align`; tested before anything else about it.
+pub(super) fn misaligned(ex: &Exec<'_>, seg: SegReg, at: u64, align: u64) -> bool {
+    let flat = ex.cpu.code64() && !matches!(seg, SegReg::Fs | SegReg::Gs);
+    let base = if flat { 0 } else { ex.cpu.segment(seg).base };
+    base.wrapping_add(at) & (align - 1) != 0
+}
+
+/// VZEROALL and VZEROUPPER outside 64-bit mode leave registers 8 to 15 alone.
+fn zero_eight(ex: &mut Exec<'_>, code: &Encoded) -> Result<(), Fault> {
+    ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+    let saved = ex.cpu.fpu.clone();
+    run(ex, code.bytes(), &mut Operand([0; 512]))?;
+    ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+    for n in 8..16 {
+        for place in [FpuState::xmm_range(n), FpuState::ymm_high_range(n)] {
+            ex.cpu.fpu.0[place.clone()].copy_from_slice(&saved.0[place]);
+        }
+    }
+    ex.vector.changed(&ex.cpu.fpu, ex.vp);
     Ok(())
 }
 

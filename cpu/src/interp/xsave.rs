@@ -5,6 +5,7 @@
 
 use super::masked::MXCSR_MASK;
 use super::operand::address;
+use super::vector::misaligned;
 use crate::exec::Exec;
 use crate::fault::Fault;
 use crate::state::{FpuState, SegReg, cr0, cr4, gpr};
@@ -43,7 +44,7 @@ fn register_bytes(ex: &Exec<'_>) -> usize {
 /// Segment and offset of the area, aligned to `align`.
 fn area(ex: &Exec<'_>, i: &Instruction, align: u64) -> Result<(SegReg, u64), Fault> {
     let (seg, at) = address(ex.cpu, i);
-    if ex.linear(seg, at, 1, false)?.0 & (align - 1) != 0 {
+    if misaligned(ex, seg, at, align) {
         return Err(Fault::GP0);
     }
     Ok((seg, at))
