@@ -104,7 +104,7 @@ impl Core {
 
     /// Executes one instruction, or one bounded part of a REP, and delivers what it raises.
     pub fn step(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus) -> Step {
-        self.unit.tlb.check_layout(mem);
+        self.unit.tlb.check_layout(cpu, mem);
         let shadow = std::mem::take(&mut cpu.shadow);
         if cpu.dr[7] & 0xFF != 0 && cpu.rflags & flags::RF == 0 && shadow != Shadow::MovSs {
             let hits = debug::fetch_hits(cpu, instruction_address(cpu));
@@ -226,7 +226,7 @@ impl Core {
         bus: &dyn CpuBus,
         event: &Event,
     ) -> Result<(), Fault> {
-        self.unit.tlb.check_layout(mem);
+        self.unit.tlb.check_layout(cpu, mem);
         let mut ex = self.unit.exec(cpu, mem, bus, event.rip);
         let result = exception::deliver(&mut ex, event);
         let hits = ex.debug_hits;

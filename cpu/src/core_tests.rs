@@ -341,6 +341,157 @@ fn a_32_bit_guest_walks_into_long_mode() {
     assert!(bed.core.has_flushes() && bed.core.take_flushes().all);
 }
 
+#[test]
+fn sysenter_and_sysexit() {
+    let mut bed = Bed::protected();
+    bed.user();
+    bed.cpu.msr.sysenter_cs = 8;
+    bed.cpu.msr.sysenter_eip = 0x9000;
+    bed.cpu.msr.sysenter_esp = 0x6000;
+    bed.cpu.rflags |= flags::IF;
+    bed.run(&[0x0F, 0x34]);
+    assert_eq!((bed.cpu.rip, bed.cpu.cpl, bed.cpu.gpr[gpr::RSP]), (0x9000, 0, 0x6000));
+    assert_eq!(bed.cpu.rflags & flags::IF, 0);
+    bed.cpu.gpr[gpr::RDX] = 0x9100;
+    bed.cpu.gpr[gpr::RCX] = 0x6500;
+    bed.run(&[0x0F, 0x35]);
+    assert_eq!((bed.cpu.rip, bed.cpu.cpl, bed.cpu.gpr[gpr::RSP]), (0x9100, 3, 0x6500));
+    assert_eq!((bed.cpu.segment(SegReg::Cs).selector, bed.cpu.segment(SegReg::Ss).selector), (0x1B, 0x23));
+}
+
+#[test]
+fn loading_ss_holds_traps_and_interrupts_back() {
+    let mut bed = Bed::protected();
+    bed.gate(1, 14, 0, 8, 0x9000);
+    bed.cpu.rflags |= flags::TF;
+    bed.cpu.gpr[gpr::RAX] = 0x10;
+    bed.run(&[0x8E, 0xD0, 0x90]); // MOV SS, AX; NOP
+    assert_eq!((bed.cpu.rip, bed.cpu.shadow), (CODE + 2, Shadow::MovSs));
+    bed.step();
+    assert_eq!(bed.cpu.rip, 0x9000);
+    assert_eq!(bed.get32(bed.cpu.gpr[gpr::RSP]), CODE as u32 + 3);
+}
+
+#[test]
+fn popf_respects_privilege() {
+    let mut bed = Bed::protected();
+    bed.user();
+    bed.put(0x6FFC, &0xFFFF_FFFFu32.to_le_bytes());
+    bed.cpu.gpr[gpr::RSP] = 0x6FFC;
+    bed.run(&[0x9D]);
+    let may = flags::STATUS | flags::TF | flags::DF | flags::NT | flags::AC | flags::ID | flags::FIXED;
+    assert_eq!(bed.cpu.rflags, may, "neither IF nor IOPL");
+    bed.cpu.rflags = flags::FIXED | 3 << 12;
+    bed.cpu.gpr[gpr::RSP] = 0x6FFC;
+    bed.run(&[0x9D]);
+    assert_eq!(bed.cpu.rflags, may | flags::IF | 3 << 12);
+}
+
+#[test]
+fn descriptor_queries() {
+    let mut bed = Bed::protected();
+    bed.user();
+    bed.cpu.gpr[gpr::RAX] = 0x38;
+    bed.run(&[0x0F, 0x02, 0xD8]); // LAR EBX, EAX
+    assert_eq!((bed.cpu.gpr[gpr::RBX] & 0xF0_FF00, bed.cpu.rflags & flags::ZF), (0xC0_F300, flags::ZF));
+    bed.run(&[0x0F, 0x03, 0xD8]); // LSL
+    assert_eq!(bed.cpu.gpr[gpr::RBX], 0xFFFF_FFFF);
+    bed.cpu.gpr[gpr::RAX] = 0x10;
+    bed.run(&[0x0F, 0x02, 0xD8]);
+    assert_eq!(
+        (bed.cpu.gpr[gpr::RBX], bed.cpu.rflags & flags::ZF),
+        (0xFFFF_FFFF, 0),
+        "DPL 0 is out of sight"
+    );
+    bed.cpu.gpr[gpr::RAX] = 0x1B;
+    bed.run(&[0x0F, 0x00, 0xE0]); // VERR
+    assert_eq!(bed.cpu.rflags & flags::ZF, flags::ZF);
+    bed.run(&[0x0F, 0x00, 0xE8]); // VERW of code
+    assert_eq!(bed.cpu.rflags & flags::ZF, 0);
+}
+
+#[test]
+fn what_the_model_lacks_is_undefined() {
+    let mut bed = long();
+    gate64(&mut bed, 6, 0x9000, 0, 0);
+    for nop in
+        [[0xF3, 0x0F, 0x1E, 0xFA, 0x90], [0x0F, 0x18, 0x08, 0x90, 0x90], [0x0F, 0x0D, 0x08, 0x90, 0x90]]
+    {
+        bed.cpu.rip = CODE;
+        bed.run(&nop);
+        assert_ne!(bed.cpu.rip, 0x9000, "{nop:x?} is a no-operation");
+    }
+    let undefined: [&[u8]; 5] = [
+        &[0x0F, 0x01, 0xC8],                   // MONITOR
+        &[0x62, 0xF1, 0x7C, 0x48, 0x10, 0xC1], // EVEX
+        &[0x0F, 0x01, 0xC1],                   // VMCALL
+        &[0xF0, 0x90],                         // LOCK NOP
+        &[0x0F, 0x01, 0xEE],                   // RDPKRU
+    ];
+    for code in undefined {
+        bed.cpu.rip = CODE;
+        bed.run(code);
+        assert_eq!(bed.cpu.rip, 0x9000, "{code:x?}");
+        assert_eq!(bed.get64(bed.cpu.gpr[gpr::RSP]), CODE);
+    }
+}
+
+#[test]
+fn pae_entries_load_with_cr3_and_refuse_reserved_bits() {
+    let mut bed = Bed::protected();
+    bed.gate(13, 14, 0, 8, 0x9000);
+    bed.put(0x10_0000, &0x10_1001u64.to_le_bytes());
+    bed.put(0x10_1000, &0x83u64.to_le_bytes());
+    bed.cpu.cr4 = cr4::PAE;
+    bed.cpu.cr3 = 0x10_0000;
+    bed.cpu.gpr[gpr::RAX] = bed.cpu.cr0 | cr0::PG;
+    bed.run(&[0x0F, 0x22, 0xC0]);
+    assert_eq!((bed.cpu.rip, bed.cpu.pdptes), (CODE + 3, [0x10_1001, 0, 0, 0]));
+    bed.put(0x10_2000, &0x10_1003u64.to_le_bytes());
+    bed.cpu.gpr[gpr::RAX] = 0x10_2000;
+    bed.run(&[0x0F, 0x22, 0xD8]);
+    assert_eq!((bed.cpu.rip, bed.cpu.cr3), (0x9000, 0x10_0000));
+}
+
+#[test]
+fn alignment_checks_apply_to_users() {
+    let mut bed = Bed::protected();
+    bed.gate(17, 14, 0, 8, 0x9000);
+    bed.cpu.cr0 |= cr0::AM;
+    bed.cpu.rflags |= flags::AC;
+    bed.run(&[0xA1, 1, 0x40, 0, 0]); // MOV EAX, [4001H]
+    assert_eq!(bed.cpu.rip, CODE + 5, "not at CPL 0");
+    bed.user();
+    bed.run(&[0xA1, 1, 0x40, 0, 0]);
+    assert_eq!((bed.cpu.rip, bed.get32(bed.cpu.gpr[gpr::RSP])), (0x9000, 0));
+}
+
+#[test]
+fn a_page_crossing_store_faults_as_a_whole() {
+    let mut bed = long();
+    gate64(&mut bed, 14, 0x9000, 0, 0);
+    bed.put(0x1F_FFFC, &[0x55; 4]);
+    bed.cpu.gpr[gpr::RBX] = 0x1F_FFFC;
+    bed.run(&[0x48, 0x89, 0x03]);
+    assert_eq!((bed.cpu.rip, bed.cpu.cr2), (0x9000, 0x20_0000));
+    assert_eq!(bed.get32(0x1F_FFFC), 0x5555_5555);
+}
+
+#[test]
+fn msrs_unknown_to_core_and_machine_fault() {
+    let mut bed = long();
+    gate64(&mut bed, 13, 0x9000, 0, 0);
+    bed.cpu.gpr[gpr::RCX] = 0x10;
+    bed.run(&[0x0F, 0x32]);
+    assert_eq!((bed.cpu.rip, bed.cpu.gpr[gpr::RAX]), (CODE + 2, 1000));
+    bed.cpu.gpr[gpr::RCX] = 0x10A;
+    bed.run(&[0x0F, 0x32]);
+    assert_eq!(bed.cpu.gpr[gpr::RAX] & 0x23, 0x23, "RDCL_NO, IBRS_ALL, MDS_NO");
+    bed.cpu.gpr[gpr::RCX] = 0xDEAD;
+    bed.run(&[0x0F, 0x32]);
+    assert_eq!(bed.cpu.rip, 0x9000);
+}
+
 /// xorshift64*.
 struct Random(u64);
 

@@ -32,15 +32,16 @@ impl Interpreter {
     /// Handles what asked for attention; `Some` leaves the loop.
     #[cold]
     fn attend(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus) -> Option<Exit> {
-        let attention = self.core.attention().clone();
-        let now = attention.get();
+        let now = self.core.attention().get();
         if now & (Attention::STOP | Attention::INIT | Attention::STARTUP) != 0 {
             return Some(Exit::Stop);
         }
-        if attention.take(Attention::LAYOUT) != 0 {
+        if now & Attention::LAYOUT != 0 {
+            self.core.attention().take(Attention::LAYOUT);
             self.core.flush_translations();
         }
-        if attention.take(Attention::CODE_WRITTEN) != 0 {
+        if now & Attention::CODE_WRITTEN != 0 {
+            self.core.attention().take(Attention::CODE_WRITTEN);
             // Decoded instructions are checked at every use: nothing to drop.
             mem.take_code_writes();
         }

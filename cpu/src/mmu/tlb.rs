@@ -47,6 +47,7 @@ pub(crate) struct Tlb {
     /// 1 GiB regions likewise.
     huge: HashSet<u64>,
     generation: u64,
+    a20: bool,
     pub(crate) misses: u64,
 }
 
@@ -57,6 +58,7 @@ impl Tlb {
             large: HashSet::new(),
             huge: HashSet::new(),
             generation: 0,
+            a20: true,
             misses: 0,
         }
     }
@@ -129,12 +131,13 @@ impl Tlb {
         self.huge.clear();
     }
 
-    /// Drops everything if the physical layout changed.
+    /// Drops everything if the physical layout or the A20 gate changed.
     #[inline]
-    pub(crate) fn check_layout(&mut self, mem: &GuestMemory) {
+    pub(crate) fn check_layout(&mut self, cpu: &CpuState, mem: &GuestMemory) {
         let generation = mem.layout_generation();
-        if generation != self.generation {
+        if generation != self.generation || cpu.a20 != self.a20 {
             self.generation = generation;
+            self.a20 = cpu.a20;
             self.flush();
         }
     }
