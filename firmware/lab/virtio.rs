@@ -163,6 +163,7 @@ impl Registers {
 
 /// A virtio block device.
 pub struct Disk {
+    common: Registers,
     notify: Registers,
     vector: u8,
     sectors: u64,
@@ -192,6 +193,7 @@ impl Disk {
         let sectors = u64::from(config.read32(0)) | u64::from(config.read32(4)) << 32;
         irq::forget(vector);
         Some(Disk {
+            common,
             notify: Registers(notify + offset),
             vector,
             sectors,
@@ -287,17 +289,22 @@ impl Disk {
         }
     }
 
-    /// Sleeps until something is finished: asks for an interrupt at the next one, looks again, halts.
-    fn wait(&self) {
+    /// Asks for an interrupt at the next finished request; true if nothing was finished in the meantime.
+    fn arm(&self) -> bool {
         if self.event_idx {
             // SAFETY: ours to write.
             unsafe { self.used_event().write_volatile(self.used) };
-            fence(Ordering::SeqCst);
         }
+        fence(Ordering::SeqCst);
         // SAFETY: reads what the device wrote.
-        while unsafe { shared!(used_idx).read_volatile() } == self.used {
-            irq::wait(self.vector);
-        }
+        unsafe { shared!(used_idx).read_volatile() == self.used }
+    }
+}
+
+/// Takes the rings away from the device: the next one uses the same memory.
+impl Drop for Disk {
+    fn drop(&mut self) {
+        reset(self.common);
     }
 }
 
@@ -310,25 +317,32 @@ impl Storage for Disk {
         let fitting = if self.indirect { self.ring } else { self.ring / CHAIN as u16 };
         let depth = u64::from(depth.min(u32::from(fitting)).max(1));
         let (mut next, mut done, mut failed) = (0, 0, 0);
-        let old = self.avail;
-        while next < depth.min(plan.len()) {
-            self.submit(next as usize, &plan.operation(next), direction);
-            next += 1;
-        }
-        self.publish(old);
+        let mut free: [usize; SLOTS] = core::array::from_fn(|slot| slot);
+        let mut free_count = depth as usize;
+        self.arm();
         while done < plan.len() {
-            self.wait();
             let old = self.avail;
-            while let Some((slot, ok)) = self.finished() {
-                done += 1;
-                failed += u64::from(!ok);
-                if next < plan.len() {
-                    self.submit(slot, &plan.operation(next), direction);
-                    next += 1;
-                }
+            while free_count > 0 && next < plan.len() {
+                free_count -= 1;
+                self.submit(free[free_count], &plan.operation(next), direction);
+                next += 1;
             }
             if self.avail != old {
                 self.publish(old);
+            }
+            // As in an operating system: completions are looked for after an interrupt, until none is left, and what
+            // they make room for is submitted when the interrupt is over.
+            irq::wait(self.vector);
+            loop {
+                while let Some((slot, ok)) = self.finished() {
+                    done += 1;
+                    failed += u64::from(!ok);
+                    free[free_count % SLOTS] = slot;
+                    free_count += 1;
+                }
+                if self.arm() {
+                    break;
+                }
             }
         }
         failed
@@ -346,10 +360,14 @@ fn block(function: pci::Function, kind: u8) -> Option<(u64, u32)> {
     Some((address, function.read(at + 16)))
 }
 
-/// Reset and feature negotiation (3.1.1).
-fn negotiate(common: Registers) -> Option<u64> {
+fn reset(common: Registers) {
     common.write8(DEVICE_STATUS, 0);
     while common.read8(DEVICE_STATUS) != 0 {}
+}
+
+/// Reset and feature negotiation (3.1.1).
+fn negotiate(common: Registers) -> Option<u64> {
+    reset(common);
     common.write8(DEVICE_STATUS, ACKNOWLEDGE | DRIVER);
     let mut offered = 0;
     for half in 0..2 {
