@@ -28,6 +28,9 @@ impl Mode {
     /// The copy of a block that uses no base group.
     pub(crate) const UNGROUPED: u32 = 1 << 8;
 
+    /// CR4.SMAP.
+    pub(crate) const SMAP: u32 = 1 << 9;
+
     /// Whether `bit` is set.
     pub(crate) fn has(self, bit: u32) -> bool {
         self.0 & bit != 0

@@ -22,8 +22,35 @@ pub(crate) enum Class {
     Jmp,
     JmpIndirect,
     Jcc,
-    /// STOS, MOVS, LODS without REP, and everything else.
+    /// BT, BTS, BTR, BTC of a bit string in memory.
+    BitString,
+    /// STOS, LODS, MOVS, SCAS or CMPS without REP.
+    String,
+    Pushf,
+    Popf,
+    Cli,
+    Sti,
+    Stac,
+    Clac,
+    Swapgs,
+    /// Everything else.
     Interpret,
+}
+
+impl Class {
+    /// Control goes on to the next instruction of the block.
+    pub(crate) fn straight(self) -> bool {
+        !matches!(
+            self,
+            Class::Call
+                | Class::CallIndirect
+                | Class::Ret
+                | Class::Jmp
+                | Class::JmpIndirect
+                | Class::Jcc
+                | Class::Interpret
+        )
+    }
 }
 
 /// What is remembered per instruction form.
@@ -98,6 +125,9 @@ fn classify(instr: &Instruction) -> Class {
 
 fn classify_straight(instr: &Instruction) -> Class {
     use Mnemonic as M;
+    if is_string(instr.code()) {
+        return Class::String;
+    }
     match instr.mnemonic() {
         M::Nop
         | M::Endbr64
@@ -121,11 +151,48 @@ fn classify_straight(instr: &Instruction) -> Class {
             if instr.op0_kind() == iced_x86::OpKind::Memory
                 && instr.op1_kind() == iced_x86::OpKind::Register =>
         {
-            Class::Interpret
+            Class::BitString
         }
+        // In translated code DF is clear (see `Mode`).
+        M::Cld => Class::Nop,
+        M::Cli => Class::Cli,
+        M::Sti => Class::Sti,
+        M::Stac => Class::Stac,
+        M::Clac => Class::Clac,
+        M::Swapgs => Class::Swapgs,
+        M::Pushfq | M::Pushfd => Class::Pushf,
+        M::Popfq | M::Popfd => Class::Popf,
         m if general(m) => Class::Identity(0),
         _ => classify_vector(instr),
     }
+}
+
+/// String instructions; REP is a prefix, not part of the form, so the emitter refuses it.
+fn is_string(code: Code) -> bool {
+    use Code::*;
+    matches!(
+        code,
+        Stosb_m8_AL
+            | Stosw_m16_AX
+            | Stosd_m32_EAX
+            | Stosq_m64_RAX
+            | Lodsb_AL_m8
+            | Lodsw_AX_m16
+            | Lodsd_EAX_m32
+            | Lodsq_RAX_m64
+            | Movsb_m8_m8
+            | Movsw_m16_m16
+            | Movsd_m32_m32
+            | Movsq_m64_m64
+            | Scasb_AL_m8
+            | Scasw_AX_m16
+            | Scasd_EAX_m32
+            | Scasq_RAX_m64
+            | Cmpsb_m8_m8
+            | Cmpsw_m16_m16
+            | Cmpsd_m32_m32
+            | Cmpsq_m64_m64
+    )
 }
 
 fn classify_stack(instr: &Instruction) -> Class {

@@ -45,6 +45,17 @@ pub(crate) struct JitContext {
     pub(crate) status: u64,
     pub(crate) reason: u32,
     pub(crate) link: u32,
+    /// RFLAGS without the status flags, IF, AC.
+    pub(crate) system_flags: u64,
+    /// IF and AC, a byte each so that they change without touching flags.
+    pub(crate) interrupt_flag: u8,
+    pub(crate) access_flag: u8,
+    /// An interrupt waits for IF.
+    pub(crate) interrupt_pending: u32,
+    pub(crate) kernel_gs_base: u64,
+    pub(crate) flags_image: u64,
+    /// Read and write bases of the supervisor views without and with EFLAGS.AC.
+    pub(crate) views: [[u64; 2]; 2],
     /// Retired instructions, counted at block entry when the mode asks for it.
     pub(crate) instructions: u64,
     /// Spill area: host rax..r9, then r12, by `SPILL_*`.

@@ -715,6 +715,256 @@ impl Emitter {
         self.set_guest(5, R11);
     }
 
+    // ---- system instructions of hot kernel paths --------------------------------------------------------
+
+    /// PUSHFQ, PUSHFD.
+    pub(crate) fn pushf(&mut self, site: Site) {
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov [rsp + ctx!(tmp)], rax
+            ; lahf
+            ; seto al
+            ; mov r11, rax
+            ; mov r10d, eax
+            ; shr r10d, 8
+            ; and r10d, 0xFF
+            ; movzx eax, al
+            ; shl eax, 11
+            ; or r10d, eax
+            ; movzx eax, BYTE [rsp + ctx!(interrupt_flag)]
+            ; shl eax, 9
+            ; or r10d, eax
+            ; movzx eax, BYTE [rsp + ctx!(access_flag)]
+            ; shl eax, 18
+            ; or r10d, eax
+            ; mov eax, [rsp + ctx!(system_flags)]
+            ; and eax, !0x3_0000 // RF and VM read as zero
+            ; or r10d, eax
+            ; mov [rsp + ctx!(flags_image)], r10
+            ; mov rax, r11
+            ; add al, 127
+            ; sahf
+            ; mov rax, [rsp + ctx!(tmp)]
+        );
+        self.push_word(site.before, |e, scratch| {
+            dynasm!(e.hot ; .arch x64 ; mov Rq(scratch), [rsp + ctx!(flags_image)]);
+            scratch
+        });
+    }
+
+    /// POPFQ, POPFD at CPL 0, where only IF and the status flags change; else the interpreter.
+    pub(crate) fn popf(&mut self, site: Site) {
+        self.load_top(R11, site.before);
+        let slow = self.cold_here();
+        self.cold_interpret(self.rip);
+        // IF may become set while an interrupt waits: the interpreter takes it at the right moment.
+        dynasm!(self.hot
+            ; .arch x64
+            ; movzx r10d, BYTE [rsp + ctx!(access_flag)]
+            ; shl r10d, 18
+            ; or r10d, [rsp + ctx!(system_flags)]
+            ; xor r10d, r11d
+            ; and r10d, 0x3F_7500
+            ; or r10d, [rsp + ctx!(interrupt_pending)]
+        );
+        self.hot_jcc(5, slow);
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov r10d, r11d
+            ; shr r10d, 9
+            ; and r10d, 1
+            ; mov [rsp + ctx!(interrupt_flag)], r10b
+            ; mov [rsp + ctx!(tmp)], rax
+            ; mov eax, r11d
+            ; shr r11d, 11
+            ; and r11d, 1
+            ; mov ah, al
+            ; mov al, r11b
+            ; add al, 127
+            ; sahf
+            ; mov rax, [rsp + ctx!(tmp)]
+        );
+        let word = self.stack_size();
+        self.add_rsp(regs::HOST_RSP, word);
+        self.moved(word);
+    }
+
+    /// CLI and STI at CPL 0.
+    pub(crate) fn set_interrupt_flag(&mut self, on: bool, site: Site) {
+        if on {
+            let keep = Self::keep(site.before);
+            let grouped = self.group.is_some();
+            Self::save(&mut self.hot, keep, grouped);
+            dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + ctx!(interrupt_pending)], 0);
+            let slow = self.cold_here();
+            self.hot_jcc(5, slow);
+            Self::restore(&mut self.cold, keep, grouped);
+            self.cold_interpret(self.rip);
+            Self::restore(&mut self.hot, keep, grouped);
+        }
+        let value = i8::from(on);
+        dynasm!(self.hot ; .arch x64 ; mov BYTE [rsp + ctx!(interrupt_flag)], value);
+    }
+
+    /// STAC and CLAC at CPL 0 under SMAP: another supervisor view.
+    pub(crate) fn set_access_flag(&mut self, on: bool) {
+        let value = i8::from(on);
+        let at = ctx!(views) + i32::from(on) * 16;
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov BYTE [rsp + ctx!(access_flag)], value
+            ; mov r15, [rsp + at]
+            ; mov r14, [rsp + at + 8]
+        );
+    }
+
+    /// SWAPGS at CPL 0 (64-bit code only; elsewhere it does not decode).
+    pub(crate) fn swapgs(&mut self) {
+        let gs_base = ctx!(seg_base) + 40;
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov r10, [rsp + gs_base]
+            ; mov r11, [rsp + ctx!(kernel_gs_base)]
+            ; mov [rsp + gs_base], r11
+            ; mov [rsp + ctx!(kernel_gs_base)], r10
+        );
+    }
+
+    // ---- strings and bit strings ------------------------------------------------------------------------
+
+    /// A string instruction without REP, DF clear.
+    pub(crate) fn string(&mut self, instr: &Instruction, site: Site) -> Result<(), Unfit> {
+        use iced_x86::Mnemonic as M;
+        let override_ = instr.has_segment_prefix() && NEED_FS_GS.contains(&instr.segment_prefix());
+        let wide = if self.code64 { OpKind::MemoryESRDI } else { OpKind::MemoryESEDI };
+        let wide_source = if self.code64 { OpKind::MemorySegRSI } else { OpKind::MemorySegESI };
+        let fits = |k: OpKind| k == OpKind::Register || k == wide || k == wide_source;
+        if instr.has_rep_prefix() || instr.has_repne_prefix() || override_ {
+            return Err(Unfit);
+        }
+        if !(0..instr.op_count()).all(|i| fits(instr.op_kind(i))) {
+            return Err(Unfit);
+        }
+        let size = instr.memory_size().size() as u32;
+        const RSI: u8 = 6;
+        const RDI: u8 = 7;
+        let (source, destination) = match instr.mnemonic() {
+            M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
+                self.access(RDI, size, true, site.before);
+                self.sized_store(0, size);
+                (false, true)
+            }
+            M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => {
+                self.access(RSI, size, false, site.before);
+                self.sized_load(0, size);
+                (true, false)
+            }
+            M::Scasb | M::Scasw | M::Scasd | M::Scasq => {
+                self.access(RDI, size, false, site.before);
+                self.sized_compare(0, size);
+                (false, true)
+            }
+            M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
+                self.load_to_tmp(RSI, size, site.before);
+                self.access(RDI, size, true, site.before);
+                dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(tmp)]);
+                self.sized_store(R10, size);
+                (true, true)
+            }
+            _ => {
+                self.load_to_tmp(RSI, size, site.before);
+                self.access(RDI, size, false, site.before);
+                dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(tmp)]);
+                self.sized_compare(R10, size);
+                (true, true)
+            }
+        };
+        for (r, moves) in [(RSI, source), (RDI, destination)] {
+            let n = size as i32;
+            match (moves, self.code64) {
+                (true, true) => dynasm!(self.hot ; .arch x64 ; lea Rq(r), [Rq(r) + n]),
+                (true, false) => dynasm!(self.hot ; .arch x64 ; lea Rd(r), [Rq(r) + n]),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn load_to_tmp(&mut self, ea: u8, size: u32, live: FlagSet) {
+        self.access(ea, size, false, live);
+        self.sized_load(R10, size);
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r10);
+    }
+
+    fn sized_store(&mut self, r: u8, size: u32) {
+        match size {
+            1 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rb(r)),
+            2 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rw(r)),
+            4 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rd(r)),
+            _ => dynasm!(self.hot ; .arch x64 ; mov [r11], Rq(r)),
+        }
+    }
+
+    fn sized_load(&mut self, r: u8, size: u32) {
+        match size {
+            1 => dynasm!(self.hot ; .arch x64 ; mov Rb(r), [r11]),
+            2 => dynasm!(self.hot ; .arch x64 ; mov Rw(r), [r11]),
+            4 => dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r11]),
+            _ => dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r11]),
+        }
+    }
+
+    fn sized_compare(&mut self, r: u8, size: u32) {
+        match size {
+            1 => dynasm!(self.hot ; .arch x64 ; cmp Rb(r), [r11]),
+            2 => dynasm!(self.hot ; .arch x64 ; cmp Rw(r), [r11]),
+            4 => dynasm!(self.hot ; .arch x64 ; cmp Rd(r), [r11]),
+            _ => dynasm!(self.hot ; .arch x64 ; cmp Rq(r), [r11]),
+        }
+    }
+
+    /// BT, BTS, BTR, BTC with a register bit offset: the offset picks the word, then the bit in it.
+    pub(crate) fn bit_string(&mut self, instr: &Instruction, form: &Form, site: Site) -> Result<(), Unfit> {
+        let bit = instr.op1_register();
+        let size = bit.size() as u32;
+        if size < 4 || !site.before.is_empty() {
+            return Err(Unfit);
+        }
+        let write = form.access[0] != OpAccess::Read;
+        let ea = self.effective_address(instr, true)?;
+        if ea != R10 {
+            dynasm!(self.hot ; .arch x64 ; mov r10, Rq(ea));
+        }
+        let n = regs::number(bit);
+        let r = self.guest(n, R11);
+        if size == 8 {
+            dynasm!(self.hot ; .arch x64 ; mov r11, Rq(r) ; sar r11, 6);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; movsxd r11, Rd(r) ; sar r11, 5);
+        }
+        match (size, self.code64) {
+            (8, _) => dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11 * 8]),
+            (_, true) => dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11 * 4]),
+            (_, false) => dynasm!(self.hot ; .arch x64 ; lea r10d, [r10 + r11 * 4]),
+        }
+        self.access(R10, size, write, site.before);
+        let r = self.guest(n, R10);
+        if r != R10 {
+            dynasm!(self.hot ; .arch x64 ; mov r10, Rq(r));
+        }
+        let mask = size as i32 * 8 - 1;
+        dynasm!(self.hot ; .arch x64 ; and r10d, mask);
+        let mut new = *instr;
+        new.set_memory_base(Register::R11);
+        new.set_memory_index(Register::None);
+        new.set_memory_index_scale(1);
+        new.set_memory_displacement64(0);
+        new.set_memory_displ_size(0);
+        new.set_segment_prefix(Register::None);
+        new.set_op1_register(regs::same_size(bit, R10));
+        self.encode(&new)
+    }
+
     // ---- base groups ------------------------------------------------------------------------------------
 
     /// Starts a group: one check before the members, which leaves to the ungrouped copy of the rest if it fails.

@@ -96,10 +96,7 @@ impl Frontend {
             self.instrs.push(instr);
             len += instr.len() as u32;
             let class = forms.form(&instr).class;
-            let straight = matches!(
-                class,
-                Class::Identity(_) | Class::Nop | Class::Lea | Class::Push | Class::Pop | Class::Leave
-            );
+            let straight = class.straight();
             if !straight || crossing {
                 break;
             }
@@ -212,7 +209,8 @@ impl Frontend {
         let either = |a: FlagSet, b: FlagSet| FlagSet(a.0 | b.0);
         match forms.form(last).class {
             Class::Jcc => {
-                let (t, n) = (live_at(source, forms, last.near_branch_target()), live_at(source, forms, next_rip));
+                let (t, n) =
+                    (live_at(source, forms, last.near_branch_target()), live_at(source, forms, next_rip));
                 (either(t, n), t, n)
             }
             Class::Jmp | Class::Call => {
@@ -253,6 +251,44 @@ fn emit_one(
             emitter.identity(instr, &source.bytes[at..at + instr.len()], &form, site)
         }
         Class::Nop => Ok(()),
+        Class::BitString if unusable_segment(instr, source.mode) => Err(crate::emit::Unfit),
+        Class::BitString => emitter.bit_string(instr, &form, site),
+        Class::String => emitter.string(instr, site),
+        Class::Pushf => {
+            emitter.pushf(site);
+            Ok(())
+        }
+        // CPL 3 may not change IF: the interpreter knows the rules.
+        Class::Popf | Class::Cli | Class::Sti | Class::Stac | Class::Clac | Class::Swapgs
+            if source.mode.has(Mode::USER) =>
+        {
+            Err(crate::emit::Unfit)
+        }
+        Class::Popf => {
+            emitter.popf(site);
+            Ok(())
+        }
+        Class::Cli => {
+            emitter.set_interrupt_flag(false, site);
+            Ok(())
+        }
+        Class::Sti => {
+            emitter.set_interrupt_flag(true, site);
+            Ok(())
+        }
+        Class::Stac | Class::Clac if !source.mode.has(Mode::SMAP) => Err(crate::emit::Unfit),
+        Class::Stac => {
+            emitter.set_access_flag(true);
+            Ok(())
+        }
+        Class::Clac => {
+            emitter.set_access_flag(false);
+            Ok(())
+        }
+        Class::Swapgs => {
+            emitter.swapgs();
+            Ok(())
+        }
         Class::Lea => emitter.lea_instruction(instr),
         Class::Push if unusable_segment(instr, source.mode) => Err(crate::emit::Unfit),
         Class::Push => emitter.push(instr, site),

@@ -138,7 +138,8 @@ pub(crate) fn plan(
     let word = if code64 { 8 } else { 4 };
     for (i, instr) in instrs.iter().enumerate() {
         let form = forms.form(instr);
-        if form.class == Class::Interpret {
+        if matches!(form.class, Class::Interpret | Class::Stac | Class::Clac) {
+            // Another view begins here: what was checked before need not hold behind it.
             break;
         }
         for r in &mut s.open {
@@ -152,12 +153,12 @@ pub(crate) fn plan(
             s.region(base, i).add(i, instr.memory_displacement64() as i32, size, write);
         }
         match form.class {
-            Class::Push | Class::Call | Class::CallIndirect => {
+            Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => {
                 let r = s.region(RSP, i);
                 r.add(i, -word, word, true);
                 r.moved -= word;
             }
-            Class::Pop | Class::Ret => {
+            Class::Pop | Class::Ret | Class::Popf => {
                 let r = s.region(RSP, i);
                 r.add(i, 0, word, false);
                 r.moved += word;
@@ -241,6 +242,9 @@ pub(crate) fn rsp_adjust(instr: &Instruction) -> Option<i32> {
 
 /// Whether `instr` may change guest register `base` in a way the group does not follow.
 fn modifies(instr: &Instruction, class: &Class, access: &[OpAccess; 5], base: u8) -> bool {
+    if matches!(class, Class::String) && (base == 0 || base == 6 || base == 7) {
+        return true;
+    }
     if base == RSP && matches!(class, Class::Leave) || base == 5 && matches!(class, Class::Leave) {
         return true;
     }

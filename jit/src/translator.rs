@@ -195,7 +195,16 @@ impl Translator {
         let view = self.view(cpu);
         let (read_base, write_base) = (self.delta.read_base(view), self.delta.write_base(view));
         let jump_cache = self.pages.jump_cache(mode);
+        let views = [View::Supervisor, View::SupervisorAc]
+            .map(|v| [self.delta.read_base(v), self.delta.write_base(v)]);
+        let pending = u32::from(self.interrupt_pending);
         let c = self.context();
+        c.views = views;
+        c.interrupt_pending = pending;
+        c.system_flags = cpu.rflags & !(flags::STATUS | flags::IF | flags::AC);
+        c.interrupt_flag = u8::from(cpu.rflags & flags::IF != 0);
+        c.access_flag = u8::from(cpu.rflags & flags::AC != 0);
+        c.kernel_gs_base = cpu.msr.kernel_gs_base;
         c.spill[..10].copy_from_slice(&cpu.gpr[..10]);
         c.home.copy_from_slice(&cpu.gpr[10..]);
         c.rip = cpu.rip;
@@ -213,7 +222,15 @@ impl Translator {
         cpu.gpr[..10].copy_from_slice(&c.spill[..10]);
         cpu.gpr[10..].copy_from_slice(&c.home);
         cpu.rip = c.rip;
-        cpu.rflags = (cpu.rflags & !flags::STATUS) | (c.status & flags::STATUS);
+        cpu.rflags = c.system_flags | (c.status & flags::STATUS);
+        if c.interrupt_flag != 0 {
+            cpu.rflags |= flags::IF;
+        }
+        if c.access_flag != 0 {
+            cpu.rflags |= flags::AC;
+        }
+        cpu.seg[SegReg::Gs as usize].base = c.seg_base[SegReg::Gs as usize];
+        cpu.msr.kernel_gs_base = c.kernel_gs_base;
         cpu.instructions += std::mem::take(&mut c.instructions);
     }
 
@@ -229,7 +246,7 @@ impl Translator {
 
     /// The mode bits of `cpu`, or `None` where the interpreter must run.
     fn mode(&self, cpu: &CpuState) -> Option<Mode> {
-        const AWKWARD: u64 = flags::TF | flags::VM;
+        const AWKWARD: u64 = flags::TF | flags::VM | flags::DF;
         if cpu.rflags & AWKWARD != 0
             || !cpu.protected()
             || cpu.dr[7] & 0xFF != 0
@@ -260,8 +277,13 @@ impl Translator {
                 }
             }
         }
-        if cpu.cpl == 3 {
-            m |= Mode::USER;
+        match cpu.cpl {
+            0 => {}
+            3 => m |= Mode::USER,
+            _ => return None,
+        }
+        if cpu.cr4 & cr4::SMAP != 0 {
+            m |= Mode::SMAP;
         }
         if cpu.cr0 & (cr0::EM | cr0::TS) == 0 {
             m |= Mode::X87;
@@ -285,7 +307,10 @@ impl Translator {
         self.stats.misses += 1;
         let (size, write, soft) = (info & 0xFF, info & MissInfo::WRITE != 0, info & MissInfo::SOFT != 0);
         // SAFETY: set while translated code runs, and only then is this called.
-        let cpu = unsafe { &*self.running };
+        let cpu = unsafe { &mut *self.running };
+        // STAC and CLAC change AC without leaving translated code.
+        let ac = if self.context().access_flag != 0 { flags::AC } else { 0 };
+        cpu.rflags = (cpu.rflags & !flags::AC) | ac;
         let wraps = !cpu.code64() && ea >> 32 != 0;
         if (ea & 0xFFF) + size > 4096 || !canonical(ea) || wraps {
             return false;

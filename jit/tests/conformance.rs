@@ -1,7 +1,8 @@
 //! Engines against the host CPU: random instructions of every form, and sequences of them.
 //!
 //! `PARAVANE_FUZZ_ROUNDS` cases per form (default few, for the test suite), `PARAVANE_FUZZ_SEED` to start from,
-//! `PARAVANE_FUZZ_SEQUENCES` sequences, `PARAVANE_FUZZ_SKIP` forms to leave out (beginnings of names, by commas),
+//! `PARAVANE_FUZZ_SEQUENCES` sequences, `PARAVANE_FUZZ_SKIP` and `PARAVANE_FUZZ_ONLY` forms to
+//! leave out and the only ones to take (beginnings of names, by commas),
 //! `PARAVANE_FUZZ_REPORT` a file for all findings.
 
 use paravane_cpu::{Attention, CpuModel, Engine, HostFeatures, Interpreter, VpIndex, model_by_name};
@@ -17,6 +18,10 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
+
+fn names(name: &str) -> Vec<String> {
+    std::env::var(name).map(|names| names.split(',').map(str::to_owned).collect()).unwrap_or_default()
 }
 
 fn model() -> CpuModel {
@@ -44,9 +49,8 @@ fn conform(name: &str, mode: NativeMode, sequences: u64, engine: impl Fn(&Bench)
         rounds: setting("PARAVANE_FUZZ_ROUNDS", 4),
         sequences: setting("PARAVANE_FUZZ_SEQUENCES", sequences),
         length: 8,
-        skip: std::env::var("PARAVANE_FUZZ_SKIP")
-            .map(|names| names.split(',').map(str::to_owned).collect())
-            .unwrap_or_default(),
+        skip: names("PARAVANE_FUZZ_SKIP"),
+        only: names("PARAVANE_FUZZ_ONLY"),
         time: Duration::from_secs(setting("PARAVANE_FUZZ_SECONDS", 60)),
     };
     let report = campaign.run(&mut bench, &mut *engine);

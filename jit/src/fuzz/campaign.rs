@@ -23,6 +23,8 @@ pub struct Campaign {
     pub time: Duration,
     /// Beginnings of the names of forms to leave out.
     pub skip: Vec<String>,
+    /// If not empty, the same of the only forms to take.
+    pub only: Vec<String>,
 }
 
 /// What came of it.
@@ -46,7 +48,8 @@ const SEQUENCES_SHOWN: usize = 20;
 impl Campaign {
     fn skips(&self, form: Code) -> bool {
         let name = format!("{form:?}");
-        self.skip.iter().any(|beginning| name.starts_with(beginning))
+        let listed = |list: &[String]| list.iter().any(|beginning| name.starts_with(beginning));
+        listed(&self.skip) || !(self.only.is_empty() || listed(&self.only))
     }
 
     /// Runs the campaign on `engine`.
