@@ -271,7 +271,6 @@ impl RunArgs {
             serial,
             debug_exit: self.debug_exit.as_deref().map(parse_port).transpose()?,
             reboot: !self.no_reboot,
-            lab_port: false,
         })
     }
 }

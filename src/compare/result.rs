@@ -98,6 +98,19 @@ pub struct Cost {
     pub cpu_ns: u64,
 }
 
+impl Cost {
+    /// Adds another section's cost.
+    pub fn add(&mut self, more: &Cost) {
+        self.pio += more.pio;
+        self.mmio += more.mmio;
+        self.doorbells += more.doorbells;
+        self.interrupts += more.interrupts;
+        self.copied += more.copied;
+        self.instructions += more.instructions;
+        self.cpu_ns += more.cpu_ns;
+    }
+}
+
 /// One run of one test.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Sample {

@@ -99,6 +99,4 @@ pub struct MachineConfig {
     pub debug_exit: Option<u16>,
     /// Whether a reset boots again (otherwise it ends the run).
     pub reboot: bool,
-    /// Whether the lab guest's measuring port is there.
-    pub lab_port: bool,
 }

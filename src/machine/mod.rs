@@ -1,9 +1,228 @@
 //! From configuration to a machine: memory map, devices, processors. The only place that knows interrupt numbers, ports and
 //! PCI slots.
 
+mod board;
+mod boot;
 mod clock;
 mod config;
+mod cpubus;
+mod engine;
+mod entropy;
+mod error;
+mod lab_port;
+mod post;
+mod serial;
+mod storage;
 mod tsc;
 
 pub use clock::{HostClock, InstructionClock};
 pub use config::{Boot, ClockKind, DiskBus, DiskConfig, EngineKind, MachineConfig, SerialConfig};
+pub use cpubus::MachineBus;
+pub use engine::probe_translator;
+pub use error::MachineError;
+pub use lab_port::LabPort;
+pub use serial::{SerialEnd, SerialInput};
+
+use crate::run::{Lifecycle, TimeKeeper, Vcpu};
+use board::{Board, Wiring};
+use boot::Payload;
+use paravane_cpu::{CpuModel, CpuState, Engine};
+use paravane_devices::{ByteSink, Clock, Counters, TimerQueue, TscClock};
+use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig};
+use std::sync::Arc;
+
+/// The least RAM in which anything of ours starts.
+const MIN_MEMORY: u64 = 2 << 20;
+/// The most RAM: what the tables beside it are sized for.
+const MAX_MEMORY: u64 = 256 << 30;
+
+/// What the machine is connected to outside of itself.
+pub struct HostEnds {
+    /// COM1, COM2, …; `None`: nothing is plugged in.
+    pub serial: Vec<Option<SerialEnd>>,
+    /// Who hears the lab guest's marks.
+    pub lab_port: Option<LabPort>,
+    /// Where port 0xE9 goes.
+    pub debug_console: ByteSink,
+}
+
+/// Machine time by its source.
+#[derive(Clone)]
+pub enum Time {
+    /// The host's.
+    Host(Arc<HostClock>),
+    /// Retired instructions.
+    Instructions(Arc<InstructionClock>),
+}
+
+impl Time {
+    fn new(kind: ClockKind) -> Time {
+        match kind {
+            ClockKind::Host => Time::Host(Arc::new(HostClock::start())),
+            ClockKind::Instructions => Time::Instructions(Arc::default()),
+        }
+    }
+
+    fn clock(&self) -> Arc<dyn Clock> {
+        match self {
+            Time::Host(clock) => Arc::clone(clock) as Arc<dyn Clock>,
+            Time::Instructions(clock) => Arc::clone(clock) as Arc<dyn Clock>,
+        }
+    }
+
+    fn tsc(&self) -> TscClock {
+        match self {
+            Time::Host(_) => TscClock::new(tsc::host_hz()),
+            Time::Instructions(_) => TscClock::new(tsc::INSTRUCTION_HZ),
+        }
+    }
+}
+
+/// A machine, ready to be started.
+pub struct Machine {
+    config: MachineConfig,
+    payload: Payload,
+    model: CpuModel,
+    mem: GuestMemory,
+    time: Time,
+    timers: Arc<TimerQueue>,
+    counters: Counters,
+    lifecycle: Lifecycle,
+    vcpu: Arc<Vcpu>,
+    board: Board,
+    /// The lab port wants exact instruction counts.
+    counting: bool,
+}
+
+/// Devices that write to translated code get the vCPU's attention.
+struct Watcher(Arc<Vcpu>);
+
+impl CodeWatcher for Watcher {
+    fn code_written(&self) {
+        self.0.notify(paravane_cpu::Attention::CODE_WRITTEN);
+    }
+}
+
+impl Machine {
+    /// Builds the machine of `config`. Everything that can be refused is, before any image is opened.
+    pub fn new(
+        config: &MachineConfig,
+        lifecycle: Lifecycle,
+        ends: HostEnds,
+    ) -> Result<Machine, MachineError> {
+        check_memory(config.memory)?;
+        let time = Time::new(config.clock);
+        let tsc = time.tsc();
+        let model = engine::model(&config.model)?.with_tsc(tsc.hz(), board::APIC_HZ);
+        let payload = Payload::read(&config.boot)?;
+        let mem = GuestMemory::new(MemoryConfig::pc(config.memory)).map_err(MachineError::NoHostMemory)?;
+        let disks = storage::open(config)?;
+        let (timers, counters, vcpu) = (TimerQueue::new(), Counters::default(), Arc::new(Vcpu::new()));
+        lifecycle.watch(Arc::clone(&vcpu));
+        mem.set_code_watcher(Box::new(Watcher(Arc::clone(&vcpu))));
+        let counting = ends.lab_port.is_some();
+        let wiring = Wiring {
+            config,
+            mem: &mem,
+            clock: time.clock(),
+            tsc,
+            timers: &timers,
+            counters: &counters,
+            lifecycle: &lifecycle,
+            vcpu: &vcpu,
+        };
+        let board = Board::build(wiring, disks, ends)?;
+        Ok(Machine {
+            config: config.clone(),
+            payload,
+            model,
+            mem,
+            time,
+            timers,
+            counters,
+            lifecycle,
+            vcpu,
+            board,
+            counting,
+        })
+    }
+
+    /// Does what firmware does after power-on or reset, loads the kernel, and returns the processor at its entry.
+    pub fn start(&self) -> Result<CpuState, MachineError> {
+        self.board.post();
+        Ok(self.payload.load(&self.mem, &self.config)?)
+    }
+
+    /// A fresh engine for the processor.
+    pub fn engine(&self) -> Result<Box<dyn Engine>, MachineError> {
+        let counting = self.counting || self.config.clock == ClockKind::Instructions;
+        let attention = self.vcpu.attention().clone();
+        engine::build(self.config.engine, self.model.clone(), &self.mem, attention, counting)
+    }
+
+    /// Pulses the reset line of every device.
+    pub fn reset(&self) {
+        self.board.reset();
+        self.vcpu.forget();
+    }
+
+    /// Whether a reset starts the machine again.
+    pub fn reboots(&self) -> bool {
+        self.config.reboot
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.mem
+    }
+
+    /// The machine as its processor sees it.
+    pub fn bus(&self) -> Arc<MachineBus> {
+        Arc::clone(&self.board.cpu_bus)
+    }
+
+    /// The processor's mailbox.
+    pub fn vcpu(&self) -> Arc<Vcpu> {
+        Arc::clone(&self.vcpu)
+    }
+
+    /// Everything that is counted.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Where the end is told.
+    pub fn lifecycle(&self) -> &Lifecycle {
+        &self.lifecycle
+    }
+
+    /// All timers.
+    pub fn timers(&self) -> &Arc<TimerQueue> {
+        &self.timers
+    }
+
+    /// Machine time.
+    pub fn time(&self) -> &Time {
+        &self.time
+    }
+
+    /// Who moves machine time, for the vCPU.
+    pub fn time_keeper(&self) -> TimeKeeper {
+        match &self.time {
+            Time::Host(_) => TimeKeeper::Host,
+            Time::Instructions(clock) => {
+                TimeKeeper::Instructions(Arc::clone(clock), Arc::clone(&self.timers))
+            }
+        }
+    }
+}
+
+fn check_memory(bytes: u64) -> Result<(), MachineError> {
+    let problem = match bytes {
+        ..MIN_MEMORY => "too little; 2M is the least, Linux wants 64M",
+        n if n > MAX_MEMORY => "too much; 256G is the most",
+        n if !n.is_multiple_of(4096) => "not a multiple of 4K",
+        _ => return Ok(()),
+    };
+    Err(MachineError::Memory { bytes, problem })
+}

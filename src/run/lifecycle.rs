@@ -41,7 +41,6 @@ impl Request {
 struct State {
     request: Option<Request>,
     vcpus: Vec<Arc<Vcpu>>,
-    listeners: Vec<Box<dyn Fn() + Send + Sync>>,
 }
 
 /// Shared by everything that may end the run.
@@ -59,11 +58,6 @@ impl Lifecycle {
         self.0.0.lock().expect("lifecycle").vcpus.push(vcpu);
     }
 
-    /// Calls `listener` at every request, on the requester's thread.
-    pub fn listen(&self, listener: impl Fn() + Send + Sync + 'static) {
-        self.0.0.lock().expect("lifecycle").listeners.push(Box::new(listener));
-    }
-
     /// Asks for the end (or a reset); a request that is already there stays, except that nothing outlives the
     /// user's own wish to quit.
     pub fn request(&self, request: Request) {
@@ -75,15 +69,19 @@ impl Lifecycle {
         for vcpu in &state.vcpus {
             vcpu.stop();
         }
-        for listener in &state.listeners {
-            listener();
-        }
         self.0.1.notify_all();
     }
 
     /// Whether somebody asked for the end.
     pub fn requested(&self) -> bool {
         self.0.0.lock().expect("lifecycle").request.is_some()
+    }
+
+    /// Waits for a request, for `limit` at most; whether there is one.
+    pub fn wait(&self, limit: std::time::Duration) -> bool {
+        let state = self.0.0.lock().expect("lifecycle");
+        let waited = self.0.1.wait_timeout_while(state, limit, |s| s.request.is_none());
+        waited.expect("lifecycle").0.request.is_some()
     }
 
     /// The request, left in place.

@@ -1,12 +1,13 @@
 //! Output of the guest on its way to a host file: handed over by the vCPU, written by a thread of its own.
 
+use paravane_devices::uart::CharSink;
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Bytes that may wait; a guest that writes faster than the host reads is held up here.
+/// Bytes that may wait; a guest that writes faster than the host reads finds its transmitter busy.
 const CAPACITY: usize = 1 << 20;
 
 #[derive(Default)]
@@ -14,8 +15,8 @@ struct State {
     waiting: VecDeque<u8>,
     /// The thread holds bytes it has not written yet.
     writing: bool,
-    /// Nobody reads any more, or nobody cares: drop what does not fit.
-    open_ended: bool,
+    /// Nobody reads any more: everything is dropped.
+    dead: bool,
     closed: bool,
 }
 
@@ -24,7 +25,7 @@ struct Shared {
     /// There is something to write, or to end.
     work: Condvar,
     /// Something was written.
-    room: Condvar,
+    written: Condvar,
 }
 
 /// A buffered output; ends its thread when dropped.
@@ -44,15 +45,13 @@ impl Output {
         mut sink: impl Write + Send + 'static,
         failed: impl FnOnce(io::Error) + Send + 'static,
     ) -> io::Result<Output> {
-        let shared = Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), room: Condvar::new() });
+        let shared =
+            Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), written: Condvar::new() });
         let of_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
-            let result = of_thread.drain(&mut sink);
-            of_thread.open_end();
-            if let Err(e) = result {
+            if let Err(e) = of_thread.drain(&mut sink) {
+                of_thread.die();
                 failed(e);
-                // Nothing can be written any more: keep the buffer empty.
-                let _never_fails = of_thread.drain(&mut io::sink());
             }
         })?;
         Ok(Output { handle: OutputHandle(shared), thread: Some(thread) })
@@ -73,14 +72,13 @@ impl Output {
             if left.is_zero() {
                 return;
             }
-            state = shared.room.wait_timeout(state, left).expect("output").0;
+            state = shared.written.wait_timeout(state, left).expect("output").0;
         }
     }
 }
 
 impl Drop for Output {
     fn drop(&mut self) {
-        self.handle.release();
         self.handle.0.state.lock().expect("output").closed = true;
         self.handle.0.work.notify_all();
         let stuck = self.handle.0.state.lock().expect("output").writing;
@@ -93,32 +91,36 @@ impl Drop for Output {
 }
 
 impl OutputHandle {
-    /// Appends `bytes`; waits while the buffer is full.
-    pub fn push(&self, bytes: &[u8]) {
+    /// Appends as many of `bytes` as there is room for; returns how many.
+    pub fn offer(&self, bytes: &[u8]) -> usize {
         let mut state = self.0.state.lock().expect("output");
-        while state.waiting.len() + bytes.len() > CAPACITY && !state.open_ended {
-            state = self.0.room.wait(state).expect("output");
+        if state.dead {
+            return bytes.len();
         }
-        if state.waiting.len() + bytes.len() > CAPACITY {
-            return;
-        }
+        let n = bytes.len().min(CAPACITY - state.waiting.len().min(CAPACITY));
         let was_empty = state.waiting.is_empty();
-        state.waiting.extend(bytes);
-        if was_empty {
+        state.waiting.extend(&bytes[..n]);
+        if was_empty && n > 0 {
             self.0.work.notify_one();
         }
+        n
     }
+}
 
-    /// From now on a full buffer drops what comes instead of holding up the guest.
-    pub fn release(&self) {
-        self.0.open_end();
+impl CharSink for OutputHandle {
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        self.offer(bytes)
     }
 }
 
 impl Shared {
-    fn open_end(&self) {
-        self.state.lock().expect("output").open_ended = true;
-        self.room.notify_all();
+    /// Nothing can be written any more.
+    fn die(&self) {
+        let mut state = self.state.lock().expect("output");
+        state.dead = true;
+        state.writing = false;
+        state.waiting.clear();
+        self.written.notify_all();
     }
 
     fn drain(&self, sink: &mut impl Write) -> io::Result<()> {
@@ -127,7 +129,7 @@ impl Shared {
             {
                 let mut state = self.state.lock().expect("output");
                 state.writing = false;
-                self.room.notify_all();
+                self.written.notify_all();
                 while state.waiting.is_empty() {
                     if state.closed {
                         return Ok(());
@@ -163,19 +165,20 @@ mod tests {
     }
 
     #[test]
-    fn a_blocked_sink_does_not_block_the_guest_until_the_buffer_is_full() {
+    fn a_blocked_sink_blocks_nobody_and_what_does_not_fit_is_not_taken() {
         let ((open, gate), (sent, got)) = (channel(), channel());
         let output = Output::start("test", Gate(gate, sent), |_| ()).expect("thread");
         let handle = output.handle();
-        handle.push(b"abc");
-        handle.push(b"def");
-        open.send(()).expect("gate");
-        open.send(()).expect("gate");
-        let mut all = got.recv().expect("first batch");
-        if all.len() < 6 {
-            all.extend(got.recv().expect("second batch"));
+        assert_eq!(handle.offer(b"abc"), 3);
+        assert_eq!(handle.offer(b"def"), 3);
+        assert!(handle.offer(&vec![b'x'; 2 * CAPACITY]) <= CAPACITY);
+        let mut all = Vec::new();
+        while all.len() < 6 {
+            open.send(()).expect("gate");
+            all.extend(got.recv().expect("batch"));
         }
-        assert_eq!(all, b"abcdef");
+        assert_eq!(all[..6], *b"abcdef");
+        (0..4).for_each(|_| open.send(()).expect("gate"));
         output.flush(Duration::from_secs(10));
     }
 
@@ -184,12 +187,12 @@ mod tests {
         let ((open, gate), (sent, _got)) = (channel::<()>(), channel());
         drop(open);
         let (told, error) = channel();
-        let output = Output::start("test", Gate(gate, sent), move |e| told.send(e.kind()).expect("told"))
-            .expect("thread");
-        output.handle().push(b"x");
+        let failed = move |e: io::Error| told.send(e.kind()).expect("told");
+        let output = Output::start("test", Gate(gate, sent), failed).expect("thread");
+        output.handle().offer(b"x");
         assert_eq!(error.recv().expect("error"), io::ErrorKind::BrokenPipe);
         for _ in 0..3 {
-            output.handle().push(&vec![0; CAPACITY]);
+            assert_eq!(output.handle().offer(&vec![0; CAPACITY]), CAPACITY);
         }
         output.flush(Duration::from_secs(10));
     }

@@ -4,7 +4,7 @@
 //! then looks at its flags. Both sides are sequentially consistent, so one of them sees the other.
 
 use paravane_cpu::Attention;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::time::Instant;
 
@@ -12,6 +12,8 @@ use std::time::Instant;
 #[derive(Default, Debug)]
 pub struct Vcpu {
     attention: Attention,
+    /// What the A20 gate became: 0 nothing new, 1 held low, 2 enabled.
+    a20: AtomicU8,
     parked: AtomicBool,
     lock: Mutex<()>,
     bell: Condvar,
@@ -39,6 +41,26 @@ impl Vcpu {
         self.notify(Attention::STOP);
     }
 
+    /// Clears every flag: the machine was reset.
+    pub fn forget(&self) {
+        self.attention.take(u32::MAX);
+        self.a20.store(0, Ordering::SeqCst);
+    }
+
+    /// The A20 gate changed: the vCPU learns of it before its next instruction.
+    pub fn set_a20(&self, on: bool) {
+        self.a20.store(1 + u8::from(on), Ordering::SeqCst);
+        self.stop();
+    }
+
+    /// The A20 gate's new state, once.
+    pub fn take_a20(&self) -> Option<bool> {
+        match self.a20.swap(0, Ordering::SeqCst) {
+            0 => None,
+            n => Some(n == 2),
+        }
+    }
+
     fn wake(&self) {
         if self.parked.load(Ordering::SeqCst) {
             let _guard = self.lock.lock().expect("park lock");
@@ -46,12 +68,12 @@ impl Vcpu {
         }
     }
 
-    /// Sleeps until a flag is set, or `until` is reached; true if a flag is set.
-    pub fn park(&self, until: Option<Instant>) -> bool {
+    /// Sleeps until one of `flags` is set, or `until` is reached; true if one is set.
+    pub fn park(&self, flags: u32, until: Option<Instant>) -> bool {
         let mut guard = self.lock.lock().expect("park lock");
         self.parked.store(true, Ordering::SeqCst);
         let awake = loop {
-            if self.attention.cell().load(Ordering::SeqCst) != 0 {
+            if self.attention.cell().load(Ordering::SeqCst) & flags != 0 {
                 break true;
             }
             guard = match until.map(|t| t.saturating_duration_since(Instant::now())) {
@@ -75,7 +97,7 @@ mod tests {
     fn a_flag_set_before_parking_is_seen() {
         let v = Vcpu::new();
         v.notify(Attention::INTERRUPT);
-        assert!(v.park(None));
+        assert!(v.park(Attention::INTERRUPT, None));
     }
 
     #[test]
@@ -84,7 +106,7 @@ mod tests {
         for _ in 0..200 {
             let waker = Arc::clone(&v);
             let t = std::thread::spawn(move || waker.notify(Attention::INTERRUPT));
-            assert!(v.park(Some(Instant::now() + Duration::from_secs(10))));
+            assert!(v.park(Attention::INTERRUPT, Some(Instant::now() + Duration::from_secs(10))));
             assert_eq!(v.attention().take(Attention::INTERRUPT), Attention::INTERRUPT);
             t.join().expect("waker");
         }
@@ -92,6 +114,6 @@ mod tests {
 
     #[test]
     fn a_deadline_ends_the_sleep() {
-        assert!(!Vcpu::new().park(Some(Instant::now() + Duration::from_millis(5))));
+        assert!(!Vcpu::new().park(u32::MAX, Some(Instant::now() + Duration::from_millis(5))));
     }
 }

@@ -3,8 +3,8 @@
 use super::dossier;
 use super::lifecycle::{Lifecycle, Request};
 use super::park::Vcpu;
-use crate::machine::InstructionClock;
-use paravane_cpu::{Attention, Budget, CpuBus, CpuState, Engine, Exit};
+use crate::machine::{InstructionClock, MachineBus};
+use paravane_cpu::{Attention, Budget, CpuState, Engine, Exit, flags};
 use paravane_devices::{Clock, TimerQueue};
 use paravane_memory::{GuestMemory, VpIndex};
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub enum TimeKeeper {
 pub type Probe = Box<dyn FnMut(&CpuState, &dyn Engine) + Send>;
 
 /// A virtual processor and everything it needs to run.
-pub struct VcpuRunner<B: CpuBus> {
+pub struct VcpuRunner {
     /// Architectural state.
     pub cpu: CpuState,
     /// What executes.
@@ -33,7 +33,7 @@ pub struct VcpuRunner<B: CpuBus> {
     /// RAM.
     pub mem: GuestMemory,
     /// The machine.
-    pub bus: Arc<B>,
+    pub bus: Arc<MachineBus>,
     /// The mailbox.
     pub vcpu: Arc<Vcpu>,
     /// Where the end is told.
@@ -44,7 +44,7 @@ pub struct VcpuRunner<B: CpuBus> {
     pub probe: Option<Probe>,
 }
 
-impl<B: CpuBus> VcpuRunner<B> {
+impl VcpuRunner {
     /// Runs until a lifecycle request is there.
     pub fn run(&mut self) {
         loop {
@@ -87,22 +87,39 @@ impl<B: CpuBus> VcpuRunner<B> {
 
     /// Waits for attention; under the instruction clock time jumps to the next deadline instead.
     fn halted(&self) {
+        let wanted = self.awaited();
         if let TimeKeeper::Instructions(clock, timers) = &self.time
-            && self.vcpu.attention().get() == 0
+            && self.vcpu.attention().get() & wanted == 0
             && let Some(next) = timers.next_deadline()
         {
             clock.skip_to(next);
             timers.run_expired(clock.now());
             return;
         }
-        self.vcpu.park(None);
+        self.vcpu.park(wanted, None);
+    }
+
+    /// What can wake the processor from HLT.
+    fn awaited(&self) -> u32 {
+        let mut awaited = Attention::STOP | Attention::INIT | Attention::STARTUP;
+        if !self.cpu.nmi_blocked {
+            awaited |= Attention::NMI;
+        }
+        if self.cpu.rflags & flags::IF != 0 {
+            awaited |= Attention::INTERRUPT;
+        }
+        awaited
     }
 
     /// Handles STOP and INIT; true if the run ends.
     fn stopped(&mut self) -> bool {
-        let flags = self.vcpu.attention().take(Attention::STOP | Attention::INIT | Attention::STARTUP);
-        if flags & Attention::INIT != 0 {
+        let asked = self.vcpu.attention().take(Attention::STOP | Attention::INIT | Attention::STARTUP);
+        if asked & Attention::INIT != 0 {
             self.lifecycle.request(Request::Reset("INIT"));
+        }
+        if let Some(on) = self.vcpu.take_a20() {
+            self.cpu.a20 = on;
+            self.engine.flush_translations();
         }
         if self.lifecycle.requested() {
             return true;

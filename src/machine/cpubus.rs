@@ -1,0 +1,192 @@
+//! What a processor sees of the machine: the bus, the interrupt controllers, time.
+
+use paravane_cpu::{Attention, CpuBus, CpuidResult, MsrFault};
+use paravane_devices::{
+    Bus, Clock, Counter, Counters, InterruptFabric, IrqLine, MachineControl, TscClock, VcpuKick,
+};
+use paravane_memory::{PAGE_SIZE, PhysAddr, Port, VpIndex, Width};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::run::{Lifecycle, Request, Vcpu};
+
+/// IA32_APIC_BASE and its bits (SDM 3A 11.4.4).
+const MSR_APIC_BASE: u32 = 0x1B;
+const APIC_BASE_X2APIC: u64 = 1 << 10;
+const APIC_BASE_ENABLE: u64 = 1 << 11;
+const APIC_BASE_ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
+
+/// What left guest code, and what came in.
+struct Counts {
+    pio: Counter,
+    mmio: Counter,
+    interrupts: Counter,
+}
+
+/// The machine behind the processors.
+pub struct MachineBus {
+    bus: Arc<Bus>,
+    fabric: Arc<InterruptFabric>,
+    clock: Arc<dyn Clock>,
+    tsc: TscClock,
+    /// The bootstrap processor's IA32_APIC_BASE as last written: where its APIC answers.
+    apic_base: AtomicU64,
+    /// FERR# reaches IRQ 13.
+    ferr: IrqLine,
+    counts: Counts,
+}
+
+impl MachineBus {
+    /// Joins the parts; `ferr` is IRQ 13.
+    pub(super) fn new(
+        bus: Arc<Bus>,
+        fabric: Arc<InterruptFabric>,
+        clock: Arc<dyn Clock>,
+        tsc: TscClock,
+        ferr: IrqLine,
+        counters: &Counters,
+    ) -> MachineBus {
+        let count = |name| counters.counter("cpu0", name);
+        let counts = Counts {
+            pio: count("exits_pio"),
+            mmio: count("exits_mmio"),
+            interrupts: count("interrupts_taken"),
+        };
+        let this = MachineBus { bus, fabric, clock, tsc, apic_base: AtomicU64::new(0), ferr, counts };
+        this.reset();
+        this
+    }
+
+    /// Follows the local APIC's reset.
+    pub(super) fn reset(&self) {
+        let base = self.fabric.read_msr(VpIndex(0), MSR_APIC_BASE).unwrap_or(0);
+        self.apic_base.store(base, Ordering::Relaxed);
+    }
+
+    /// The offset into the local APIC's page, if `at` is there and the APIC answers.
+    fn lapic_offset(&self, at: PhysAddr) -> Option<u64> {
+        let base = self.apic_base.load(Ordering::Relaxed);
+        let answers = base & (APIC_BASE_ENABLE | APIC_BASE_X2APIC) == APIC_BASE_ENABLE;
+        let offset = at.0.wrapping_sub(base & APIC_BASE_ADDRESS);
+        (answers && offset < PAGE_SIZE).then_some(offset)
+    }
+}
+
+impl CpuBus for MachineBus {
+    fn mmio_load(&self, vp: VpIndex, at: PhysAddr, width: Width) -> u64 {
+        self.counts.mmio.add(1);
+        match self.lapic_offset(at) {
+            Some(offset) => u64::from(self.fabric.lapic_load(vp, offset)) & width.mask(),
+            None => self.bus.mmio_load(at, width),
+        }
+    }
+
+    fn mmio_store(&self, vp: VpIndex, at: PhysAddr, width: Width, value: u64) {
+        self.counts.mmio.add(1);
+        match self.lapic_offset(at) {
+            Some(offset) => self.fabric.lapic_store(vp, offset, value as u32),
+            None => self.bus.mmio_store(at, width, value),
+        }
+    }
+
+    fn port_in(&self, _vp: VpIndex, port: Port, width: Width) -> u32 {
+        self.counts.pio.add(1);
+        self.bus.port_in(port, width)
+    }
+
+    fn port_out(&self, _vp: VpIndex, port: Port, width: Width, value: u32) {
+        self.counts.pio.add(1);
+        self.bus.port_out(port, width, value);
+    }
+
+    fn acknowledge(&self, vp: VpIndex) -> Option<u8> {
+        let vector = self.fabric.acknowledge(vp);
+        if vector.is_some() {
+            self.counts.interrupts.add(1);
+        }
+        vector
+    }
+
+    /// No personality: the hypervisor range is empty.
+    fn cpuid(&self, _vp: VpIndex, _leaf: u32, _sub: u32) -> Option<CpuidResult> {
+        None
+    }
+
+    fn rdmsr(&self, vp: VpIndex, msr: u32) -> Result<u64, MsrFault> {
+        if !InterruptFabric::owns_msr(msr) {
+            return Err(MsrFault);
+        }
+        self.fabric.read_msr(vp, msr).map_err(|_| MsrFault)
+    }
+
+    fn wrmsr(&self, vp: VpIndex, msr: u32, value: u64) -> Result<(), MsrFault> {
+        if !InterruptFabric::owns_msr(msr) {
+            return Err(MsrFault);
+        }
+        self.fabric.write_msr(vp, msr, value).map_err(|_| MsrFault)?;
+        if msr == MSR_APIC_BASE {
+            self.reset();
+        }
+        Ok(())
+    }
+
+    fn read_cr8(&self, vp: VpIndex) -> u64 {
+        self.fabric.cr8(vp)
+    }
+
+    fn write_cr8(&self, vp: VpIndex, value: u64) {
+        self.fabric.set_cr8(vp, value);
+    }
+
+    fn tsc(&self, _vp: VpIndex) -> u64 {
+        self.tsc.at(self.clock.now())
+    }
+
+    fn fpu_error(&self, _vp: VpIndex) {
+        self.ferr.pulse();
+    }
+}
+
+/// Interrupt controllers reach the vCPU through its mailbox.
+pub(super) struct Kick(pub(super) Arc<Vcpu>);
+
+impl VcpuKick for Kick {
+    fn interrupt(&self, _vp: VpIndex) {
+        self.0.notify(Attention::INTERRUPT);
+    }
+
+    fn nmi(&self, _vp: VpIndex) {
+        self.0.notify(Attention::NMI);
+    }
+
+    fn init(&self, _vp: VpIndex) {
+        self.0.notify(Attention::INIT);
+    }
+
+    /// The only processor never waits for a start-up IPI.
+    fn startup(&self, _vp: VpIndex, _vector: u8) {}
+}
+
+/// Devices ask for power-off, reset and A20.
+pub(super) struct Control {
+    pub(super) lifecycle: Lifecycle,
+    pub(super) vcpu: Arc<Vcpu>,
+}
+
+impl MachineControl for Control {
+    fn power_off(&self) {
+        self.lifecycle.request(Request::PowerOff);
+    }
+
+    fn reset(&self, reason: &'static str) {
+        self.lifecycle.request(Request::Reset(reason));
+    }
+
+    fn debug_exit(&self, value: u32) {
+        self.lifecycle.request(Request::DebugExit(value));
+    }
+
+    fn set_a20(&self, on: bool) {
+        self.vcpu.set_a20(on);
+    }
+}

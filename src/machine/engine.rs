@@ -1,0 +1,42 @@
+//! The engine of a vCPU.
+
+use super::MachineError;
+use super::config::EngineKind;
+use crate::run::BOOT_VP;
+use paravane_cpu::{Attention, CpuModel, Engine, HostFeatures, Interpreter, model_by_name};
+use paravane_jit::{HostVectorUnit, JitOptions, Translator};
+use paravane_memory::{GuestMemory, MemoryConfig};
+
+/// The processor model called `name`.
+pub(super) fn model(name: &str) -> Result<CpuModel, MachineError> {
+    model_by_name(name, &HostFeatures::detect()).map_err(MachineError::Model)
+}
+
+/// An engine of the kind asked for. `counting`: guest instructions must be counted exactly.
+pub(super) fn build(
+    kind: EngineKind,
+    model: CpuModel,
+    mem: &GuestMemory,
+    attention: Attention,
+    counting: bool,
+) -> Result<Box<dyn Engine>, MachineError> {
+    match kind {
+        EngineKind::Jit => {
+            let options = JitOptions { count_instructions: counting, ..JitOptions::default() };
+            let engine =
+                Translator::new(model, mem, attention, BOOT_VP, options).map_err(MachineError::Engine)?;
+            Ok(Box::new(engine))
+        }
+        EngineKind::Interp => {
+            let vector = HostVectorUnit::new().map_err(MachineError::Engine)?;
+            Ok(Box::new(Interpreter::new(model, Box::new(vector), attention, BOOT_VP)))
+        }
+    }
+}
+
+/// Builds a translator and drops it again: whether this host can run it.
+pub fn probe_translator() -> Result<(), String> {
+    let mem = GuestMemory::new(MemoryConfig::pc(16 << 20)).map_err(|e| e.to_string())?;
+    let model = model("max").map_err(|e| e.to_string())?;
+    build(EngineKind::Jit, model, &mem, Attention::default(), false).map(drop).map_err(|e| e.to_string())
+}

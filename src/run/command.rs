@@ -1,0 +1,47 @@
+//! `paravane run`.
+
+use super::serial::Serial;
+use super::terminal::RawMode;
+use super::{Finished, Lifecycle, Request, drive, signals};
+use crate::cli::RunArgs;
+use crate::machine::{HostEnds, Machine, SerialConfig};
+use crate::stats;
+use std::error::Error;
+use std::process::ExitCode;
+
+/// Runs the command.
+pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
+    let config = args.config()?;
+    let lifecycle = Lifecycle::new();
+    // First of all: every thread inherits the signal mask.
+    signals::watch(lifecycle.clone())?;
+    let mut serial = Serial::open(&config.serial, &lifecycle)?;
+    let ends = HostEnds { serial: serial.ends(), lab_port: None, debug_console: serial.debug_console()? };
+    let mut machine = Machine::new(&config, lifecycle, ends)?;
+    let raw = match config.serial.contains(&SerialConfig::Stdio) {
+        true => RawMode::enter()?,
+        false => None,
+    };
+    serial.start(raw.is_some())?;
+    let finished = drive(&mut machine, None);
+    serial.finish(finished.as_ref().is_ok_and(|f| !matches!(f.request, Request::Quit | Request::Signal(_))));
+    drop(raw);
+    let finished = finished?;
+    if let Some(path) = &args.stats {
+        stats::write(path, &finished.stats).map_err(|e| format!("--stats {}: {e}", path.display()))?;
+    }
+    told(&finished)?;
+    Ok(ExitCode::from(finished.request.exit_code()))
+}
+
+/// Says what the user must know about the end.
+fn told(finished: &Finished) -> Result<(), Box<dyn Error>> {
+    match &finished.request {
+        Request::Host(text) => Err(text.clone().into()),
+        Request::TripleFault(dossier) => {
+            eprintln!("paravane: triple fault: the guest's processor shut down\n{}", dossier.trim_end());
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
