@@ -492,6 +492,28 @@ fn msrs_unknown_to_core_and_machine_fault() {
     assert_eq!(bed.cpu.rip, 0x9000);
 }
 
+#[test]
+fn the_engine_runs_to_halt_and_keeps_interrupts_for_later() {
+    use crate::engine::{Budget, Engine, Exit};
+    let mut bed = Bed::protected();
+    bed.gate(0x40, 14, 0, 8, 0x9000);
+    bed.put(CODE, &[0x43, 0xFB, 0x43, 0xF4]); // INC EBX; STI; INC EBX; HLT
+    bed.put(0x9000, &[0x41, 0xCF]); // INC ECX; IRET
+    bed.bus.pending.lock().expect("queue").push(0x40);
+    bed.attention.set(Attention::INTERRUPT);
+    let model = bed.core.model().clone();
+    let vector = Box::new(crate::testbed::NoVector);
+    let mut engine = crate::Interpreter::new(model, vector, bed.attention.clone(), VpIndex(0));
+    let mut run = |bed: &mut Bed, n| engine.run(&mut bed.cpu, &bed.mem, &bed.bus, Budget { instructions: n });
+    assert_eq!(run(&mut bed, 2), Exit::Budget);
+    assert_eq!((bed.cpu.rip, bed.cpu.instructions), (CODE + 2, 2));
+    assert_eq!(run(&mut bed, u64::MAX), Exit::Halt);
+    assert_eq!((bed.cpu.gpr[gpr::RBX], bed.cpu.gpr[gpr::RCX], bed.cpu.rip), (2, 1, CODE + 4));
+    assert_eq!(bed.attention.get(), 0);
+    bed.attention.set(Attention::STOP);
+    assert_eq!(run(&mut bed, u64::MAX), Exit::Stop);
+}
+
 /// xorshift64*.
 struct Random(u64);
 

@@ -4,13 +4,14 @@ use crate::bus::CpuBus;
 use crate::core::{Core, Step};
 use crate::cpuid::CpuModel;
 use crate::engine::{Attention, Budget, Engine, Exit, VectorUnit};
-use crate::state::CpuState;
+use crate::state::{CpuState, flags};
 use paravane_memory::{GuestMemory, RamOffset, VpIndex};
 
 /// Executes guest code one instruction at a time.
 pub struct Interpreter {
     core: Core,
-    start: u64,
+    /// An interrupt request set aside while IF is clear, so that polls stay quiet.
+    aside: bool,
 }
 
 impl Interpreter {
@@ -21,7 +22,7 @@ impl Interpreter {
         attention: Attention,
         vp: VpIndex,
     ) -> Interpreter {
-        Interpreter { core: Core::new(model, vector, attention, vp), start: 0 }
+        Interpreter { core: Core::new(model, vector, attention, vp), aside: false }
     }
 
     /// The core inside.
@@ -45,6 +46,10 @@ impl Interpreter {
             // Decoded instructions are checked at every use: nothing to drop.
             mem.take_code_writes();
         }
+        if now & Attention::INTERRUPT != 0 && cpu.rflags & flags::IF == 0 {
+            self.core.attention().take(Attention::INTERRUPT);
+            self.aside = true;
+        }
         match self.core.poll(cpu, mem, bus) {
             Step::TripleFault => Some(Exit::TripleFault),
             _ => None,
@@ -54,8 +59,12 @@ impl Interpreter {
 
 impl Engine for Interpreter {
     fn run(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, budget: Budget) -> Exit {
-        self.start = cpu.instructions;
+        let start = cpu.instructions;
         loop {
+            if self.aside && cpu.rflags & flags::IF != 0 {
+                self.aside = false;
+                self.core.attention().set(Attention::INTERRUPT);
+            }
             if self.core.attention().get() != 0
                 && let Some(exit) = self.attend(cpu, mem, bus)
             {
@@ -64,7 +73,7 @@ impl Engine for Interpreter {
             if cpu.halted {
                 return Exit::Halt;
             }
-            if cpu.instructions.wrapping_sub(self.start) >= budget.instructions {
+            if cpu.instructions.wrapping_sub(start) >= budget.instructions {
                 return Exit::Budget;
             }
             match self.core.step(cpu, mem, bus) {
