@@ -150,7 +150,8 @@ impl LocalApic {
         self.base & BASE_EXTD != 0
     }
 
-    fn is_software_enabled(&self) -> bool {
+    /// Whether fixed interrupts are accepted.
+    pub(super) fn is_software_enabled(&self) -> bool {
         self.is_enabled() && self.svr & SVR_ENABLE != 0
     }
 
@@ -198,7 +199,7 @@ impl LocalApic {
         }
     }
 
-    /// A fixed, lowest-priority or ExtINT message arrives.
+    /// An ExtINT message arrives.
     pub(super) fn accept_extint(&mut self) {
         self.extint_latched = self.is_software_enabled();
     }

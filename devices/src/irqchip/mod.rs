@@ -132,7 +132,8 @@ impl Chips {
     fn deliver(&mut self, message: &Message, except: Option<usize>) {
         use spec::delivery;
         if message.delivery == delivery::LOWEST_PRIORITY {
-            let addressed = (0..self.lapics.len()).filter(|&i| self.lapics[i].is_addressed(message));
+            let takes = |l: &LocalApic| l.is_software_enabled() && l.is_addressed(message);
+            let addressed = (0..self.lapics.len()).filter(|&i| takes(&self.lapics[i]));
             if let Some(i) = addressed.min_by_key(|&i| self.lapics[i].arbitration_priority()) {
                 self.lapics[i].accept(message.vector, message.level);
             }
@@ -358,7 +359,11 @@ impl InterruptFabric {
     /// INTA: takes the interrupt of highest priority; one from the 8259A comes before the local APIC's.
     pub fn acknowledge(&self, vp: VpIndex) -> Option<u8> {
         let i = self.index(vp).filter(|_| self.has_interrupt(vp))?;
-        self.with(|chips| chips.acknowledge(i))
+        self.with(|chips| {
+            // Whatever is offered after this is news, even if it looks the same.
+            self.offers[i].store(NONE, Ordering::Release);
+            chips.acknowledge(i)
+        })
     }
 
     /// Loads from the local APIC page; only aligned 32-bit accesses reach registers.
@@ -367,26 +372,27 @@ impl InterruptFabric {
         if offset & 0xF != 0 {
             return 0;
         }
-        let now = self.clock.now();
-        self.with(|chips| {
-            let value = chips.lapics[i].load(offset as u32 & 0xFF0, now);
-            self.run_timer(chips, i, now);
-            value
-        })
+        let offset = offset as u32 & 0xFF0;
+        let now = self.time_for(offset);
+        self.with(|chips| chips.lapics[i].load(offset, now))
     }
 
     /// Stores to the local APIC page.
     pub fn lapic_store(&self, vp: VpIndex, offset: u64, value: u32) {
         let Some(i) = self.index(vp).filter(|_| offset & 0xF == 0) else { return };
         let offset = offset as u32 & 0xFF0;
-        if offset == reg::EOI {
-            return self.with(|chips| chips.lapics[i].store(offset, value, VmTime(0)));
-        }
-        let now = self.clock.now();
+        let now = self.time_for(offset);
         self.with(|chips| {
             chips.lapics[i].store(offset, value, now);
-            self.run_timer(chips, i, now);
+            if concerns_timer(offset) {
+                self.run_timer(chips, i, now);
+            }
         });
+    }
+
+    /// The time, for registers that need it.
+    fn time_for(&self, offset: u32) -> VmTime {
+        if concerns_timer(offset) { self.clock.now() } else { VmTime(0) }
     }
 
     /// Whether `msr` is one of [`InterruptFabric::read_msr`]'s.
@@ -397,9 +403,8 @@ impl InterruptFabric {
     /// RDMSR of IA32_APIC_BASE, IA32_TSC_DEADLINE and the x2APIC registers.
     pub fn read_msr(&self, vp: VpIndex, msr: u32) -> Result<u64, Refused> {
         let i = self.index(vp).ok_or(Refused)?;
-        let now = self.clock.now();
+        let now = self.time_for(msr_offset(msr));
         self.with(|chips| {
-            self.run_timer(chips, i, now);
             let lapic = &mut chips.lapics[i];
             match msr {
                 reg::MSR_APIC_BASE => Ok(lapic.base()),
@@ -413,7 +418,8 @@ impl InterruptFabric {
     /// WRMSR of the same.
     pub fn write_msr(&self, vp: VpIndex, msr: u32, value: u64) -> Result<(), Refused> {
         let i = self.index(vp).ok_or(Refused)?;
-        let now = self.clock.now();
+        let offset = msr_offset(msr);
+        let now = self.time_for(offset);
         self.with(|chips| {
             let lapic = &mut chips.lapics[i];
             let result = match msr {
@@ -425,7 +431,9 @@ impl InterruptFabric {
                 reg::MSR_X2APIC..=reg::MSR_X2APIC_LAST => lapic.write_msr(msr, value, now),
                 _ => Err(Refused),
             };
-            self.run_timer(chips, i, now);
+            if concerns_timer(offset) {
+                self.run_timer(chips, i, now);
+            }
             result
         })
     }
@@ -546,6 +554,19 @@ impl MsiSink for InterruptFabric {
 impl fmt::Debug for InterruptFabric {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("InterruptFabric").field("vcpus", &self.offers.len()).finish_non_exhaustive()
+    }
+}
+
+/// Whether the register at `offset` needs the time or may move the timer's expiry.
+fn concerns_timer(offset: u32) -> bool {
+    matches!(offset, reg::LVT_TIMER | reg::INITIAL_COUNT | reg::CURRENT_COUNT | reg::DIVIDE)
+}
+
+/// The register behind an x2APIC MSR; the two other MSRs act on the timer.
+fn msr_offset(msr: u32) -> u32 {
+    match msr {
+        reg::MSR_X2APIC..=reg::MSR_X2APIC_LAST => (msr - reg::MSR_X2APIC) << 4,
+        _ => reg::LVT_TIMER,
     }
 }
 

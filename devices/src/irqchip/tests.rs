@@ -181,6 +181,25 @@ fn pic_reaches_the_processor_through_lint0_in_virtual_wire_mode() {
 }
 
 #[test]
+fn a_second_request_is_told_after_the_first_is_taken() {
+    let r = Rig::new(1);
+    r.init_pics();
+    r.fabric.enter_virtual_wire_mode();
+    r.fabric.set_level(4, true);
+    r.fabric.set_level(3, true);
+    r.log.take();
+    assert_eq!(r.fabric.acknowledge(BSP), Some(0x33));
+    assert!(r.log.take().is_empty(), "IR4 waits for the EOI of IR3");
+    r.fabric.set_level(0, true);
+    assert_eq!(r.log.take(), ["int 0"]);
+    r.fabric.set_level(1, true);
+    assert_eq!(r.fabric.acknowledge(BSP), Some(0x30));
+    PicPorts::new(r.fabric.clone()).port_out(Port(0x20), Width::W8, 0x20);
+    assert_eq!(r.log.take(), ["int 0"]);
+    assert_eq!(r.fabric.acknowledge(BSP), Some(0x31));
+}
+
+#[test]
 fn pic_works_with_the_apic_globally_disabled() {
     let r = Rig::new(1);
     r.fabric.write_msr(BSP, 0x1B, 0xFEE0_0000).unwrap();

@@ -86,7 +86,7 @@ impl Pit {
     }
 
     fn read_port_b(&self, now: VmTime) -> u8 {
-        let refresh = if now.0 / REFRESH_NS & 1 != 0 { B_REFRESH } else { 0 };
+        let refresh = if !(now.0 / REFRESH_NS).is_multiple_of(2) { B_REFRESH } else { 0 };
         let out2 = if self.counters[2].out { B_OUT2 } else { 0 };
         self.port_b | refresh | out2
     }

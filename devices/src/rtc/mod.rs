@@ -105,7 +105,7 @@ impl Rtc {
     // --- the registers as a date ---
 
     fn encode(&self, value: u8) -> u8 {
-        if self.ram[B] & B_DM != 0 { value } else { value / 10 << 4 | value % 10 }
+        if self.ram[B] & B_DM != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn decode(&self, raw: u8) -> u8 {
