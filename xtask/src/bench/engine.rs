@@ -3,7 +3,7 @@
 use super::cputime::CpuTime;
 use super::suite::Program;
 use crate::host::{self, Context, Failure, Outcome};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -91,6 +91,7 @@ pub fn run_native(programs: &[(&Program, u64)], folder: &Path, repeat: u32) -> O
     let mut samples = Vec::new();
     for (program, units) in programs {
         let words = program.words(*units);
+        progress(program.name);
         for _ in 0..repeat {
             let mut command = host::command(folder.join(words[0].trim_start_matches("./")));
             let text = host::text(command.args(&words[1..]).current_dir(folder).stdin(Stdio::null()))?;
@@ -98,6 +99,7 @@ pub fn run_native(programs: &[(&Program, u64)], folder: &Path, repeat: u32) -> O
             samples.push(own_time.ok_or_else(|| Failure::new(format!("{}: no end mark", program.name)))?);
         }
     }
+    progress("");
     Ok(samples)
 }
 
@@ -122,6 +124,7 @@ pub fn run_machine(engine: &Engine, boot: &Boot<'_>) -> Outcome<MachineRun> {
     if !in_time {
         child.kill().ok();
     }
+    progress("");
     let status = child.wait().context(engine.name())?;
     let said = stderr.and_then(|thread| thread.join().ok()).unwrap_or_default();
     if !in_time {
@@ -171,6 +174,7 @@ impl Watch {
     fn line(&mut self, line: &str) {
         let now = self.time.look();
         if let Some((_, name)) = line.split_once("@@begin ") {
+            progress(name);
             self.begun = Some((name.to_owned(), now));
         } else if let Some(sample) = parse_end(line) {
             self.end(sample, now);
@@ -200,6 +204,13 @@ impl Watch {
         let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or(&self.last_line);
         let during = self.begun.as_ref().map(|(name, _)| format!(" in {name}")).unwrap_or_default();
         self.run.problems.push(format!("{what}{during}; last it said: {last}"));
+    }
+}
+
+/// Shows on a terminal what is running; a log stays free of it.
+fn progress(name: &str) {
+    if std::io::stderr().is_terminal() {
+        eprint!("\r\x1b[K{name}{}", if name.is_empty() { "" } else { " ..." });
     }
 }
 

@@ -231,10 +231,10 @@ impl Session<'_> {
         }
         let mut run = MachineRun::default();
         if self.boot {
-            run = self.machine(engine, &self.plain, "console=ttyS0 pv.run=poweroff")?;
+            run = self.machine(engine, &self.plain, "console=ttyS0 panic=-1 pv.run=poweroff")?;
         }
         if !self.programs.is_empty() {
-            let suite = self.machine(engine, &self.loaded, "console=ttyS0 quiet pv.run=bench")?;
+            let suite = self.machine(engine, &self.loaded, "console=ttyS0 quiet panic=-1 pv.run=bench")?;
             run.samples.extend(suite.samples.into_iter().filter(|sample| !sample.name.starts_with("boot-")));
             run.problems.extend(suite.problems);
         }
