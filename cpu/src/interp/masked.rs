@@ -85,7 +85,8 @@ fn gather(ex: &mut Exec<'_>, i: &Instruction, index: usize, size: usize) -> Resu
     let indices = lanes(&ex.cpu.fpu, at);
     let count = (to.size() / size).min(at.size() / index);
     let mut fault = None;
-    for k in 0..count {
+    let vector = if to.is_ymm() || at.is_ymm() { 32 } else { 16 };
+    for k in 0..vector / size {
         let extended = if selected(&mask, k, size) { u64::MAX } else { 0 };
         set_element(&mut mask, k, size, extended);
     }
@@ -107,9 +108,8 @@ fn gather(ex: &mut Exec<'_>, i: &Instruction, index: usize, size: usize) -> Resu
             set_lanes(&mut ex.cpu.fpu, by, mask, 0);
         }
         Some(_) => {
-            mask[count * size..].fill(0);
             set_register(&mut ex.cpu.fpu, to, &result);
-            set_register(&mut ex.cpu.fpu, by, &mask);
+            set_lanes(&mut ex.cpu.fpu, by, mask, vector);
         }
     }
     ex.vector.changed(&ex.cpu.fpu, ex.vp);

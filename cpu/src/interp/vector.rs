@@ -250,7 +250,7 @@ fn on_host(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8], class: Class) -> Re
     let (seg, at) = address(ex.cpu, i);
     let size = memory_bytes(i);
     let direction = memory_use(i, class);
-    if matches!(class, Class::X87 | Class::Mmx) && !raise_pending(ex, i)? {
+    if (matches!(class, Class::X87 | Class::Mmx) || has_mm(i)) && !raise_pending(ex, i)? {
         return Ok(());
     }
     let align = alignment(i, class, size) as u64;
@@ -264,9 +264,11 @@ fn on_host(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8], class: Class) -> Re
     }
     if direction != Use::Store {
         if matches!(i.mnemonic(), Fldenv | Frstor) {
-            // The last byte is tried first.
-            let last = ex.linear(seg, at.wrapping_add(size as u64 - 1) & address_mask(i), 1, false)?;
-            ex.span(last, false)?;
+            // The first byte is tried, then the last, then what is between.
+            for part in [0, size as u64 - 1] {
+                let lin = ex.linear(seg, at.wrapping_add(part) & address_mask(i), 1, false)?;
+                ex.span(lin, false)?;
+            }
         }
         ex.load_bytes(seg, at, &mut operand.0[..size])?;
     }
