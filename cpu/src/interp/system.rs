@@ -202,10 +202,18 @@ fn stack_size(i: &Instruction) -> usize {
     i.stack_pointer_increment().unsigned_abs() as usize
 }
 
+/// PUSH of a segment register. With a 32-bit operand size current processors write the selector only and leave the
+/// slot's upper half as it was (SDM 2B, PUSH).
 fn push_segment(ex: &mut Exec<'_>, i: &Instruction) -> Option<Done> {
     let seg = segment_register(i.op0_register())?;
     let selector = u64::from(ex.cpu.segment(seg).selector);
-    Some(ex.push(stack_size(i), selector))
+    let slot = stack_size(i);
+    if slot != 4 {
+        return Some(ex.push(slot, selector));
+    }
+    let mask = ex.stack_mask();
+    let sp = ex.cpu.gpr[gpr::RSP].wrapping_sub(4) & mask;
+    Some(ex.store(SegReg::Ss, sp, 2, selector).map(|()| ex.set_stack_pointer(sp, mask)))
 }
 
 fn pop_segment(ex: &mut Exec<'_>, i: &Instruction) -> Option<Done> {

@@ -85,6 +85,10 @@ fn repeat(
     let rep = i.has_rep_prefix() || i.has_repne_prefix();
     let step = if ex.cpu.rflags & flags::DF != 0 { (size as u64).wrapping_neg() } else { size as u64 };
     let bound = if ex.cpu.rflags & flags::TF != 0 { 1 } else { BOUND };
+    if rep && ex.cpu.gpr[gpr::RCX] & mask == 0 {
+        // Permission is checked even where nothing is left to transfer.
+        ex.check_io(ex.cpu.gpr[gpr::RDX] as u16, size)?;
+    }
     for _ in 0..bound {
         if rep && ex.cpu.gpr[gpr::RCX] & mask == 0 {
             return Ok(());
