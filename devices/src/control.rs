@@ -40,9 +40,10 @@ pub struct A20Gate {
 }
 
 impl A20Gate {
-    /// A gate that tells `control` about changes; it starts with A20 held low.
+    /// A gate that tells `control` about changes. A20 starts enabled: the keyboard controller's output port is
+    /// high after reset, or the processor could not fetch from its reset vector.
     pub fn new(control: Arc<dyn MachineControl>) -> Arc<A20Gate> {
-        Arc::new(A20Gate { control, enabled_by: AtomicU8::new(0) })
+        Arc::new(A20Gate { control, enabled_by: AtomicU8::new(A20Source::KeyboardController.bit()) })
     }
 
     /// Drives one source.

@@ -211,11 +211,13 @@ mod tests {
         let control = Arc::new(RecordedControl::default());
         let a20 = A20Gate::new(control.clone());
         let mut ports = SystemPorts::new(control.clone(), a20.clone());
+        assert!(a20.is_enabled(), "after power-on");
+        a20.set(A20Source::KeyboardController, false);
         ports.port_out(Port(0x92), Width::W8, 2);
         a20.set(A20Source::KeyboardController, true);
         ports.port_out(Port(0x92), Width::W8, 0);
         a20.set(A20Source::KeyboardController, false);
-        assert_eq!(control.take(), ["a20 true", "a20 false"]);
+        assert_eq!(control.take(), ["a20 false", "a20 true", "a20 false"]);
         for value in [0, 1, 1] {
             ports.port_out(Port(0x92), Width::W8, value);
         }

@@ -326,7 +326,7 @@ impl Device for I8042 {
         self.status = STS_SYS | STS_UNLOCKED;
         self.ram = [0; 32];
         self.ram[0] = CTR_SYS | CTR_TRANSLATE;
-        self.wiring.a20.set(A20Source::KeyboardController, false);
+        self.wiring.a20.set(A20Source::KeyboardController, true); // the output port's pins reset high
         self.drive_irqs();
     }
 

@@ -147,7 +147,7 @@ fn a20_and_reset() {
     assert_eq!(r.drain()[0] & 3, 3);
     r.command(0xDD);
     r.command(0xFF);
-    assert_eq!(r.control.take(), ["a20 true", "a20 false"]);
+    assert_eq!(r.control.take(), ["a20 false"]);
     r.command(0xFE);
     r.command(0xD1);
     r.data(0xDE);
@@ -155,6 +155,9 @@ fn a20_and_reset() {
         r.control.take(),
         ["reset keyboard controller reset pulse", "a20 true", "reset keyboard controller output port"]
     );
+    r.command(0xDD);
+    r.kbc.reset(ResetKind::Bus);
+    assert_eq!(r.control.take(), ["a20 false", "a20 true"], "a reset enables A20");
 }
 
 #[test]
