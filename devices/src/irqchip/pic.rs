@@ -167,7 +167,9 @@ impl Pic {
         match value >> 5 {
             0b000 => self.rotate_in_aeoi = false,
             0b100 => self.rotate_in_aeoi = true,
-            0b001 => drop(self.end_of_interrupt()),
+            0b001 => {
+                self.end_of_interrupt();
+            }
             0b101 => {
                 if let Some(n) = self.end_of_interrupt() {
                     self.lowest = n;
