@@ -91,9 +91,16 @@ pub trait Engine: Send {
 
 /// Runs x87, MMX, SSE and AVX instructions on the host's own units, for the interpreter.
 pub trait VectorUnit: Send {
-    /// Executes one instruction whose bytes are `code` (re-encoded so that a memory operand, if any, is
-    /// `[rax]`, which points to `operand`), with `gpr[0..16]` in the general registers (RAX and RSP excepted) and
-    /// the status flags of `rflags`. Everything is written back. `Err` is the exception the host raised.
+    /// Executes one instruction. `code` holds exactly one instruction in 64-bit encoding. A memory operand, if it has
+    /// one, is `[rax]` without segment override, and RAX holds the address of `operand` then, whose bytes are the
+    /// operand's; without one RAX is a register like the others. `code` never names RSP.
+    ///
+    /// Before, all of `gpr` except RSP (and RAX beside a memory operand), the six status flags of `rflags` and
+    /// `fpu` are loaded; after, they are written back, and `operand` holds what a store left there (bytes it did not
+    /// write are as they were). `Err` is the exception the host raised (`#MF`, `#XM`, `#UD`, `#DE`); then `gpr`,
+    /// `rflags` and `operand` are as before, MXCSR has its flags.
+    ///
+    /// The contents of `fpu` always count, whatever the XSTATE_BV of its header says; FIP, FDP and FOP are zero.
     fn execute(
         &mut self,
         code: &[u8],

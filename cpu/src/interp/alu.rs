@@ -223,7 +223,7 @@ mod tests {
                 let (u, c) = (a as u32).overflowing_add(b as u32);
                 let (_, o) = (a as i32).overflowing_add(b as i32);
                 assert_eq!((r, f & CF != 0, f & OF != 0), (u64::from(u), c, o));
-                assert_eq!(f & PF != 0, (u as u8).count_ones() % 2 == 0);
+                assert_eq!(f & PF != 0, (u as u8).count_ones().is_multiple_of(2));
                 assert_eq!(f & AF != 0, (a & 15) + (b & 15) > 15);
                 let (r, f) = sub(a, b, 0, 8);
                 let (u, c) = a.overflowing_sub(b);

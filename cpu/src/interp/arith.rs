@@ -436,16 +436,19 @@ pub(super) fn movbe(ex: &mut Exec<'_>, i: &Instruction) -> Executed {
     write(ex, i, 0, size, v)
 }
 
-/// BOUND.
+/// BOUND: the upper bound is read only if the lower one is kept.
 pub(super) fn bound(ex: &mut Exec<'_>, i: &Instruction) -> Executed {
     let r = i.op0_register();
     let size = gpr_size(r);
     let (seg, at) = address(ex.cpu, i);
-    let lower = ex.load(seg, at, size)?;
-    let upper = ex.load(seg, at.wrapping_add(size as u64) & address_mask(i), size)?;
     let signed = |v| alu::sign_extend(v, size) as i64;
     let v = signed(read_gpr(ex.cpu, r));
-    if v < signed(lower) || v > signed(upper) { Err(Fault::new(Vector::BR)) } else { Ok(()) }
+    let outside = Err(Fault::new(Vector::BR));
+    if v < signed(ex.load(seg, at, size)?) {
+        return outside;
+    }
+    let upper = ex.load(seg, at.wrapping_add(size as u64) & address_mask(i), size)?;
+    if v > signed(upper) { outside } else { Ok(()) }
 }
 
 /// RDRAND, RDSEED: CF set, the other status flags cleared. The numbers come from a mixing function (SplitMix64) of

@@ -50,14 +50,6 @@ fn set_lanes(fpu: &mut FpuState, r: Register, mut v: Lanes, bytes: usize) {
     fpu.0[FpuState::ymm_high_range(r.number())].copy_from_slice(&v[16..]);
 }
 
-/// Writes just the bits that `r` names.
-fn set_register(fpu: &mut FpuState, r: Register, v: &Lanes) {
-    fpu.0[FpuState::xmm_range(r.number())].copy_from_slice(&v[..16]);
-    if r.is_ymm() {
-        fpu.0[FpuState::ymm_high_range(r.number())].copy_from_slice(&v[16..]);
-    }
-}
-
 fn element(v: &Lanes, k: usize, size: usize) -> u64 {
     let mut bytes = [0; 8];
     bytes[..size].copy_from_slice(&v[k * size..(k + 1) * size]);
@@ -84,7 +76,7 @@ fn gather(ex: &mut Exec<'_>, i: &Instruction, index: usize, size: usize) -> Resu
     let (mut result, mut mask) = (lanes(&ex.cpu.fpu, to), lanes(&ex.cpu.fpu, by));
     let indices = lanes(&ex.cpu.fpu, at);
     let count = (to.size() / size).min(at.size() / index);
-    let mut fault = None;
+    let (mut fault, mut loaded) = (None, false);
     let vector = if to.is_ymm() || at.is_ymm() { 32 } else { 16 };
     for k in 0..vector / size {
         let extended = if selected(&mask, k, size) { u64::MAX } else { 0 };
@@ -93,7 +85,10 @@ fn gather(ex: &mut Exec<'_>, i: &Instruction, index: usize, size: usize) -> Resu
     for k in 0..count {
         if selected(&mask, k, size) {
             match gather_element(ex, i, element(&indices, k, index), index, size) {
-                Ok(v) => set_element(&mut result, k, size, v),
+                Ok(v) => {
+                    set_element(&mut result, k, size, v);
+                    loaded = true;
+                }
                 Err(f) => {
                     fault = Some(f);
                     break;
@@ -108,7 +103,9 @@ fn gather(ex: &mut Exec<'_>, i: &Instruction, index: usize, size: usize) -> Resu
             set_lanes(&mut ex.cpu.fpu, by, mask, 0);
         }
         Some(_) => {
-            set_register(&mut ex.cpu.fpu, to, &result);
+            if loaded {
+                set_lanes(&mut ex.cpu.fpu, to, result, to.size());
+            }
             set_lanes(&mut ex.cpu.fpu, by, mask, vector);
         }
     }
