@@ -316,13 +316,35 @@ impl Generator {
         if i.is_stack_instruction() && !random.one_in(8) {
             state.gpr[5] = middle + random.below(0x100) * 8;
         }
-        if let Some(n) = (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory) {
-            let _ = n;
+        if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
             if !random.one_in(24) {
                 let target = self.target(size, random);
-                solve(i, state, target, random);
+                if !self.reuse(i, state, target, random) {
+                    solve(i, state, target, random);
+                }
             }
         }
+    }
+
+    /// Now and then takes a base that points into the arena already, as fields of one structure have: in sequences
+    /// several accesses then share it.
+    fn reuse(&self, i: &mut Instruction, state: &NativeState, target: u64, random: &mut Random) -> bool {
+        let base = i.memory_base();
+        let inside = |value: u64| value.wrapping_sub(self.layout.data) < self.layout.data_len();
+        let count = if self.bits == 64 { 16 } else { 8 };
+        let pointers: Vec<usize> = (0..count).filter(|&n| inside(state.gpr[n])).collect();
+        let plain = (base.is_gpr64() || base.is_gpr32()) && !i.memory_index().is_vector_register();
+        if !plain || i.memory_index() == Register::AL || pointers.is_empty() || random.one_in(2) {
+            return false;
+        }
+        let number = random.pick(&pointers);
+        let (first, size) = if base.is_gpr64() { (Register::RAX, 8) } else { (Register::EAX, 4) };
+        let displacement = target.wrapping_sub(state.gpr[number]);
+        i.set_memory_base(first + number as u32);
+        i.set_memory_index(Register::None);
+        i.set_memory_displ_size(size);
+        i.set_memory_displacement64(if size == 8 { displacement } else { displacement & 0xFFFF_FFFF });
+        true
     }
 
     /// Values without which interesting outcomes would be rare.

@@ -42,8 +42,12 @@ impl Sequence {
             if ended || sequence.steps.len() >= length || sequence.length() > ROOM {
                 break;
             }
-            let form = random.pick(forms);
-            let Some(step) = sequence.step(bench, form, &now, random) else { continue };
+            let step = if random.one_in(5) {
+                sequence.hop(bench, &now, random)
+            } else {
+                sequence.step(bench, random.pick(forms), &now, random)
+            };
+            let Some(step) = step else { continue };
             sequence.steps.push(step);
             let after = bench.on_host(&sequence.case());
             ended = after.stop.vector != 3 || after.stop.rip != sequence.end(bench) + 1;
@@ -99,6 +103,23 @@ impl Sequence {
         Some(Step { setup, code: case.code.clone(), case })
     }
 
+    /// A branch to the instruction behind it: nothing changes, but a block ends here.
+    fn hop(&self, bench: &Bench, now: &Outcome, random: &mut Random) -> Option<Step> {
+        let opcode = random.pick(&[0xEB, 0x70 + random.clone().below(16) as u8]);
+        let code = vec![opcode, 0];
+        let ip = bench.generator.layout.code + OFFSET + self.length();
+        let open = self.open();
+        let case = Case {
+            instruction: bench.generator.decode(&code, ip),
+            code: code.clone(),
+            state: now.state.clone(),
+            arena: now.arena.clone(),
+            open_before: open,
+            open,
+        };
+        self.is_determined(&case).then_some(Step { setup: Vec::new(), code, case })
+    }
+
     /// Whether `case` depends on nothing undefined.
     fn is_determined(&self, case: &Case) -> bool {
         let i = &case.instruction;
@@ -106,7 +127,9 @@ impl Sequence {
         // The last x87 instruction's address and opcode are not tracked by engines.
         let environment =
             matches!(i.mnemonic(), Mnemonic::Fnsave | Mnemonic::Fnstenv | Mnemonic::Fsave | Mnemonic::Fstenv);
-        !sixteen && !environment && from_iced(i.rflags_read()) & self.open() == 0
+        // TF and AC from the stack change what every later instruction does.
+        let popf = matches!(i.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq);
+        !sixteen && !environment && !popf && from_iced(i.rflags_read()) & self.open() == 0
     }
 
     /// The whole sequence as one case.
