@@ -41,12 +41,12 @@ pub fn differences(case: &Case, bits: u32, leave: Leave, host: &Outcome, engine:
     }
     let width = if bits == 64 { u64::MAX } else { 0xFFFF_FFFF };
     let registers = if bits == 64 { 16 } else { 8 };
-    for n in 0..registers {
+    for (n, name) in NAMES.iter().enumerate().take(registers) {
         let counter = latitude.counters && matches!(n, 1 | 6 | 7);
         let width = if counter { 0xFFFF_FFFF } else { width };
         let (a, b) = (host.state.gpr[n] & width, engine.state.gpr[n] & width);
         if a != b && !is_open(&case.instruction, n) {
-            lines.push(format!("{}: host {a:#x}, engine {b:#x} (before {:#x})", NAMES[n], case.state.gpr[n]));
+            lines.push(format!("{name}: host {a:#x}, engine {b:#x} (before {:#x})", case.state.gpr[n]));
         }
     }
     let dead = match leave {

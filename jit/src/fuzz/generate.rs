@@ -316,12 +316,11 @@ impl Generator {
         if i.is_stack_instruction() && !random.one_in(8) {
             state.gpr[5] = middle + random.below(0x100) * 8;
         }
-        if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
-            if !random.one_in(24) {
-                let target = self.target(size, random);
-                if !self.reuse(i, state, target, random) {
-                    solve(i, state, target, random);
-                }
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+        if memory && !random.one_in(24) {
+            let target = self.target(size, random);
+            if !self.reuse(i, state, target, random) {
+                solve(i, state, target, random);
             }
         }
     }

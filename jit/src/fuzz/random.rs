@@ -137,7 +137,7 @@ impl Random {
                 let (significand, exponent) = self.pick(&EDGES);
                 (significand, exponent | sign)
             }
-            2 => (self.bits() | (1 << 63), 0x3FF0 + self.below(0x50) as u16 | sign),
+            2 => (self.bits() | (1 << 63), (0x3FF0 + self.below(0x50) as u16) | sign),
             _ => (self.bits(), self.bits() as u16),
         }
     }
