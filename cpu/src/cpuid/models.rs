@@ -126,8 +126,10 @@ const BEYOND_V3: &[Feature] = &[
     bits::FSRM,
 ];
 
-/// Family 6, model 8FH, stepping 8: no entry in the kernels' lists of vulnerable parts.
-const MODERN: u32 = 0x0008_06F8;
+/// Family 6, model 1CH, stepping 10: an in-order part. Kernels know that family to be free of speculation and leave all
+/// their mitigations out (a translator has none of the flaws); newer parts get branch-history clearing on each system
+/// call whatever IA32_ARCH_CAPABILITIES says.
+const MODERN: u32 = 0x0001_06CA;
 
 /// The model called `name`, as far as the host can carry it.
 pub fn model_by_name(name: &str, host: &HostFeatures) -> Result<CpuModel, String> {
