@@ -164,6 +164,11 @@ mod tests {
     }
 
     #[test]
+    fn the_workspace_keeps_its_arrows() {
+        arrows().unwrap();
+    }
+
+    #[test]
     fn an_arrow_that_is_not_drawn_is_named() {
         let dependency = |name: &str| Dependency { name: name.into(), path: Some("/x".into()) };
         let package = Package {
