@@ -158,6 +158,10 @@ pub trait BlockBackend: Send + Sync {
     fn serial(&self) -> &str;
     /// Starts `request`; never blocks on host I/O, never completes before it returned.
     fn submit(&self, request: BlockRequest);
+    /// Starts all of `requests` in order, and empties it; waking workers once where it can.
+    fn submit_all(&self, requests: &mut Vec<BlockRequest>) {
+        requests.drain(..).for_each(|r| self.submit(r));
+    }
     /// Waits until nothing is waiting or under way. For a machine that stops or resets; call it with no device locked and
     /// no vCPU running.
     fn drain(&self);

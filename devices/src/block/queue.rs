@@ -2,12 +2,16 @@
 //!
 //! A worker sleeps on a condition variable; a submitter wakes one only when none is awake to take the request, so that a
 //! burst costs one wake. Requests that wait for the host's disk (flush, discard) do not count as awake.
+//!
+//! An idle worker sleeps at once. Spinning first was measured, in host CPU time per 4 KiB read at depth 1 (medians of interleaved
+//! runs, busy 2-CPU host): a guest that computes 5 us between reads pays 3.9 us without spinning, 6.3 us with 5 us and 8.0 us with
+//! 20 us of it; one that computes 20 us pays 4.3, 9.8 and 32 us.
 
 use super::{BlockBackend, BlockCounters, BlockError, BlockOp, BlockRequest, Fault, FaultInjector, RawImage};
 use paravane_memory::GuestMemory;
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 /// A backlog that is worth a second worker.
@@ -98,15 +102,15 @@ impl BlockBackend for BlockQueue {
     }
 
     fn submit(&self, request: BlockRequest) {
-        let wake = {
-            let mut s = self.shared.state.lock().expect("block queue");
-            s.waiting.push_back(request);
-            s.sleeping > 0 && (s.prompt == 0 || s.waiting.len() >= BACKLOG)
-        };
-        if wake {
-            self.shared.counters.wakes.add(1);
-            self.shared.work.notify_one();
-        }
+        let mut s = self.shared.state.lock().expect("block queue");
+        s.waiting.push_back(request);
+        self.shared.wake_for(s);
+    }
+
+    fn submit_all(&self, requests: &mut Vec<BlockRequest>) {
+        let mut s = self.shared.state.lock().expect("block queue");
+        s.waiting.extend(requests.drain(..));
+        self.shared.wake_for(s);
     }
 
     fn drain(&self) {
@@ -124,7 +128,8 @@ impl BlockBackend for BlockQueue {
 }
 
 impl Drop for BlockQueue {
-    /// Finishes what was submitted, then ends the workers.
+    /// Finishes what was submitted, then ends the workers. If a completion drops the last handle, the image stays locked until
+    /// that worker is through: [`BlockBackend::drain`] before dropping rules this out.
     fn drop(&mut self) {
         self.shared.state.lock().expect("block queue").closed = true;
         self.shared.work.notify_all();
@@ -143,6 +148,17 @@ fn is_slow(op: BlockOp) -> bool {
 }
 
 impl Shared {
+    /// Wakes a worker if what waits would wait for long otherwise.
+    fn wake_for(&self, s: MutexGuard<'_, State>) {
+        let waiting = s.waiting.len();
+        let wake = waiting > 0 && s.sleeping > 0 && (s.prompt == 0 || waiting >= BACKLOG);
+        drop(s);
+        if wake {
+            self.counters.wakes.add(1);
+            self.work.notify_one();
+        }
+    }
+
     fn work(&self) {
         let mut s = self.state.lock().expect("block queue");
         s.prompt += 1;

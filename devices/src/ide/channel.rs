@@ -61,7 +61,6 @@ enum Phase {
 
 struct ChannelCounters {
     commands: Counter,
-    data_words: Counter,
     bytes_copied: Counter,
 }
 
@@ -120,7 +119,6 @@ impl Channel {
                 drives: [None, None],
                 counters: ChannelCounters {
                     commands: count("commands"),
-                    data_words: count("data_words"),
                     bytes_copied: count("bytes_copied"),
                 },
                 spare: None,
@@ -577,12 +575,13 @@ impl Channel {
 
     fn moved(&mut self, n: usize) {
         self.position += n;
-        self.counters.data_words.add(n as u64 / 2);
-        self.counters.bytes_copied.add(n as u64);
-        let Some(job) = self.job else { return };
         if self.position < self.block_end {
             return;
         }
+        let Some(job) = self.job else { return };
+        // Counted by the block: an atomic for each word would cost as much as moving it.
+        let block = (self.block_end - 1) % (job.block as usize * SECTOR) + 1;
+        self.counters.bytes_copied.add(block as u64);
         if self.position < self.buffer.len() {
             self.block_end = (self.block_end + job.block as usize * SECTOR).min(self.buffer.len());
             self.set_intrq(true);

@@ -2,7 +2,7 @@
 //!
 //! After ATA/ATAPI-7 (INCITS 397), 82371SB (PIIX3) section 2.7, and "Programming Interface for Bus Master IDE
 //! Controller" 1.0. The legacy ports are always decoded; IDETIM says so and keeps what is written.
-//! Wiring: claim [`LEGACY_PORTS`] for [`IdeController::channel`]; BAR 4 carries the bus master registers.
+//! Wiring: [`IdeController::claim_ports`], IRQ 14 and 15; BAR 4 carries the bus master registers.
 
 mod channel;
 mod command;
@@ -15,8 +15,9 @@ mod tests;
 pub use channel::Channel;
 
 use crate::block::BlockBackend;
+use crate::bus::Bus;
 use crate::counters::Counters;
-use crate::device::{Device, Inspect, ResetKind};
+use crate::device::{Device, DeviceHandle, Inspect, ResetKind};
 use crate::irq::IrqLine;
 use crate::pci::{BarKind, PciConfig, PciDevice, PciIdentity};
 use crate::{Port, Width};
@@ -88,6 +89,15 @@ impl IdeController {
                 c.attach(unit, backend);
                 Ok(())
             }
+        }
+    }
+
+    /// Claims the legacy ports of both channels on `bus`.
+    pub fn claim_ports(&self, bus: &Bus) {
+        for (channel, (commands, control)) in self.channels.iter().zip(LEGACY_PORTS) {
+            let device = bus.attach(Arc::clone(channel) as DeviceHandle);
+            bus.claim_ports(&device, commands, 8, Width::W32);
+            bus.claim_ports(&device, control, 1, Width::W8);
         }
     }
 

@@ -410,3 +410,45 @@ fn reset_in_mid_transfer_waits_for_the_back_end() {
     rig.out(0x1F7, c::IDENTIFY);
     assert_eq!(rig.wait(), READY | status::DRQ);
 }
+
+/// Random accesses to every register, with a bias to commands and to tables that exist.
+#[test]
+fn no_sequence_of_accesses_breaks_the_channel() {
+    let mut rig = rig("random");
+    let mut seed = 0x9E37_79B9_7F4A_7C15u64;
+    let mut next = move || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    for _ in 0..30_000 {
+        let r = next();
+        let (value, width) = ((r >> 32) as u32, [Width::W8, Width::W16, Width::W32][(r >> 8) as usize % 3]);
+        match r % 8 {
+            0 => rig.out(
+                0x1F7,
+                [0x20, 0x29, 0x30, 0x39, 0xC5, 0xC8, 0xCA, 0x25, 0xEC, 0x06][value as usize % 10],
+            ),
+            1 => rig.out(0x3F6, value as u8 & 0x86),
+            2 => rig.bm_out(u64::from(value & 8), Width::W8, u64::from(value >> 8)),
+            3 => rig.bm_out(4, Width::W32, u64::from(value & 0xFF_FFFF)),
+            4 => rig.memory.write(PhysAddr(u64::from(value & 0x3F_FFF8)), &next().to_le_bytes()).unwrap(),
+            5 => {
+                let port = Port(0x1F0 + (value & 7) as u16);
+                rig.channel.lock().unwrap().port_in(port, width);
+            }
+            6 => {
+                rig.channel.lock().unwrap().pio_in_string(Port(0x1F0), width, &mut [0; 700]);
+                rig.channel.lock().unwrap().pio_out_string(Port(0x1F0), width, &[1; 700]);
+            }
+            _ => {
+                let port = Port(0x1F0 + (value & 7) as u16);
+                rig.channel.lock().unwrap().port_out(port, width, value >> 3);
+            }
+        }
+    }
+    rig.out(0x3F6, 4);
+    rig.out(0x3F6, 0);
+    assert_eq!(rig.wait(), READY);
+}

@@ -36,6 +36,8 @@ pub struct VirtioBlk {
     // bookkeeping
     chain: Chain,
     spare: Vec<BlockRequest>,
+    /// What one doorbell brought, submitted together.
+    batch: Vec<BlockRequest>,
     slots: Vec<Slot>,
     free: Vec<u32>,
     epoch: u32,
@@ -63,6 +65,7 @@ impl VirtioBlk {
             completion: None,
             chain: Chain::default(),
             spare: Vec::new(),
+            batch: Vec::new(),
             slots: Vec::new(),
             free: Vec::new(),
             epoch: 0,
@@ -177,7 +180,7 @@ impl VirtioBlk {
         Some(Asked::Submit(r))
     }
 
-    fn submit(&mut self, mut request: BlockRequest, status_at: PhysAddr) {
+    fn enqueue(&mut self, mut request: BlockRequest, status_at: PhysAddr) {
         let data_written = if request.op == BlockOp::Read { request.total() as u32 } else { 0 };
         let then_flush =
             self.write_through && matches!(request.op, BlockOp::Write | BlockOp::WriteZeroes { .. });
@@ -189,7 +192,7 @@ impl VirtioBlk {
         }
         request.token = u64::from(self.epoch) << 32 | u64::from(index);
         self.in_flight += 1;
-        self.backend.submit(request);
+        self.batch.push(request);
     }
 
     fn finish(&mut self, rings: &mut Rings, head: u16, status_at: PhysAddr, status: u8, written: u32) {
@@ -253,12 +256,15 @@ impl VirtioDevice for VirtioBlk {
         loop {
             while rings.pop(QUEUE, &mut self.chain) {
                 match self.parse(rings) {
-                    (Asked::Submit(request), status_at) => self.submit(request, status_at),
+                    (Asked::Submit(request), status_at) => self.enqueue(request, status_at),
                     (Asked::Done(status, written), at) => {
                         self.finish(rings, self.chain.head, at, status, written)
                     }
                     (Asked::Malformed, _) => rings.ask_for_reset(),
                 }
+            }
+            if !self.batch.is_empty() {
+                self.backend.submit_all(&mut self.batch);
             }
             if !rings.rearm(QUEUE) {
                 return;

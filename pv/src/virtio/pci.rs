@@ -372,6 +372,7 @@ impl VirtioPci {
         let q = &mut r.queue;
         q.set_ready(false);
         if page == 0 {
+            q.reset();
             return;
         }
         let size = u64::from(q.max_size());

@@ -346,7 +346,8 @@ fn intx_and_isr_follow_the_used_ring() {
 #[test]
 fn malformed_chains_ask_for_a_reset() {
     let mut d = disk("malformed");
-    let cases: [(&str, fn(&mut Driver)); 9] = [
+    type Case = (&'static str, fn(&mut Driver));
+    let cases: [Case; 9] = [
         ("a loop", |d| d.descriptor(DESC, 0, DATA, 16, NEXT, 0)),
         ("a link out of the table", |d| d.descriptor(DESC, 0, DATA, 16, NEXT, 0xFFFF)),
         ("readable behind writable", |d| {
@@ -510,4 +511,56 @@ fn entropy_fills_what_the_driver_offers() {
     d.memory.read(PhysAddr(DATA), &mut bytes).unwrap();
     assert_eq!(bytes, [1, 2, 3, 0, 0, 0, 0, 0, 4, 5]);
     assert!(HostEntropy::new().and_then(|mut s| s.fill(&mut [0; 5000])).is_ok());
+}
+
+/// Random register accesses and random rings: no panic, no hang, and a reset always comes through.
+#[test]
+fn no_sequence_of_accesses_breaks_the_device() {
+    let mut d = disk_with("random", None, false);
+    let mut seed = 0x2545_F491_4F6C_DD1Du64;
+    let mut next = move || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    for round in 0..200 {
+        d.start(FLUSH | INDIRECT_DESC | if round & 1 == 0 { EVENT_IDX } else { 0 });
+        for _ in 0..100 {
+            let r = next();
+            let (offset, value) = (r >> 16 & 0x3F, next());
+            let width = [Width::W8, Width::W16, Width::W32, Width::W64][(r >> 8) as usize % 4];
+            match r % 8 {
+                0 => d.store(offset, width, value),
+                1 => d.function.lock().unwrap().bar_store(0, offset, width, value),
+                2 => {
+                    d.function.lock().unwrap().bar_load((value % 6) as u8, offset, width);
+                }
+                3 => d.function.lock().unwrap().config_store(
+                    (value & 0xFF) as u8,
+                    Width::W32,
+                    (value >> 32) as u32,
+                ),
+                4 => d.put(DESC + (value & 0xFF0), &next().to_le_bytes()),
+                5 => {
+                    let (address, flags) = (DATA + (value & 0xFFFF), (value >> 20) as u16 & 7);
+                    d.descriptor(
+                        DESC,
+                        value >> 32 & 7,
+                        address,
+                        16 << (value >> 40 & 7),
+                        flags,
+                        (value >> 50) as u16 & 7,
+                    );
+                }
+                6 => d.put(AVAIL + (value & 0x1F), &[(value >> 8) as u8 & 7]),
+                _ => d.store(0x3000, Width::W16, 0),
+            }
+        }
+        d.store(20, Width::W8, 0);
+        d.wait_for("reset", || d.status() == 0);
+        d.function.lock().unwrap().reset(ResetKind::Bus);
+    }
+    d.start(FLUSH);
+    assert_eq!(d.request(4, 0, &[]), (0, 1));
 }
