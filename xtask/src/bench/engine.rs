@@ -201,10 +201,19 @@ impl Watch {
     }
 
     fn problem(&mut self, what: &str, said: &str) {
-        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or(&self.last_line);
+        let last = telling(said).unwrap_or_else(|| self.last_line.clone());
         let during = self.begun.as_ref().map(|(name, _)| format!(" in {name}")).unwrap_or_default();
         self.run.problems.push(format!("{what}{during}; last it said: {last}"));
     }
+}
+
+/// What of a program's error output tells most: its panic, else its last line.
+fn telling(said: &str) -> Option<String> {
+    let mut lines = said.lines().filter(|line| !line.trim().is_empty());
+    if let Some(panic) = lines.clone().position(|line| line.contains(" panicked at ")) {
+        return Some(lines.skip(panic).take(2).collect::<Vec<_>>().join(" "));
+    }
+    lines.next_back().map(str::to_owned)
 }
 
 /// Shows on a terminal what is running; a log stays free of it.
@@ -258,6 +267,14 @@ fn parse_end(line: &str) -> Option<Sample> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_tells_more_than_the_last_line() {
+        assert_eq!(telling("warning\n\nno such file\n").as_deref(), Some("no such file"));
+        let panic = "thread 'vcpu0' panicked at a.rs:1:2:\nout of range\nstack backtrace:\n";
+        assert_eq!(telling(panic).as_deref(), Some("thread 'vcpu0' panicked at a.rs:1:2: out of range"));
+        assert_eq!(telling("\n"), None);
+    }
 
     #[test]
     fn end_marks() {
