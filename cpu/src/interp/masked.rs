@@ -104,7 +104,7 @@ fn gather(ex: &mut Exec<'_>, i: &Instruction, index: usize, size: usize) -> Resu
         }
         Some(_) => {
             if loaded {
-                set_lanes(&mut ex.cpu.fpu, to, result, to.size());
+                set_lanes(&mut ex.cpu.fpu, to, result, vector);
             }
             set_lanes(&mut ex.cpu.fpu, by, mask, vector);
         }
@@ -188,9 +188,9 @@ fn store_bytes_by_mask(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Resul
     };
     let (seg, base): (SegReg, u64) = (memory_segment(i), ex.cpu.gpr[gpr::RDI]);
     let wanted = (0..size).filter(|&k| mask[k] & 0x80 != 0);
-    if size == 8 {
-        // MASKMOVQ faults for its whole operand, whatever the mask (SDM 2B leaves that to the implementation).
-        ex.probe_write(seg, base & wrap, size)?;
+    // The whole operand is probed, whatever the mask (SDM 2B leaves that to the implementation), its upper half first.
+    for half in (0..size / 8).rev() {
+        ex.probe_write(seg, base.wrapping_add(8 * half as u64) & wrap, 8)?;
     }
     for k in wanted.clone() {
         ex.probe_write(seg, base.wrapping_add(k as u64) & wrap, 1)?;

@@ -264,8 +264,9 @@ fn on_host(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8], class: Class) -> Re
     }
     if direction != Use::Store {
         if matches!(i.mnemonic(), Fldenv | Frstor) {
-            // The first byte is tried, then the last, then what is between.
-            for part in [0, size as u64 - 1] {
+            // The control word is read first, then the last byte, then what is between.
+            let word = if matches!(size, 14 | 94) { 2 } else { 4 };
+            for part in [0, word - 1, size as u64 - 1] {
                 let lin = ex.linear(seg, at.wrapping_add(part) & address_mask(i), 1, false)?;
                 ex.span(lin, false)?;
             }
