@@ -27,7 +27,8 @@ use crate::run::{Lifecycle, Vcpu};
 use paravane_devices::acpi_pm::spec as acpi_pm;
 use paravane_devices::block::BlockBackend;
 use paravane_devices::hpet::{self, Hpet, HpetWiring, LegacyRoute};
-use paravane_devices::ide::{IdeController, LEGACY_PORTS};
+use paravane_devices::i8042::{I8042, I8042Wiring};
+use paravane_devices::ide::IdeController;
 use paravane_devices::pci::{HostBridge, IsaBridge, PciBus, PirqRouter, PowerFunction};
 use paravane_devices::uart::{self, CharSink, CharSource, NoInput, Uart, UartWiring};
 use paravane_devices::{
@@ -297,6 +298,14 @@ impl Builder<'_> {
     fn super_io(&mut self, debug_console: ByteSink) {
         let system = share(SystemPorts::new(Arc::clone(&self.control), Arc::clone(&self.a20)));
         self.ports(system, &SystemPorts::RANGES, Width::W8);
+        let keyboard = share(I8042::new(I8042Wiring {
+            keyboard_irq: self.line(irq::KEYBOARD, "i8042"),
+            aux_irq: self.line(irq::MOUSE, "i8042"),
+            control: Arc::clone(&self.control),
+            a20: Arc::clone(&self.a20),
+            mouse: true,
+        }));
+        self.ports(keyboard, &I8042::RANGES, Width::W8);
         self.ports(share(DebugConsole::new(debug_console)), &[DebugConsole::RANGE], Width::W8);
         if let Some(port) = self.w.config.debug_exit {
             let exit = share(DebugExit::new(Arc::clone(&self.control)));
@@ -351,12 +360,7 @@ impl Builder<'_> {
                 self.virtio(&mut pci, &router, &mut next_slot, &label, device)?;
             }
         }
-        for (i, (command, control)) in LEGACY_PORTS.into_iter().enumerate() {
-            let handle: DeviceHandle = ide.channel(i);
-            let on_bus = self.bus.attach(handle);
-            self.bus.claim_ports(&on_bus, command, 8, Width::W32);
-            self.bus.claim_ports(&on_bus, control, 1, Width::W8);
-        }
+        ide.claim_ports(&self.bus);
         pci.insert(slot::PIIX, 1, share(ide)).map_err(occupied)?;
 
         let pci = share(pci);

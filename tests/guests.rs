@@ -1,0 +1,132 @@
+//! Real guests, whole machine: the Debian kernels boot, use their disks, power off and reboot.
+
+mod common;
+
+use common::{Scratch, guest, run};
+use std::fs;
+use std::path::Path;
+
+/// Seconds a boot may take on a busy host, by engine.
+const BOOT: u64 = 300;
+const SLOW_BOOT: u64 = 1200;
+
+/// `yes "paravane disktest DEVICE" | head -c BYTES`.
+fn disktest_pattern(device: &str, bytes: usize) -> Vec<u8> {
+    format!("paravane disktest {device}\n").bytes().cycle().take(bytes).collect()
+}
+
+fn disk(path: &Path, more: &str) -> String {
+    format!("{}{more}", path.display())
+}
+
+fn boots_and_powers_off(name: &str, more: &[&str], seconds: u64) {
+    let (code, said) = run(&guest(name), "console=ttyS0 pv.run=poweroff", more).finish(seconds);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("paravane: init reached"), "{said}");
+}
+
+#[test]
+fn the_cloud_kernel_boots_and_powers_off() {
+    boots_and_powers_off("cloud", &[], BOOT);
+}
+
+#[test]
+fn the_cloud_kernel_boots_in_the_interpreter() {
+    boots_and_powers_off("cloud", &["--engine", "interp"], SLOW_BOOT);
+}
+
+#[test]
+fn the_generic_kernel_boots_and_powers_off() {
+    boots_and_powers_off("amd64", &[], BOOT);
+}
+
+#[test]
+fn what_linux_writes_to_either_disk_is_in_the_image() {
+    let dir = Scratch::new("disks");
+    let (a, b) = (dir.image("a", 16 << 20), dir.image("b", 16 << 20));
+    let more = ["--disk", &disk(&a, ""), "--disk", &disk(&b, ",bus=virtio")];
+    let append = "console=ttyS0 pv.run=disktest pv.wait=sda,vda pv.megabytes=4";
+    let (code, said) = run(&guest("cloud"), append, &more).finish(BOOT);
+    assert_eq!(code, Some(0), "{said}");
+    for (device, image) in [("sda", &a), ("vda", &b)] {
+        let line = said.lines().find(|l| l.starts_with(&format!("disktest: device={device} ")));
+        assert!(line.is_some_and(|l| l.trim_end().ends_with("same")), "{device}:\n{said}");
+        let data = fs::read(image).expect("image");
+        assert!(data[..4 << 20] == disktest_pattern(device, 4 << 20), "{device}: wrong data in the image");
+        assert!(data[4 << 20..].iter().all(|&x| x == 0), "{device}: written past the end of the test");
+    }
+}
+
+#[test]
+fn a_snapshot_leaves_the_image_alone() {
+    let dir = Scratch::new("snapshot");
+    let a = dir.image("a", 8 << 20);
+    let append = "console=ttyS0 quiet pv.run=disktest pv.disktest=vda pv.wait=vda pv.megabytes=1";
+    let (code, said) =
+        run(&guest("cloud"), append, &["--disk", &disk(&a, ",bus=virtio,snapshot=on")]).finish(BOOT);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("same"), "{said}");
+    assert!(fs::read(&a).expect("image").iter().all(|&x| x == 0));
+}
+
+#[test]
+fn reboot_boots_again_and_no_reboot_ends() {
+    let guest = guest("cloud");
+    let running = run(&guest, "console=ttyS0 quiet pv.run=reboot", &[]);
+    running.expect_times("paravane: init reached", 2, 2 * BOOT);
+    drop(running);
+    let (code, said) = run(&guest, "console=ttyS0 quiet pv.run=reboot", &["--no-reboot"]).finish(BOOT);
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(said.matches("paravane: init reached").count(), 1, "{said}");
+}
+
+#[test]
+fn the_shell_listens_to_what_is_piped_in() {
+    let mut running = run(&guest("cloud"), "console=ttyS0 quiet", &[]);
+    running.type_in("echo answer $((6 * 7))\npoweroff -f\n");
+    running.stdin = None;
+    let (code, said) = running.finish(BOOT);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("answer 42"), "{said}");
+}
+
+#[test]
+fn what_was_flushed_survives_a_kill() {
+    let dir = Scratch::new("kill");
+    for (bus, device) in [("ide", "sda"), ("virtio", "vda")] {
+        let image = dir.image(bus, 16 << 20);
+        let append = format!("console=ttyS0 quiet pv.wait={device}");
+        let mut running =
+            run(&guest("cloud"), &append, &["--disk", &disk(&image, &format!(",bus={bus}"))]);
+        let write = "yes flushed | dd bs=64k count=16 iflag=fullblock";
+        // The word is put together so that its echo on the terminal does not count.
+        running.type_in(&format!(
+            "{write} of=/dev/{device} conv=fsync && echo fl''ushed-now; dd if=/dev/zero of=/dev/{device} bs=64k seek=16 count=200\n"
+        ));
+        running.expect("flushed-now", BOOT);
+        running.kill();
+        let data = fs::read(&image).expect("image");
+        let wanted: Vec<u8> = b"flushed\n".iter().copied().cycle().take(1 << 20).collect();
+        assert!(data[..1 << 20] == wanted, "{bus}: flushed data is not in the image");
+    }
+}
+
+#[test]
+fn the_installer_reaches_its_first_screen() {
+    let running = run(&guest("installer-i386"), "console=ttyS0 TERM=vt102 priority=low", &["--cpu", "pentium3"]);
+    running.expect("installer", 2 * BOOT);
+}
+
+#[test]
+fn statistics_are_written_at_the_end() {
+    let dir = Scratch::new("stats");
+    let stats = dir.path("stats.json").display().to_string();
+    let (code, said) =
+        run(&guest("cloud"), "console=ttyS0 quiet pv.run=poweroff", &["--stats", &stats]).finish(BOOT);
+    assert_eq!(code, Some(0), "{said}");
+    let text = fs::read_to_string(&stats).expect("stats");
+    let all: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    for (group, name) in [("cpu0", "exits_pio"), ("cpu0", "interrupts_taken"), ("serial0", "bytes_sent")] {
+        assert!(all[group][name].as_u64().is_some_and(|n| n > 0), "{group}.{name} in {text}");
+    }
+}
