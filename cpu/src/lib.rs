@@ -26,8 +26,8 @@ mod task;
 mod testbed;
 mod transfer;
 
-pub use bus::{CpuBus, CpuidResult, MsrFault};
 pub use self::core::{Core, Step};
+pub use bus::{CpuBus, CpuidResult, MsrFault};
 pub use cpuid::{CpuModel, HostFeatures, MODEL_NAMES, model_by_name};
 pub use engine::{Attention, Budget, Engine, Exit, VectorUnit};
 pub use fault::{Fault, Vector};
