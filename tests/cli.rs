@@ -198,8 +198,19 @@ fn the_debug_exit_port_gives_the_exit_code() {
     let kernel = dir.file("kernel", &exit_11());
     for engine in ["jit", "interp"] {
         let stats = dir.path("stats.json");
-        let args =
-            ["run", "--kernel", &kernel, "--engine", engine, "--debug-exit", "0xf4", "--memory", "16M", "--stats", &stats];
+        let args = [
+            "run",
+            "--kernel",
+            &kernel,
+            "--engine",
+            engine,
+            "--debug-exit",
+            "0xf4",
+            "--memory",
+            "16M",
+            "--stats",
+            &stats,
+        ];
         let output = paravane(&args);
         assert_eq!(output.status.code(), Some(11), "{engine}: {}", String::from_utf8_lossy(&output.stderr));
         let text = fs::read_to_string(&stats).expect("stats");

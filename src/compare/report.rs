@@ -93,7 +93,7 @@ fn spread(line: &Line) -> String {
 /// Three figures that matter.
 fn number(v: f64) -> String {
     match v {
-        v if v == 0.0 => "0".into(),
+        0.0 => "0".into(),
         v if v < 0.01 => format!("{v:.0e}"),
         v if v < 10.0 => format!("{v:.2}"),
         v if v < 100.0 => format!("{v:.1}"),

@@ -20,6 +20,7 @@ use super::cpubus::{Control, Kick, MachineBus};
 use super::entropy::SeededEntropy;
 use super::error::MachineError;
 use super::lab_port::LabDevice;
+use super::lockstep::LockstepDisk;
 use super::serial::SerialEnd;
 use super::storage::{self, Disk, IdeSlots};
 use super::{HostEnds, post};
@@ -101,6 +102,8 @@ pub(super) struct Board {
     devices: Vec<DeviceHandle>,
     /// Kept for the draining at reset.
     backends: Vec<Arc<dyn BlockBackend>>,
+    /// Those of them that complete between slices.
+    pub(super) lockstep: Vec<Arc<LockstepDisk>>,
 }
 
 /// A board that grows.
@@ -112,6 +115,7 @@ struct Builder<'a> {
     control: Arc<dyn MachineControl>,
     a20: Arc<A20Gate>,
     devices: Vec<DeviceHandle>,
+    lockstep: Vec<Arc<LockstepDisk>>,
 }
 
 impl Board {
@@ -135,8 +139,8 @@ impl Board {
             w.counters,
         );
         let (pci, router, backends) = b.pci(disks)?;
-        let Builder { bus, fabric, a20, devices, .. } = b;
-        Ok(Board { cpu_bus: Arc::new(cpu_bus), bus, fabric, a20, pci, router, devices, backends })
+        let Builder { bus, fabric, a20, devices, lockstep, .. } = b;
+        Ok(Board { cpu_bus: Arc::new(cpu_bus), bus, fabric, a20, pci, router, devices, backends, lockstep })
     }
 
     /// What a BIOS does between reset and the start of an operating system.
@@ -175,7 +179,7 @@ impl<'a> Builder<'a> {
         let control: Arc<dyn MachineControl> =
             Arc::new(Control { lifecycle: w.lifecycle.clone(), vcpu: Arc::clone(w.vcpu) });
         let a20 = A20Gate::new(Arc::clone(&control));
-        Builder { w, bus, fabric, sink, control, a20, devices: Vec::new() }
+        Builder { w, bus, fabric, sink, control, a20, devices: Vec::new(), lockstep: Vec::new() }
     }
 
     /// The wire to ISA interrupt `n`, counted under `label`.
@@ -325,7 +329,7 @@ impl Builder<'_> {
         let handle: DeviceHandle = pm;
         let on_bus = self.bus.attach(Arc::clone(&handle));
         let base = Port(PowerFunction::PM_BASE);
-        self.bus.claim_ports(&on_bus, base, u32::from(acpi_pm::BLOCK_LEN), Width::W32);
+        self.bus.claim_ports(&on_bus, base, acpi_pm::BLOCK_LEN, Width::W32);
         let (first, count) = AcpiPm::SMI_RANGE;
         self.bus.claim_ports(&on_bus, first, count, Width::W8);
         self.devices.push(handle);
@@ -350,7 +354,12 @@ impl Builder<'_> {
         self.virtio(&mut pci, &router, &mut next_slot, "virtio-rng0", entropy)?;
         for (number, disk) in disks.into_iter().enumerate() {
             let config = disk.config.clone();
-            let backend = storage::back_end(disk, number, self.w.mem, self.w.counters)?;
+            let mut backend = storage::back_end(disk, number, self.w.mem, self.w.counters)?;
+            if self.w.config.clock == ClockKind::Instructions {
+                let disk = Arc::new(LockstepDisk::new(backend));
+                self.lockstep.push(Arc::clone(&disk));
+                backend = disk;
+            }
             backends.push(Arc::clone(&backend));
             if storage::is_ide(&config) {
                 units.attach(&mut ide, &config, backend)?;

@@ -10,6 +10,7 @@ mod engine;
 mod entropy;
 mod error;
 mod lab_port;
+mod lockstep;
 mod post;
 mod serial;
 mod storage;
@@ -21,9 +22,10 @@ pub use cpubus::MachineBus;
 pub use engine::probe_translator;
 pub use error::MachineError;
 pub use lab_port::LabPort;
+pub use lockstep::LockstepDisk;
 pub use serial::{SerialEnd, SerialInput};
 
-use crate::run::{Lifecycle, TimeKeeper, Vcpu};
+use crate::run::{Lifecycle, Lockstep, TimeKeeper, Vcpu};
 use board::{Board, Wiring};
 use boot::Payload;
 use paravane_cpu::{CpuModel, CpuState, Engine};
@@ -210,9 +212,11 @@ impl Machine {
     pub fn time_keeper(&self) -> TimeKeeper {
         match &self.time {
             Time::Host(_) => TimeKeeper::Host,
-            Time::Instructions(clock) => {
-                TimeKeeper::Instructions(Arc::clone(clock), Arc::clone(&self.timers))
-            }
+            Time::Instructions(clock) => TimeKeeper::Instructions(Lockstep {
+                clock: Arc::clone(clock),
+                timers: Arc::clone(&self.timers),
+                disks: self.board.lockstep.clone(),
+            }),
         }
     }
 }

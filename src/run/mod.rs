@@ -16,7 +16,7 @@ pub use event_loop::EventLoop;
 pub use lifecycle::{Lifecycle, Request};
 pub use output::{Output, OutputHandle};
 pub use park::Vcpu;
-pub use vcpu::{BOOT_VP, PanicGuard, Probe, TimeKeeper, VcpuRunner};
+pub use vcpu::{BOOT_VP, Lockstep, PanicGuard, Probe, TimeKeeper, VcpuRunner};
 
 use crate::machine::{Machine, MachineError, Time};
 use crate::stats::{self, Snapshot};

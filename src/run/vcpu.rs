@@ -3,7 +3,7 @@
 use super::dossier;
 use super::lifecycle::{Lifecycle, Request};
 use super::park::Vcpu;
-use crate::machine::{InstructionClock, MachineBus};
+use crate::machine::{InstructionClock, LockstepDisk, MachineBus};
 use paravane_cpu::{Attention, Budget, CpuState, Engine, Exit, flags};
 use paravane_devices::{Clock, TimerQueue};
 use paravane_memory::{GuestMemory, VpIndex};
@@ -17,8 +17,42 @@ const SLICE: u64 = 10_000;
 pub enum TimeKeeper {
     /// The host; the event loop fires timers.
     Host,
-    /// This vCPU, which fires timers itself between two slices.
-    Instructions(Arc<InstructionClock>, Arc<TimerQueue>),
+    /// This vCPU.
+    Instructions(Lockstep),
+}
+
+/// What a vCPU does between two slices under the instruction clock, so that every run is the same.
+#[derive(Clone)]
+pub struct Lockstep {
+    /// The clock it moves.
+    pub clock: Arc<InstructionClock>,
+    /// The timers it fires.
+    pub timers: Arc<TimerQueue>,
+    /// The disks whose requests it completes.
+    pub disks: Vec<Arc<LockstepDisk>>,
+}
+
+impl Lockstep {
+    /// How many instructions the next slice may have.
+    fn budget(&self) -> Budget {
+        let left = self.timers.next_deadline().map_or(SLICE, |at| at.since(self.clock.now()));
+        Budget { instructions: left.clamp(1, SLICE) }
+    }
+
+    /// `instructions` have retired: what became due happens.
+    fn passed(&self, instructions: u64) {
+        self.clock.retire(instructions);
+        self.disks.iter().for_each(|disk| disk.settle());
+        self.timers.run_expired(self.clock.now());
+    }
+
+    /// Jumps to the next deadline; false if there is none.
+    fn skip(&self) -> bool {
+        let Some(next) = self.timers.next_deadline() else { return false };
+        self.clock.skip_to(next);
+        self.timers.run_expired(self.clock.now());
+        true
+    }
 }
 
 /// Looks at a vCPU between two instructions.
@@ -71,29 +105,22 @@ impl VcpuRunner {
     fn budget(&self) -> Budget {
         match &self.time {
             TimeKeeper::Host => Budget::UNLIMITED,
-            TimeKeeper::Instructions(clock, timers) => {
-                let left = timers.next_deadline().map_or(SLICE, |at| at.since(clock.now()));
-                Budget { instructions: left.clamp(1, SLICE) }
-            }
+            TimeKeeper::Instructions(lockstep) => lockstep.budget(),
         }
     }
 
     fn time_passed(&self, instructions: u64) {
-        if let TimeKeeper::Instructions(clock, timers) = &self.time {
-            clock.retire(instructions);
-            timers.run_expired(clock.now());
+        if let TimeKeeper::Instructions(lockstep) = &self.time {
+            lockstep.passed(instructions);
         }
     }
 
     /// Waits for attention; under the instruction clock time jumps to the next deadline instead.
     fn halted(&self) {
         let wanted = self.awaited();
-        if let TimeKeeper::Instructions(clock, timers) = &self.time
-            && self.vcpu.attention().get() & wanted == 0
-            && let Some(next) = timers.next_deadline()
+        if let TimeKeeper::Instructions(lockstep) = &self.time
+            && (self.vcpu.attention().get() & wanted != 0 || lockstep.skip())
         {
-            clock.skip_to(next);
-            timers.run_expired(clock.now());
             return;
         }
         self.vcpu.park(wanted, None);
