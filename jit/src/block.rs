@@ -65,8 +65,6 @@ pub(crate) struct Link {
 /// A translated block.
 pub(crate) struct Block {
     pub(crate) key: BlockKey,
-    /// Guest bytes.
-    pub(crate) len: u32,
     /// Code: the indirect entry, which checks the linear address in r11.
     pub(crate) start: CodeOffset,
     /// Code: the direct entry.
@@ -79,6 +77,8 @@ pub(crate) struct Block {
     /// Jump-cache tables hold this block.
     pub(crate) cached: bool,
     pub(crate) live: bool,
+    /// The second page of an instruction that crosses (backing page number).
+    pub(crate) crosses_into: Option<u64>,
 }
 
 /// All blocks of a vCPU.
@@ -95,19 +95,12 @@ impl BlockTable {
         self.map.get(key).copied()
     }
 
-    /// Pages (by backing offset >> 12) that hold bytes of the block.
-    fn pages_of(block: &Block) -> std::ops::RangeInclusive<u64> {
-        let first = block.key.at.0 >> PAGE_SHIFT;
-        // A block crosses only by its single instruction; its second page is found through the first only when the
-        // backing is contiguous, so the second page registers itself by `extra`.
-        first..=first
-    }
-
-    /// Adds a block; `extra` is the second page of an instruction that crosses.
-    pub(crate) fn insert(&mut self, block: Block, extra: Option<u64>) -> BlockId {
+    /// Adds a block.
+    pub(crate) fn insert(&mut self, block: Block) -> BlockId {
         let id = self.blocks.len() as BlockId;
         self.map.insert(block.key, id);
-        for page in Self::pages_of(&block).chain(extra) {
+        let first = block.key.at.0 >> PAGE_SHIFT;
+        for page in std::iter::once(first).chain(block.crosses_into) {
             self.pages.entry(page).or_default().push(id);
         }
         self.blocks.push(block);
@@ -117,11 +110,6 @@ impl BlockTable {
     /// Blocks with bytes on the page, removed from it.
     pub(crate) fn take_page(&mut self, page: u64) -> Vec<BlockId> {
         self.pages.remove(&page).unwrap_or_default()
-    }
-
-    /// Blocks with bytes on the page.
-    pub(crate) fn on_page(&self, page: u64) -> &[BlockId] {
-        self.pages.get(&page).map_or(&[], Vec::as_slice)
     }
 
     /// Marks a block dead and forgets its key.

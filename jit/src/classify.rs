@@ -60,7 +60,7 @@ pub(crate) struct Form {
     pub(crate) access: [OpAccess; 5],
 }
 
-/// Classification by `Code`, filled as forms are met.
+/// Classification by `Code` and operand kind, filled as forms are met.
 pub(crate) struct Forms {
     known: Vec<Option<Form>>,
     info: iced_x86::InstructionInfoFactory,
@@ -71,14 +71,16 @@ impl Forms {
     /// What `model` does not offer is left to the interpreter.
     pub(crate) fn new(model: CpuModel) -> Forms {
         Forms {
-            known: vec![None; Code::values().len()],
+            known: vec![None; Code::values().len() * 2],
             info: iced_x86::InstructionInfoFactory::new(),
             model,
         }
     }
 
     pub(crate) fn form(&mut self, instr: &Instruction) -> Form {
-        let slot = instr.code() as usize;
+        // Some forms differ by whether their register-or-memory operand is memory.
+        let memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == iced_x86::OpKind::Memory);
+        let slot = instr.code() as usize * 2 + usize::from(memory);
         if let Some(f) = self.known[slot] {
             return f;
         }

@@ -57,7 +57,8 @@ fn bits(mode: Mode) -> u32 {
 /// Status flags some instruction at `target` or after may read, as far as the page shows.
 fn live_at(source: &Source<'_>, forms: &mut Forms, target: u64) -> FlagSet {
     let page = source.lin & !0xFFF;
-    if target & !0xFFF != page {
+    let whole_page = source.at as u64 == source.lin & 0xFFF;
+    if target & !0xFFF != page || !whole_page {
         return FlagSet::ALL;
     }
     let at = (target & 0xFFF) as usize;

@@ -25,6 +25,7 @@ use paravane_cpu::{
     SegReg, Shadow, Step, cr0, cr4, flags, translate,
 };
 use paravane_memory::{GuestMemory, Mapped, PAGE_SHIFT, RamOffset, VpIndex};
+use iced_x86::OpAccess;
 use std::io;
 
 /// What the user may choose about the translator.
@@ -93,6 +94,8 @@ pub struct Translator {
     /// The processor state while translated code runs; null otherwise.
     running: *mut CpuState,
     signal_stack: Option<SignalStack>,
+    /// The last exit was a host fault that an unaligned access to a poisoned page explains.
+    poison_hit: bool,
     /// An interrupt was signalled but could not be taken yet.
     interrupt_pending: bool,
     code: Vec<u8>,
@@ -128,6 +131,7 @@ unsafe fn fault_callback(data: *mut (), fault: &mut FaultContext) -> bool {
     let off = at.0 - block.start.0;
     let Some(i) = block.sites.partition_point(|s| s.0 <= off).checked_sub(1) else { return false };
     this.stats.host_faults += 1;
+    this.poison_hit = fault.signal() == libc::SIGSEGV;
     // SAFETY: the context lives as long as the translator.
     unsafe { (*this.context).rip = block.key.lin + u64::from(block.sites[i].1) };
     fault.set_rip(this.cache.address(this.stubs.interpret));
@@ -177,6 +181,7 @@ impl Translator {
             layout_generation: mem.layout_generation(),
             running: std::ptr::null_mut(),
             signal_stack: None,
+            poison_hit: false,
             interrupt_pending: false,
             code: Vec::new(),
             page_bytes: Box::new([0; 4096]),
@@ -413,7 +418,13 @@ impl Translator {
         let (page, slot) = self.fetch_page(cpu, lin)?;
         let key = BlockKey { at: RamOffset(page.0 + (lin & 0xFFF)), lin, mode };
         if let Some(id) = self.blocks.find(&key) {
-            return Some((id, slot));
+            let Some(second) = self.blocks.blocks[id as usize].crosses_into else { return Some((id, slot)) };
+            // An instruction on two pages: the second must still be what it was.
+            let (next, _) = self.fetch_page(cpu, (lin & !0xFFF).wrapping_add(4096))?;
+            if next.0 >> PAGE_SHIFT == second {
+                return Some((id, slot));
+            }
+            self.retire(id);
         }
         if self.cache.free() < BLOCK_RESERVE || self.blocks.blocks.len() >= MAX_BLOCKS {
             self.reset_cache();
@@ -468,7 +479,6 @@ impl Translator {
         self.stats.code_bytes += self.code.len() as u64;
         let block = Block {
             key,
-            len: t.len,
             start,
             entry: CodeOffset(start.0 + t.entry),
             code_len: self.code.len() as u32,
@@ -476,8 +486,9 @@ impl Translator {
             incoming: Vec::new(),
             cached: false,
             live: true,
+            crosses_into: extra,
         };
-        Some(self.blocks.insert(block, extra))
+        Some(self.blocks.insert(block))
     }
 
     /// Chains link `number` to block `to`.
@@ -667,12 +678,16 @@ impl Translator {
         self.context().jump_cache = self.pages.jump_cache(mode);
         loop {
             let reason = self.enter(cpu, id);
+            if self.attention.get() != 0 && reason != Reason::Interpret {
+                self.store_registers(cpu);
+                return false;
+            }
             let rip = self.context().rip;
             let resets = self.stats.cache_flushes;
             match reason {
                 Reason::Interpret => {
                     self.store_registers(cpu);
-                    return true;
+                    return !(std::mem::take(&mut self.poison_hit) && self.fill_operand(cpu, mode));
                 }
                 Reason::Attention => {
                     self.stats.attention_exits += 1;
@@ -711,6 +726,40 @@ impl Translator {
                 self.context().jump_cache = self.pages.jump_cache(mode);
             }
         }
+    }
+
+    /// An unaligned address plus poison can look aligned: the access then faults on the host instead of missing. Fills
+    /// the table for the memory operand of the instruction at RIP; true if it may be tried again.
+    fn fill_operand(&mut self, cpu: &mut CpuState, mode: Mode) -> bool {
+        let Some((page, _)) = self.fetch_page(cpu, cpu.rip) else { return false };
+        let mut bytes = [0; 15];
+        let n = (4096 - (cpu.rip & 0xFFF)).min(15) as usize;
+        self.mem.ram_read(RamOffset(page.0 + (cpu.rip & 0xFFF)), &mut bytes[..n]);
+        let bits = if mode.has(Mode::CODE32) { 32 } else { 64 };
+        let options = self.core.model().decoder_options();
+        let instr = iced_x86::Decoder::with_ip(bits, &bytes[..n], cpu.rip, options).decode();
+        let form = self.forms.form(&instr);
+        let Some(op) = (0..instr.op_count()).find(|&i| instr.op_kind(i) == iced_x86::OpKind::Memory) else {
+            return false;
+        };
+        let register = |r: iced_x86::Register, _: usize, _: usize| {
+            if r.is_segment_register() {
+                let s = cpu.seg.get(r.number())?;
+                return Some(if r.number() >= 4 || bits == 32 { s.base } else { 0 });
+            }
+            let v = *cpu.gpr.get(r.full_register().number())?;
+            Some(if r.size() == 4 { v & 0xFFFF_FFFF } else { v })
+        };
+        let Some(ea) = instr.virtual_address(op, 0, register) else { return false };
+        let size = instr.memory_size().size() as u64;
+        if size == 0 || size > 64 {
+            return false;
+        }
+        let read = matches!(form.access[op as usize], OpAccess::Read | OpAccess::CondRead);
+        self.running = cpu;
+        let filled = self.fill(ea, size | if read { 0 } else { MissInfo::WRITE });
+        self.running = std::ptr::null_mut();
+        filled
     }
 
     fn begin(&mut self, cpu: &CpuState) -> io::Result<()> {
