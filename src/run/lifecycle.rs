@@ -84,6 +84,11 @@ impl Lifecycle {
         waited.expect("lifecycle").0.request.is_some()
     }
 
+    /// Whether the request is the user's own wish to end.
+    pub fn user_wants_out(&self) -> bool {
+        matches!(self.peek(), Some(Request::Quit | Request::Signal(_)))
+    }
+
     /// The request, left in place.
     pub fn peek(&self) -> Option<Request> {
         self.0.0.lock().expect("lifecycle").request.clone()

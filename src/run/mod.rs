@@ -21,6 +21,13 @@ pub use vcpu::{BOOT_VP, Lockstep, PanicGuard, Probe, TimeKeeper, VcpuRunner};
 use crate::machine::{Machine, MachineError, Time};
 use crate::stats::{self, Snapshot};
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
+
+/// How often the main thread looks whether the user wants to leave.
+const TICK: Duration = Duration::from_millis(100);
+/// How long a vCPU may take to hear of it.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How a run ended.
 #[derive(Debug)]
@@ -52,39 +59,59 @@ pub fn drive(machine: &mut Machine, probe: Option<Probe>) -> Result<Finished, Ma
         probe,
     };
     let mut resets = 0;
-    loop {
-        runner = on_own_thread(runner)?;
+    let mut last = None;
+    while let Some(mut ended) = on_own_thread(runner)? {
         if !machine.reboots() || machine.lifecycle().take_reset().is_none() {
+            last = Some(ended);
             break;
         }
         resets += 1;
         machine.reset();
-        runner.cpu = machine.start()?;
-        runner.engine = machine.engine()?;
+        ended.cpu = machine.start()?;
+        ended.engine = machine.engine()?;
+        runner = ended;
     }
     let request =
         machine.lifecycle().peek().unwrap_or_else(|| Request::Host("the vCPU stopped by itself".into()));
-    Ok(Finished { request, stats: final_stats(machine, &runner, resets) })
+    Ok(Finished { request, stats: final_stats(machine, last.as_ref(), resets) })
 }
 
-/// Runs the vCPU on a thread of its own and gives it back.
-fn on_own_thread(runner: VcpuRunner) -> Result<VcpuRunner, MachineError> {
+/// Runs the vCPU on a thread of its own and gives it back; `None` if it does not hear that the user wants to leave.
+fn on_own_thread(runner: VcpuRunner) -> Result<Option<VcpuRunner>, MachineError> {
     let lifecycle = runner.lifecycle.clone();
-    let thread = std::thread::Builder::new()
+    let (give_back, given_back) = mpsc::channel();
+    std::thread::Builder::new()
         .name("vcpu0".into())
         .spawn(move || {
-            let _guard = PanicGuard(lifecycle);
+            let _guard = PanicGuard(runner.lifecycle.clone());
             let mut runner = runner;
             runner.run();
-            runner
+            // Nobody waits any more if we were too late.
+            let _late = give_back.send(runner);
         })
         .map_err(|e| MachineError::Host("the vCPU's thread", e))?;
-    thread.join().map_err(|_| MachineError::Wiring("the vCPU's thread panicked: please report this".into()))
+    let mut patience = PATIENCE;
+    loop {
+        match given_back.recv_timeout(TICK) {
+            Ok(runner) => return Ok(Some(runner)),
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(MachineError::Wiring("the vCPU's thread panicked: please report this".into()));
+            }
+            Err(RecvTimeoutError::Timeout) if lifecycle.user_wants_out() => {
+                patience = patience.saturating_sub(TICK);
+                if patience.is_zero() {
+                    return Ok(None);
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
 }
 
-fn final_stats(machine: &Machine, runner: &VcpuRunner, resets: u64) -> Snapshot {
-    let engine = runner.engine.counters();
-    let cpu = vec![("instructions", runner.cpu.instructions), ("resets", resets)];
+fn final_stats(machine: &Machine, runner: Option<&VcpuRunner>, resets: u64) -> Snapshot {
+    let engine = runner.map(|r| r.engine.counters()).unwrap_or_default();
+    let mut cpu = vec![("resets", resets)];
+    cpu.extend(runner.map(|r| ("instructions", r.cpu.instructions)));
     let memory = vec![("ram_bytes", machine.memory().ram_size())];
     let host = vec![("cpu_ns", stats::process_cpu_ns())];
     stats::snapshot(
