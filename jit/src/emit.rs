@@ -487,7 +487,8 @@ impl Emitter {
                             s
                         }
                     };
-                    if !matches!(access, OpAccess::Read | OpAccess::CondRead) {
+                    let pending = stores[..stored].iter().any(|s| s.0 == n);
+                    if !pending && !matches!(access, OpAccess::Read | OpAccess::CondRead) {
                         stores[stored] = (n, host);
                         stored += 1;
                     }

@@ -107,7 +107,13 @@ fn emit_enter() -> SimpleAssembler {
 
 fn emit_exit() -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
-    dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(reason)], r10d);
+    // STAC and CLAC may have changed the view.
+    dynasm!(ops
+        ; .arch x64
+        ; mov [rsp + ctx!(reason)], r10d
+        ; mov [rsp + ctx!(write_base)], r14
+        ; mov [rsp + ctx!(read_base)], r15
+    );
     save_gprs(&mut ops);
     dynasm!(ops
         ; .arch x64
