@@ -26,6 +26,15 @@ pub trait CpuBus: Sync {
     fn port_in(&self, vp: VpIndex, port: Port, width: Width) -> u32;
     /// OUT.
     fn port_out(&self, vp: VpIndex, port: Port, width: Width, value: u32);
+    /// REP INS: fills part of `buf` in one go, as if by IN after IN; the bytes filled, whole units of `width`. 0: the
+    /// device has no such way, do it one by one.
+    fn port_in_string(&self, _vp: VpIndex, _port: Port, _width: Width, _buf: &mut [u8]) -> usize {
+        0
+    }
+    /// REP OUTS: takes part of `buf` in one go; the bytes taken. 0: one by one.
+    fn port_out_string(&self, _vp: VpIndex, _port: Port, _width: Width, _buf: &[u8]) -> usize {
+        0
+    }
     /// INTA: takes the highest-priority interrupt the controllers offer this processor, if any.
     fn acknowledge(&self, vp: VpIndex) -> Option<u8>;
     /// CPUID leaves of the machine (hypervisor range 0x4000_0000…); `None`: the model's own leaf stands.

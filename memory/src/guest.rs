@@ -68,6 +68,9 @@ struct Inner {
     backing: Backing,
     flags: Box<[AtomicU8]>,
     layout: RwLock<Layout>,
+    /// The layout without ROM and overlays, and whether that is all there is: processors walk page tables here.
+    plain: Layout,
+    is_plain: AtomicBool,
     generation: AtomicU64,
     overlay_next: Mutex<u64>,
     code_writes: Mutex<Vec<RamOffset>>,
@@ -94,6 +97,8 @@ impl GuestMemory {
         Ok(GuestMemory(Arc::new(Inner {
             backing,
             flags,
+            plain: layout.clone(),
+            is_plain: AtomicBool::new(true),
             layout: RwLock::new(layout),
             generation: AtomicU64::new(0),
             overlay_next: Mutex::new(pages << PAGE_SHIFT),
@@ -120,7 +125,11 @@ impl GuestMemory {
     }
 
     /// What lies behind `page`.
+    #[inline]
     pub fn resolve(&self, page: PhysPage) -> Mapped {
+        if self.0.is_plain.load(Ordering::Acquire) {
+            return self.0.plain.resolve(page);
+        }
         self.0.layout.read().expect("layout lock").resolve(page)
     }
 
@@ -142,7 +151,10 @@ impl GuestMemory {
     }
 
     fn map(&self, first: PhysPage, pages: u64, storage: RamOffset, writable: bool) -> OverlayId {
-        let id = self.0.layout.write().expect("layout lock").add(first, pages, storage, writable);
+        let mut layout = self.0.layout.write().expect("layout lock");
+        let id = layout.add(first, pages, storage, writable);
+        self.0.is_plain.store(false, Ordering::Release);
+        drop(layout);
         self.0.generation.fetch_add(1, Ordering::Release);
         id
     }
@@ -163,7 +175,10 @@ impl GuestMemory {
 
     /// Removes a ROM or overlay.
     pub fn unmap(&self, id: OverlayId) {
-        self.0.layout.write().expect("layout lock").remove(id);
+        let mut layout = self.0.layout.write().expect("layout lock");
+        layout.remove(id);
+        self.0.is_plain.store(layout.is_plain(), Ordering::Release);
+        drop(layout);
         self.0.generation.fetch_add(1, Ordering::Release);
     }
 

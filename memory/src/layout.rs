@@ -42,6 +42,12 @@ impl Layout {
         Layout { low_pages, high_first: 1 << 20, high_pages, overlays: Vec::new(), next_id: 0 }
     }
 
+    /// No ROM and no overlay.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.overlays.is_empty()
+    }
+
+    #[inline]
     pub(crate) fn resolve(&self, page: PhysPage) -> Mapped {
         for o in self.overlays.iter().rev() {
             if page >= o.first && page.0 - o.first.0 < o.pages {

@@ -112,9 +112,55 @@ fn repeat(
     Ok(())
 }
 
+/// Which way a repetition moves data.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    In,
+    Out,
+}
+
+/// Moves what it can of an upward repetition in one go, up to the end of the page: registers reflect it. Whatever is
+/// out of the ordinary (breakpoints, faults, memory that is none) moves nothing and is left to the single steps. True
+/// if something was moved.
+fn in_one_go(ex: &mut Exec<'_>, i: &Instruction, seg: SegReg, mask: u64, size: usize, way: Way) -> bool {
+    let plain = ex.cpu.rflags & (flags::DF | flags::TF) == 0 && ex.cpu.dr[7] & 0xFF == 0;
+    let index = if way == Way::In { gpr::RDI } else { gpr::RSI };
+    let (count, at) = (ex.cpu.gpr[gpr::RCX] & mask, ex.cpu.gpr[index] & mask);
+    let port = ex.cpu.gpr[gpr::RDX] as u16;
+    if !i.has_rep_prefix() || !plain || count < 2 || ex.check_io(port, size).is_err() {
+        return false;
+    }
+    let Ok(lin) = ex.linear(seg, at, size, way == Way::In) else { return false };
+    let Ok(Some((ram, room))) = ex.span(lin, way == Way::In) else { return false };
+    let len = room.min(count.saturating_mul(size as u64)).min(mask - at) as usize / size * size;
+    if len < size || ex.linear(seg, at, len, way == Way::In) != Ok(lin) {
+        return false;
+    }
+    let mut buf = [0; 4096];
+    let moved = match way {
+        Way::In => {
+            let n = ex.bus.port_in_string(ex.vp, Port(port), width(size), &mut buf[..len]).min(len);
+            ex.mem.ram_write(ram, &buf[..n]);
+            ex.mem.wrote(ram, n as u64);
+            n
+        }
+        Way::Out => {
+            ex.mem.ram_read(ram, &mut buf[..len]);
+            ex.bus.port_out_string(ex.vp, Port(port), width(size), &buf[..len]).min(len)
+        }
+    };
+    set(ex, index, mask, at.wrapping_add(moved as u64));
+    set(ex, gpr::RCX, mask, count - (moved / size) as u64);
+    moved > 0
+}
+
 /// INS.
 pub(super) fn ins(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault> {
     let mask = address_mask(i.op0_kind());
+    if in_one_go(ex, i, SegReg::Es, mask, size, Way::In) && ex.cpu.gpr[gpr::RCX] & mask != 0 {
+        ex.next_rip = ex.cpu.rip;
+        return Ok(());
+    }
     repeat(ex, i, gpr::RDI, mask, size, |ex, at| {
         let port = claim(ex, ex.cpu.gpr[gpr::RDX] as u16, size)?;
         ex.probe_write(SegReg::Es, at, size)?;
@@ -127,6 +173,10 @@ pub(super) fn ins(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(),
 pub(super) fn outs(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault> {
     let mask = address_mask(i.op1_kind());
     let seg = segment_register(i.memory_segment()).unwrap_or(SegReg::Ds);
+    if in_one_go(ex, i, seg, mask, size, Way::Out) && ex.cpu.gpr[gpr::RCX] & mask != 0 {
+        ex.next_rip = ex.cpu.rip;
+        return Ok(());
+    }
     repeat(ex, i, gpr::RSI, mask, size, |ex, at| {
         let port = claim(ex, ex.cpu.gpr[gpr::RDX] as u16, size)?;
         let value = ex.load(seg, at, size)?;
