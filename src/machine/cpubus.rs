@@ -99,6 +99,18 @@ impl CpuBus for MachineBus {
         self.bus.port_out(port, width, value);
     }
 
+    fn port_in_string(&self, _vp: VpIndex, port: Port, width: Width, buf: &mut [u8]) -> usize {
+        let filled = self.bus.port_in_string(port, width, buf);
+        self.counts.pio.add(u64::from(filled > 0));
+        filled
+    }
+
+    fn port_out_string(&self, _vp: VpIndex, port: Port, width: Width, buf: &[u8]) -> usize {
+        let taken = self.bus.port_out_string(port, width, buf);
+        self.counts.pio.add(u64::from(taken > 0));
+        taken
+    }
+
     fn acknowledge(&self, vp: VpIndex) -> Option<u8> {
         let vector = self.fabric.acknowledge(vp);
         if vector.is_some() {
