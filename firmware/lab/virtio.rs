@@ -45,6 +45,8 @@ const DRIVER: u8 = 2;
 const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 
+/// VIRTIO_BLK_F_FLUSH: the disk has a write cache, as an IDE disk has; without it every write would go to stable storage.
+const F_FLUSH: u64 = 1 << 9;
 const F_INDIRECT_DESC: u64 = 1 << 28;
 const F_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
@@ -374,7 +376,7 @@ fn negotiate(common: Registers) -> Option<u64> {
         common.write32(DEVICE_FEATURE_SELECT, half);
         offered |= u64::from(common.read32(DEVICE_FEATURE)) << (32 * half);
     }
-    let wanted = offered & (F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC);
+    let wanted = offered & (F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC | F_FLUSH);
     for half in 0..2 {
         common.write32(DRIVER_FEATURE_SELECT, half);
         common.write32(DRIVER_FEATURE, (wanted >> (32 * half)) as u32);
