@@ -96,8 +96,7 @@ fn what_was_flushed_survives_a_kill() {
     for (bus, device) in [("ide", "sda"), ("virtio", "vda")] {
         let image = dir.image(bus, 16 << 20);
         let append = format!("console=ttyS0 quiet pv.wait={device}");
-        let mut running =
-            run(&guest("cloud"), &append, &["--disk", &disk(&image, &format!(",bus={bus}"))]);
+        let mut running = run(&guest("cloud"), &append, &["--disk", &disk(&image, &format!(",bus={bus}"))]);
         let write = "yes flushed | dd bs=64k count=16 iflag=fullblock";
         // The word is put together so that its echo on the terminal does not count.
         running.type_in(&format!(
@@ -113,7 +112,8 @@ fn what_was_flushed_survives_a_kill() {
 
 #[test]
 fn the_installer_reaches_its_first_screen() {
-    let running = run(&guest("installer-i386"), "console=ttyS0 TERM=vt102 priority=low", &["--cpu", "pentium3"]);
+    let running =
+        run(&guest("installer-i386"), "console=ttyS0 TERM=vt102 priority=low", &["--cpu", "pentium3"]);
     running.expect("installer", 2 * BOOT);
 }
 

@@ -26,6 +26,7 @@ pub(super) fn run(guest: GuestRun, step: &(dyn Fn() + Send + Sync)) -> Result<Op
     let ends = HostEnds {
         serial: vec![Some(SerialEnd::sink(move |bytes| lines.push(bytes)))],
         lab_port: guest.lab_port,
+        count_instructions: true,
         debug_console: Box::new(|_| ()),
     };
     let mut machine = Machine::new(&guest.config, lifecycle.clone(), ends)?;

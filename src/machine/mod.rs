@@ -44,6 +44,8 @@ pub struct HostEnds {
     pub serial: Vec<Option<SerialEnd>>,
     /// Who hears the lab guest's marks.
     pub lab_port: Option<LabPort>,
+    /// Guest instructions must be counted exactly.
+    pub count_instructions: bool,
     /// Where port 0xE9 goes.
     pub debug_console: ByteSink,
 }
@@ -92,7 +94,7 @@ pub struct Machine {
     lifecycle: Lifecycle,
     vcpu: Arc<Vcpu>,
     board: Board,
-    /// The lab port wants exact instruction counts.
+    /// Instructions are counted exactly.
     counting: bool,
 }
 
@@ -122,7 +124,7 @@ impl Machine {
         let (timers, counters, vcpu) = (TimerQueue::new(), Counters::default(), Arc::new(Vcpu::new()));
         lifecycle.watch(Arc::clone(&vcpu));
         mem.set_code_watcher(Box::new(Watcher(Arc::clone(&vcpu))));
-        let counting = ends.lab_port.is_some();
+        let counting = ends.count_instructions;
         let wiring = Wiring {
             config,
             mem: &mem,

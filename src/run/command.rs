@@ -16,7 +16,12 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     // First of all: every thread inherits the signal mask.
     signals::watch(lifecycle.clone())?;
     let mut serial = Serial::open(&config.serial, &lifecycle)?;
-    let ends = HostEnds { serial: serial.ends(), lab_port: None, debug_console: serial.debug_console()? };
+    let ends = HostEnds {
+        serial: serial.ends(),
+        lab_port: None,
+        count_instructions: false,
+        debug_console: serial.debug_console()?,
+    };
     let mut machine = Machine::new(&config, lifecycle, ends)?;
     let raw = match config.serial.contains(&SerialConfig::Stdio) {
         true => RawMode::enter()?,
