@@ -40,8 +40,6 @@ impl Backing {
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: advice on the mapping just made; failure only costs speed.
-        unsafe { libc::madvise(base, size, libc::MADV_HUGEPAGE) };
         Ok(Backing { base: base.cast(), len })
     }
 
