@@ -81,6 +81,15 @@ pub(crate) struct Block {
     pub(crate) crosses_into: Option<u64>,
 }
 
+impl Block {
+    /// Linear address of the instruction whose code holds `at`.
+    pub(crate) fn rip_at(&self, at: CodeOffset) -> Option<u64> {
+        let off = at.0 - self.start.0;
+        let i = self.sites.partition_point(|s| s.0 <= off).checked_sub(1)?;
+        Some(self.key.lin + u64::from(self.sites[i].1))
+    }
+}
+
 /// All blocks of a vCPU.
 #[derive(Default)]
 pub(crate) struct BlockTable {

@@ -54,6 +54,8 @@ pub(crate) struct JitContext {
     pub(crate) interrupt_pending: u32,
     pub(crate) kernel_gs_base: u64,
     pub(crate) flags_image: u64,
+    /// An address in the code of the indirect jump that found no block.
+    pub(crate) source: u64,
     /// Read and write bases of the supervisor views without and with EFLAGS.AC.
     pub(crate) views: [[u64; 2]; 2],
     /// Retired instructions, counted at block entry when the mode asks for it.

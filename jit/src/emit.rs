@@ -1166,32 +1166,35 @@ impl Emitter {
         dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
     }
 
-    /// Jumps to the linear address in r11 through the jump cache.
+    /// Jumps to the linear address in r11 through the jump cache; r13 tells where from.
     fn indirect_exit(&mut self) {
         dynasm!(self.hot
             ; .arch x64
             ; movzx r10d, r11w
             ; mov r13, [rsp + ctx!(jump_cache)]
-            ; jmp QWORD [r13 + r10 * 8]
+            ; lea r10, [r13 + r10 * 8]
+            ; lea r13, [rip - 1]
+            ; jmp QWORD [r10]
         );
     }
 
     /// The indirect entry: checks that r11 is this block's address and polls, then falls into the direct entry.
     pub(crate) fn indirect_entry(&mut self, lin: u64, live: FlagSet) {
+        // r13 names the source of the jump: flags are kept in memory.
         let keep = Self::keep(live);
-        Self::save(&mut self.hot, keep, self.group.is_some());
+        Self::save(&mut self.hot, keep, true);
         Self::constant(&mut self.hot, R10, lin);
         dynasm!(self.hot ; .arch x64 ; cmp r10, r11);
         let miss = self.cold_here();
         self.hot_jcc(5, miss);
-        Self::restore(&mut self.cold, keep, self.group.is_some());
+        Self::restore(&mut self.cold, keep, true);
         self.cold_jmp(Target::Cache(self.stubs.indirect));
         dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(attention)] ; cmp DWORD [r10], 0);
         let attention = self.cold_here();
         self.hot_jcc(5, attention);
-        Self::restore(&mut self.cold, keep, self.group.is_some());
+        Self::restore(&mut self.cold, keep, true);
         self.cold_leave(lin, Reason::Attention);
-        Self::restore(&mut self.hot, keep, self.group.is_some());
+        Self::restore(&mut self.hot, keep, true);
     }
 
     /// At the direct entry: leaves to look the block up again unless cell `slot` holds `page` (for an instruction

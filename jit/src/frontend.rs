@@ -245,7 +245,8 @@ fn emit_one(
     // What it reads and what lives on after it must both survive the checks before it executes.
     match form.class {
         Class::Identity(needs) => {
-            if source.mode.0 & u32::from(needs) != u32::from(needs) || unusable_segment(instr, source.mode) {
+            let missing = source.mode.0 & u32::from(needs) != u32::from(needs);
+            if missing || unusable_segment(instr, source.mode) || differs_in_32_bit(instr, source.mode) {
                 return Err(crate::emit::Unfit);
             }
             let at = (instr.ip() - source.lin) as usize + source.at;
@@ -351,6 +352,14 @@ fn unusable_segment(instr: &Instruction, mode: Mode) -> bool {
     match instr.memory_segment() {
         R::FS => mode.has(Mode::CODE32) && !mode.has(Mode::FS_FLAT),
         R::GS => mode.has(Mode::CODE32) && !mode.has(Mode::GS_FLAT),
+        // A code segment is never writable and not always readable.
+        R::CS => mode.has(Mode::CODE32),
         _ => false,
     }
+}
+
+/// VZEROUPPER and VZEROALL leave registers 8–15 alone outside 64-bit mode; on the host they would not.
+fn differs_in_32_bit(instr: &Instruction, mode: Mode) -> bool {
+    use iced_x86::Mnemonic as M;
+    mode.has(Mode::CODE32) && matches!(instr.mnemonic(), M::Vzeroupper | M::Vzeroall)
 }

@@ -14,7 +14,7 @@ pub(crate) struct Stubs {
     /// Called with EA in r10 and [`MissInfo`] in r11, guest flags restored: fills the delta table. Returns behind the
     /// [`JMP_BYTES`] byte jump after the call to try again, and to that jump if the access is for the interpreter.
     pub(crate) miss: CodeOffset,
-    /// Jumped to with the target in r11 when the jump cache has no block for it.
+    /// Jumped to with the target in r11 and the source in r13 when the jump cache has no block for it.
     pub(crate) indirect: CodeOffset,
     /// Leaves to interpret the instruction at the stored `rip`.
     pub(crate) interpret: CodeOffset,
@@ -200,6 +200,7 @@ pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
     dynasm!(ops
         ; .arch x64
         ; mov [rsp + ctx!(rip)], r11
+        ; mov [rsp + ctx!(source)], r13
         ; mov r10d, Reason::Indirect as i32
     );
     jmp_to(&mut ops, at, exit);

@@ -20,12 +20,12 @@ use crate::pages::CodePages;
 use crate::signal::{self, FaultContext, FaultScope, SignalStack};
 use crate::stubs::{self, JMP_BYTES, MissInfo, Stubs};
 use crate::vectors::{self, LiveVectors};
+use iced_x86::OpAccess;
 use paravane_cpu::{
     Access, Attention, Budget, Core, CpuBus, CpuModel, CpuState, Engine, Exit, Flushes, LinAddr, Privilege,
-    SegReg, Shadow, Step, cr0, cr4, flags, translate,
+    SegReg, Shadow, Step, cr0, cr4, flags, gpr, translate,
 };
 use paravane_memory::{GuestMemory, Mapped, PAGE_SHIFT, RamOffset, VpIndex};
-use iced_x86::OpAccess;
 use std::io;
 
 /// What the user may choose about the translator.
@@ -128,12 +128,11 @@ unsafe fn fault_callback(data: *mut (), fault: &mut FaultContext) -> bool {
         return true;
     }
     let Some(block) = this.blocks.by_code(at) else { return false };
-    let off = at.0 - block.start.0;
-    let Some(i) = block.sites.partition_point(|s| s.0 <= off).checked_sub(1) else { return false };
+    let Some(rip) = block.rip_at(at) else { return false };
     this.stats.host_faults += 1;
     this.poison_hit = fault.signal() == libc::SIGSEGV;
     // SAFETY: the context lives as long as the translator.
-    unsafe { (*this.context).rip = block.key.lin + u64::from(block.sites[i].1) };
+    unsafe { (*this.context).rip = rip };
     fault.set_rip(this.cache.address(this.stubs.interpret));
     true
 }
@@ -709,6 +708,11 @@ impl Translator {
                     }
                     id = to;
                 }
+                Reason::Indirect if !mode.has(Mode::CODE32) && !canonical(rip) => {
+                    self.store_registers(cpu);
+                    self.undo_branch(cpu);
+                    return true;
+                }
                 Reason::Indirect => {
                     self.stats.indirect_exits += 1;
                     let Some((to, slot)) = self.block_at(cpu, rip, mode) else {
@@ -726,6 +730,29 @@ impl Translator {
                 self.context().jump_cache = self.pages.jump_cache(mode);
             }
         }
+    }
+
+    /// A near branch led to a non-canonical address: #GP at the branch itself, with the stack as before it. Goes back
+    /// to the branch, which the interpreter then executes.
+    fn undo_branch(&mut self, cpu: &mut CpuState) {
+        let source = self.context().source;
+        let Some(at) = self.cache.offset_of(source) else { return };
+        let Some(block) = self.blocks.by_code(at) else { return };
+        let Some(rip) = block.rip_at(at) else { return };
+        let mut bytes = [0; 15];
+        let n = (4096 - (rip & 0xFFF)).min(15) as usize;
+        let Some((page, _)) = self.fetch_page(cpu, rip) else { return };
+        self.mem.ram_read(RamOffset(page.0 + (rip & 0xFFF)), &mut bytes[..n]);
+        let instr = iced_x86::Decoder::with_ip(64, &bytes[..n], rip, 0).decode();
+        let moved = match instr.flow_control() {
+            iced_x86::FlowControl::Return => {
+                8 + if instr.op_count() > 0 { u64::from(instr.immediate16()) } else { 0 }
+            }
+            iced_x86::FlowControl::IndirectCall => 8u64.wrapping_neg(),
+            _ => 0,
+        };
+        cpu.gpr[gpr::RSP] = cpu.gpr[gpr::RSP].wrapping_sub(moved);
+        cpu.rip = rip;
     }
 
     /// An unaligned address plus poison can look aligned: the access then faults on the host instead of missing. Fills
