@@ -9,12 +9,12 @@ use std::path::Path;
 pub type Snapshot = BTreeMap<String, BTreeMap<String, u64>>;
 
 /// All counters now: the devices' registry, and `more` (the engine's, memory's, the host's) beside them.
-pub fn snapshot(registry: &Counters, more: &[(&str, Vec<(&'static str, u64)>)]) -> Snapshot {
+pub fn snapshot(registry: &Counters, more: &[(&str, Vec<(String, u64)>)]) -> Snapshot {
     let mut all = registry.snapshot();
     for (group, values) in more {
         let group = all.entry((*group).to_owned()).or_default();
-        for &(name, value) in values {
-            group.insert(name.to_owned(), value);
+        for (name, value) in values {
+            group.insert(name.clone(), *value);
         }
     }
     all

@@ -14,6 +14,7 @@ use crate::fetch::{Decoded, Fetcher};
 use crate::interp;
 use crate::mmu::{Flushes, Tlb};
 use crate::state::{CpuState, LinAddr, SegReg, Shadow, flags, gpr};
+use iced_x86::Mnemonic;
 use paravane_memory::{GuestMemory, RamOffset, VpIndex};
 
 /// How a step ended.
@@ -77,6 +78,7 @@ pub struct Core {
     held_back: u64,
     faults: u64,
     interrupts: u64,
+    last: Mnemonic,
 }
 
 impl Core {
@@ -84,7 +86,12 @@ impl Core {
     pub fn new(model: CpuModel, vector: Box<dyn VectorUnit>, attention: Attention, vp: VpIndex) -> Core {
         let fetcher = Fetcher::new(model.decoder_options());
         let unit = Unit { model, vector, attention, vp, tlb: Tlb::new(), flushes: Flushes::default() };
-        Core { unit, fetcher, record: Flushes::default(), held_back: 0, faults: 0, interrupts: 0 }
+        Core { unit, fetcher, record: Flushes::default(), held_back: 0, faults: 0, interrupts: 0, last: Mnemonic::INVALID }
+    }
+
+    /// The instruction executed last, for statistics.
+    pub fn last_instruction(&self) -> Mnemonic {
+        self.last
     }
 
     /// The model this core was made with.
@@ -117,6 +124,7 @@ impl Core {
             Ok(decoded) => decoded,
             Err(fault) => return self.raise(cpu, mem, bus, fault),
         };
+        self.last = decoded.instr.mnemonic();
         let (rsp, trap) = (cpu.gpr[gpr::RSP], cpu.rflags & flags::TF != 0);
         cpu.rflags &= !flags::RF;
         let mut next = cpu.rip.wrapping_add(decoded.len as u64);

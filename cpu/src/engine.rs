@@ -86,7 +86,7 @@ pub trait Engine: Send {
     /// Forgets every cached address translation (layout change, state loaded from outside).
     fn flush_translations(&mut self);
     /// Values of the engine's counters by name.
-    fn counters(&self) -> Vec<(&'static str, u64)>;
+    fn counters(&self) -> Vec<(String, u64)>;
 }
 
 /// Runs x87, MMX, SSE and AVX instructions on the host's own units, for the interpreter.

@@ -95,7 +95,7 @@ impl Engine for Interpreter {
         self.core.flush_translations();
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.core.counters()
+    fn counters(&self) -> Vec<(String, u64)> {
+        self.core.counters().into_iter().map(|(name, n)| (name.to_owned(), n)).collect()
     }
 }

@@ -90,6 +90,8 @@ pub struct Translator {
     writers: Vec<Writers>,
     options: JitOptions,
     stats: Stats,
+    /// Interpreted instructions by mnemonic.
+    interpreted: Box<[u64]>,
     layout_generation: u64,
     /// The processor state while translated code runs; null otherwise.
     running: *mut CpuState,
@@ -177,6 +179,7 @@ impl Translator {
             writers: vec![[0; 2]; (mem.backing_len() >> PAGE_SHIFT) as usize],
             options,
             stats: Stats::default(),
+            interpreted: vec![0; iced_x86::Mnemonic::values().len()].into(),
             layout_generation: mem.layout_generation(),
             running: std::ptr::null_mut(),
             signal_stack: None,
@@ -606,6 +609,7 @@ impl Translator {
     fn step(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus) -> Step {
         self.stats.interpreted += 1;
         let step = self.core.step(cpu, &self.mem, bus);
+        self.interpreted[self.core.last_instruction() as usize] += 1;
         self.follow_core();
         step
     }
@@ -869,9 +873,9 @@ impl Engine for Translator {
         self.core.flush_translations();
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
+    fn counters(&self) -> Vec<(String, u64)> {
         let s = &self.stats;
-        vec![
+        let own = [
             ("blocks_translated", s.blocks),
             ("instructions_translated", s.instructions),
             ("guest_bytes_translated", s.guest_bytes),
@@ -890,6 +894,12 @@ impl Engine for Translator {
             ("code_cache_flushes", s.cache_flushes),
             ("translation_flushes", s.translation_flushes),
             ("page_flushes", s.page_flushes),
-        ]
+        ];
+        let interpreted = iced_x86::Mnemonic::values()
+            .zip(&self.interpreted)
+            .filter(|&(_, &n)| n > 0)
+            .map(|(m, &n)| (format!("interpreted.{m:?}").to_lowercase(), n));
+        let core = self.core.counters();
+        own.into_iter().chain(core).map(|(name, n)| (name.to_owned(), n)).chain(interpreted).collect()
     }
 }

@@ -116,6 +116,8 @@ macro_rules! program {
         mod $name {
             std::arch::global_asm!(
                 ".pushsection .rodata",
+                concat!(".globl ", stringify!($name), "_start"),
+                concat!(".globl ", stringify!($name), "_end"),
                 concat!(stringify!($name), "_start:"),
                 $($line,)+
                 "hlt",

@@ -110,10 +110,10 @@ fn on_own_thread(runner: VcpuRunner) -> Result<Option<VcpuRunner>, MachineError>
 
 fn final_stats(machine: &Machine, runner: Option<&VcpuRunner>, resets: u64) -> Snapshot {
     let engine = runner.map(|r| r.engine.counters()).unwrap_or_default();
-    let mut cpu = vec![("resets", resets)];
-    cpu.extend(runner.map(|r| ("instructions", r.cpu.instructions)));
-    let memory = vec![("ram_bytes", machine.memory().ram_size())];
-    let host = vec![("cpu_ns", stats::process_cpu_ns())];
+    let mut cpu = vec![("resets".to_owned(), resets)];
+    cpu.extend(runner.map(|r| ("instructions".to_owned(), r.cpu.instructions)));
+    let memory = vec![("ram_bytes".to_owned(), machine.memory().ram_size())];
+    let host = vec![("cpu_ns".to_owned(), stats::process_cpu_ns())];
     stats::snapshot(
         machine.counters(),
         &[("engine", engine), ("cpu0", cpu), ("memory", memory), ("host", host)],
