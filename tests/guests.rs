@@ -4,7 +4,10 @@ mod common;
 
 use common::{Scratch, guest, run};
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 /// Seconds a boot may take on a busy host, by engine.
 const BOOT: u64 = 300;
@@ -88,6 +91,33 @@ fn the_shell_listens_to_what_is_piped_in() {
     let (code, said) = running.finish(BOOT);
     assert_eq!(code, Some(0), "{said}");
     assert!(said.contains("answer 42"), "{said}");
+}
+
+#[test]
+fn serial_ports_go_to_sockets_and_files() {
+    let dir = Scratch::new("serial");
+    let (socket, log) = (dir.path("com1"), dir.path("com2"));
+    let serial = [format!("unix={}", socket.display()), format!("file={}", log.display())];
+    let running =
+        run(&guest("cloud"), "console=ttyS0 quiet", &["--serial", &serial[0], "--serial", &serial[1]]);
+    let mut line = None;
+    for _ in 0..1000 {
+        line = UnixStream::connect(&socket).ok();
+        if line.is_some() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut line = line.expect("the socket is there");
+    line.set_read_timeout(Some(Duration::from_secs(BOOT))).expect("time limit");
+    line.write_all(b"echo to the file >/dev/ttyS1; echo answer $((6 * 7)); poweroff -f\n").expect("typed");
+    let mut said = Vec::new();
+    // The end of the run closes the line.
+    let _closed = line.read_to_end(&mut said);
+    assert_eq!(running.finish(BOOT).0, Some(0));
+    assert!(String::from_utf8_lossy(&said).contains("answer 42"), "{}", String::from_utf8_lossy(&said));
+    assert!(fs::read_to_string(&log).expect("log").contains("to the file"));
+    assert!(!socket.exists(), "the socket is given up");
 }
 
 #[test]
