@@ -33,6 +33,10 @@ pub(crate) enum Class {
     Stac,
     Clac,
     Swapgs,
+    Syscall,
+    Sysret,
+    /// MOV of a segment selector to a register.
+    Selector,
     /// Everything else.
     Interpret,
 }
@@ -48,6 +52,8 @@ impl Class {
                 | Class::Jmp
                 | Class::JmpIndirect
                 | Class::Jcc
+                | Class::Syscall
+                | Class::Sysret
                 | Class::Interpret
         )
     }
@@ -95,6 +101,11 @@ impl Forms {
 
 fn classify(instr: &Instruction) -> Class {
     use FlowControl as F;
+    match instr.code() {
+        Code::Syscall => return Class::Syscall,
+        Code::Sysretq => return Class::Sysret,
+        _ => {}
+    }
     match instr.flow_control() {
         F::Next => classify_straight(instr),
         F::UnconditionalBranch => match instr.code() {
@@ -147,7 +158,14 @@ fn classify_straight(instr: &Instruction) -> Class {
                 let r = instr.op_register(i);
                 !(r.is_segment_register() || r.is_cr() || r.is_dr() || r.is_tr())
             });
-            if plain { Class::Identity(0) } else { Class::Interpret }
+            let selector = instr.op0_register().is_gpr() && instr.op1_register().is_segment_register();
+            if plain {
+                Class::Identity(0)
+            } else if selector {
+                Class::Selector
+            } else {
+                Class::Interpret
+            }
         }
         M::Bt | M::Bts | M::Btr | M::Btc
             if instr.op0_kind() == iced_x86::OpKind::Memory

@@ -26,6 +26,10 @@ pub(crate) enum Reason {
     Interpret = 2,
     /// The attention word was set; go on at `rip`.
     Attention = 3,
+    /// SYSCALL at `rip`, from CPL 3 in 64-bit mode.
+    Syscall = 4,
+    /// SYSRETQ at `rip`, at CPL 0 in 64-bit mode.
+    Sysret = 5,
 }
 
 /// See the module documentation. Offsets are taken with `offset_of!`.
@@ -53,6 +57,8 @@ pub(crate) struct JitContext {
     /// An interrupt waits for IF.
     pub(crate) interrupt_pending: u32,
     pub(crate) kernel_gs_base: u64,
+    /// Selectors of ES, CS, SS, DS, FS, GS.
+    pub(crate) selectors: [u16; 6],
     pub(crate) flags_image: u64,
     /// An address in the code of the indirect jump that found no block.
     pub(crate) source: u64,

@@ -819,6 +819,29 @@ impl Emitter {
         );
     }
 
+    /// MOV r, Sreg.
+    pub(crate) fn selector(&mut self, instr: &Instruction) {
+        let at = ctx!(selectors) + instr.op1_register().number() as i32 * 2;
+        let (n, size) = (regs::number(instr.op0_register()), instr.op0_register().size());
+        dynasm!(self.hot ; .arch x64 ; movzx r10d, WORD [rsp + at]);
+        match regs::place(n) {
+            Place::Host(h) if size == 2 => dynasm!(self.hot ; .arch x64 ; mov Rw(h), r10w),
+            Place::Home(h) if size == 2 => {
+                let at = Self::home_offset(h);
+                dynasm!(self.hot ; .arch x64 ; mov [rsp + at], r10w);
+            }
+            _ => self.set_guest(n, R10),
+        }
+    }
+
+    /// Ends the block: the run loop does what `reason` says at `rip`.
+    pub(crate) fn leave_for(&mut self, rip: u64, reason: Reason) {
+        let cold = self.cold_here();
+        self.cold_leave(rip, reason);
+        self.hot.push(0xE9);
+        self.hot_rel32(Target::Here(cold));
+    }
+
     /// SWAPGS at CPL 0 (64-bit code only; elsewhere it does not decode).
     pub(crate) fn swapgs(&mut self) {
         let gs_base = ctx!(seg_base) + 40;
@@ -840,13 +863,16 @@ impl Emitter {
         let wide = if self.code64 { OpKind::MemoryESRDI } else { OpKind::MemoryESEDI };
         let wide_source = if self.code64 { OpKind::MemorySegRSI } else { OpKind::MemorySegESI };
         let fits = |k: OpKind| k == OpKind::Register || k == wide || k == wide_source;
-        if instr.has_rep_prefix() || instr.has_repne_prefix() || override_ {
+        if override_ {
             return Err(Unfit);
         }
         if !(0..instr.op_count()).all(|i| fits(instr.op_kind(i))) {
             return Err(Unfit);
         }
         let size = instr.memory_size().size() as u32;
+        if instr.has_rep_prefix() || instr.has_repne_prefix() {
+            return self.repeated(instr, size, site);
+        }
         const RSI: u8 = 6;
         const RDI: u8 = 7;
         let (source, destination) = match instr.mnemonic() {
@@ -888,6 +914,77 @@ impl Emitter {
                 _ => {}
             }
         }
+        Ok(())
+    }
+
+    /// REP STOS and REP MOVS whose operands stay inside a page each: the host's own, on host addresses. Longer ones are
+    /// the interpreter's, which goes by page spans.
+    fn repeated(&mut self, instr: &Instruction, size: u32, site: Site) -> Result<(), Unfit> {
+        use iced_x86::Mnemonic as M;
+        let moves = match instr.mnemonic() {
+            M::Stosb | M::Stosw | M::Stosd | M::Stosq => false,
+            M::Movsb | M::Movsw | M::Movsd | M::Movsq => true,
+            _ => return Err(Unfit),
+        };
+        // Nothing at all happens for a count of zero: jrcxz over a short jump, to a long jump to the end.
+        dynasm!(self.hot ; .arch x64 ; .u8 0xE3, 2, 0xEB, 5);
+        self.hot.push(0xE9);
+        let done = self.hot_here();
+        self.hot.push_i32(0);
+        let keep = Self::keep(site.before);
+        Self::save(&mut self.hot, keep, true);
+        let slow = self.cold_here();
+        Self::restore(&mut self.cold, keep, true);
+        self.cold_interpret(self.rip);
+        let shift = size.trailing_zeros() as i8;
+        dynasm!(self.hot ; .arch x64 ; cmp rcx, 4096);
+        self.hot_jcc(7, slow);
+        dynasm!(self.hot ; .arch x64 ; mov r10d, ecx ; shl r10d, shift);
+        for r in if moves { [6, 7].as_slice() } else { [7].as_slice() } {
+            let r = *r;
+            dynasm!(self.hot
+                ; .arch x64
+                ; lea r11, [Rq(r) + r10 - 1]
+                ; xor r11, Rq(r)
+                ; test r11, !0xFFF
+            );
+            self.hot_jcc(5, slow);
+        }
+        Self::restore(&mut self.hot, keep, true);
+        if moves {
+            self.access(6, 1, false, site.before);
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
+        }
+        self.access(7, 1, true, site.before);
+        let scale = [1, 2, 4, 8][shift as usize & 3];
+        if moves {
+            self.lea(R10, Some(6), Some(1), scale, 0, !self.code64);
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(flags_image)], r10);
+        }
+        self.lea(R10, Some(7), Some(1), scale, 0, !self.code64);
+        dynasm!(self.hot ; .arch x64 ; mov rdi, r11);
+        if moves {
+            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(tmp)]);
+        }
+        let mut host = match (moves, size) {
+            (false, 1) => Instruction::with_rep_stosb(64),
+            (false, 2) => Instruction::with_rep_stosw(64),
+            (false, 4) => Instruction::with_rep_stosd(64),
+            (false, _) => Instruction::with_rep_stosq(64),
+            (true, 1) => Instruction::with_rep_movsb(64),
+            (true, 2) => Instruction::with_rep_movsw(64),
+            (true, 4) => Instruction::with_rep_movsd(64),
+            (true, _) => Instruction::with_rep_movsq(64),
+        }
+        .map_err(|_| Unfit)?;
+        host.set_segment_prefix(Register::None);
+        self.encode(&host)?;
+        dynasm!(self.hot ; .arch x64 ; mov rdi, r10);
+        if moves {
+            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(flags_image)]);
+        }
+        let end = self.hot_here();
+        self.fixups.push((done, Target::Here(end)));
         Ok(())
     }
 

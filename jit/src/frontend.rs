@@ -2,6 +2,7 @@
 
 use crate::block::Mode;
 use crate::classify::{Class, Forms};
+use crate::context::Reason;
 use crate::emit::{Emitter, Site};
 use crate::flags::{self, FlagSet};
 use crate::groups;
@@ -70,7 +71,10 @@ fn live_at(source: &Source<'_>, forms: &mut Forms, target: u64) -> FlagSet {
         let read = instr.rflags_read() & FlagSet::ALL.0;
         live |= read & open;
         let leaves = instr.flow_control() != iced_x86::FlowControl::Next;
-        if instr.is_invalid() || leaves || forms.form(&instr).class == Class::Interpret {
+        if instr.is_invalid()
+            || leaves
+            || matches!(forms.form(&instr).class, Class::Interpret | Class::Syscall | Class::Sysret)
+        {
             return FlagSet(live | open);
         }
         open &= !flags::killed(&instr);
@@ -111,7 +115,7 @@ impl Frontend {
         self.live.resize(self.instrs.len(), FlagSet::NONE);
         for (i, instr) in self.instrs.iter().enumerate().rev() {
             after = match forms.form(instr).class {
-                Class::Interpret => FlagSet::ALL,
+                Class::Interpret | Class::Syscall | Class::Sysret => FlagSet::ALL,
                 _ => flags::before(instr, after),
             };
             self.live[i] = after;
@@ -218,9 +222,12 @@ impl Frontend {
                 let t = live_at(source, forms, last.near_branch_target());
                 (t, t, FlagSet::ALL)
             }
-            Class::Ret | Class::JmpIndirect | Class::CallIndirect | Class::Interpret => {
-                (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL)
-            }
+            Class::Ret
+            | Class::JmpIndirect
+            | Class::CallIndirect
+            | Class::Syscall
+            | Class::Sysret
+            | Class::Interpret => (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
             _ => {
                 let n = live_at(source, forms, next_rip);
                 (n, n, n)
@@ -291,6 +298,22 @@ fn emit_one(
             emitter.swapgs();
             Ok(())
         }
+        Class::Selector => {
+            emitter.selector(instr);
+            Ok(())
+        }
+        // 64-bit SYSCALL from CPL 3 and SYSRET to it are done by the run loop; the rest is the interpreter's.
+        Class::Syscall if source.mode.has(Mode::USER) && !source.mode.has(Mode::CODE32) => {
+            *ended = true;
+            emitter.leave_for(instr.ip(), Reason::Syscall);
+            Ok(())
+        }
+        Class::Sysret if !source.mode.has(Mode::USER) && !source.mode.has(Mode::CODE32) => {
+            *ended = true;
+            emitter.leave_for(instr.ip(), Reason::Sysret);
+            Ok(())
+        }
+        Class::Syscall | Class::Sysret => Err(crate::emit::Unfit),
         Class::Lea => emitter.lea_instruction(instr),
         Class::Push if unusable_segment(instr, source.mode) => Err(crate::emit::Unfit),
         Class::Push => emitter.push(instr, site),

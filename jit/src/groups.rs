@@ -138,7 +138,8 @@ pub(crate) fn plan(
     let word = if code64 { 8 } else { 4 };
     for (i, instr) in instrs.iter().enumerate() {
         let form = forms.form(instr);
-        if matches!(form.class, Class::Interpret | Class::Stac | Class::Clac) {
+        if matches!(form.class, Class::Interpret | Class::Syscall | Class::Sysret | Class::Stac | Class::Clac)
+        {
             // Another view begins here: what was checked before need not hold behind it.
             break;
         }
@@ -242,7 +243,7 @@ pub(crate) fn rsp_adjust(instr: &Instruction) -> Option<i32> {
 
 /// Whether `instr` may change guest register `base` in a way the group does not follow.
 fn modifies(instr: &Instruction, class: &Class, access: &[OpAccess; 5], base: u8) -> bool {
-    if matches!(class, Class::String) && (base == 0 || base == 6 || base == 7) {
+    if matches!(class, Class::String) && matches!(base, 0 | 1 | 6 | 7) {
         return true;
     }
     if base == RSP && matches!(class, Class::Leave) || base == 5 && matches!(class, Class::Leave) {

@@ -89,6 +89,12 @@ impl CodePages {
         self.caches[v].table.as_ptr() as u64
     }
 
+    /// Where an indirect jump to `lin` goes now.
+    pub(crate) fn lookup(&mut self, mode: Mode, lin: u64) -> u64 {
+        let at = lin as u16 as usize;
+        self.caches.iter().find(|c| c.mode == mode).map_or(self.miss, |c| c.table[at])
+    }
+
     /// Lets indirect jumps to `lin` go straight to `entry`; `slot` validates its page.
     pub(crate) fn cache(&mut self, mode: Mode, lin: u64, entry: u64, slot: u32) {
         let global = self.global[slot as usize];

@@ -101,7 +101,13 @@ fn emit_enter() -> SimpleAssembler {
         ; sahf
     );
     load_gprs(&mut ops);
-    dynasm!(ops ; .arch x64 ; jmp QWORD [rsp + ctx!(entry)]);
+    // A jump-cache entry wants the target in r11; r13 names no source.
+    dynasm!(ops
+        ; .arch x64
+        ; mov r11, [rsp + ctx!(rip)]
+        ; mov r13d, 0
+        ; jmp QWORD [rsp + ctx!(entry)]
+    );
     ops
 }
 

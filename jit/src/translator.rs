@@ -23,7 +23,7 @@ use crate::vectors::{self, LiveVectors};
 use iced_x86::OpAccess;
 use paravane_cpu::{
     Access, Attention, Budget, Core, CpuBus, CpuModel, CpuState, Engine, Exit, Flushes, LinAddr, Privilege,
-    SegReg, Shadow, Step, cr0, cr4, flags, gpr, translate,
+    SegReg, Segment, Shadow, Step, attr, cr0, cr4, efer, flags, gpr, translate,
 };
 use paravane_memory::{GuestMemory, Mapped, PAGE_SHIFT, RamOffset, VpIndex};
 use std::io;
@@ -61,6 +61,11 @@ struct Stats {
     interpreted: u64,
     attention_exits: u64,
     misses: u64,
+    miss_crossing: u64,
+    miss_fault: u64,
+    miss_mmio: u64,
+    miss_code: u64,
+    miss_soft: u64,
     host_faults: u64,
     invalidated: u64,
     cache_flushes: u64,
@@ -208,7 +213,11 @@ impl Translator {
         let c = self.context();
         c.views = views;
         c.interrupt_pending = pending;
-        c.system_flags = cpu.rflags & !(flags::STATUS | flags::IF | flags::AC);
+        for (selector, seg) in c.selectors.iter_mut().zip(&cpu.seg) {
+            *selector = seg.selector;
+        }
+        // RF covers one instruction; translated code takes no instruction breakpoints.
+        c.system_flags = cpu.rflags & !(flags::STATUS | flags::IF | flags::AC | flags::RF);
         c.interrupt_flag = u8::from(cpu.rflags & flags::IF != 0);
         c.access_flag = u8::from(cpu.rflags & flags::AC != 0);
         c.kernel_gs_base = cpu.msr.kernel_gs_base;
@@ -320,23 +329,32 @@ impl Translator {
         cpu.rflags = (cpu.rflags & !flags::AC) | ac;
         let wraps = !cpu.code64() && ea >> 32 != 0;
         if (ea & 0xFFF) + size > 4096 || !canonical(ea) || wraps {
+            self.stats.miss_crossing += 1;
             return false;
         }
         // A soft write must not set the dirty bit: it asks only whether a write would be allowed as things are.
         let access = if write && !soft { Access::Write } else { Access::Read };
         let privilege = if cpu.cpl == 3 { Privilege::User } else { Privilege::Supervisor };
-        let Ok(t) = translate(cpu, &self.mem, LinAddr(ea), access, privilege) else { return false };
+        let Ok(t) = translate(cpu, &self.mem, LinAddr(ea), access, privilege) else {
+            self.stats.miss_fault += 1;
+            return false;
+        };
         let view = self.view(cpu);
         let (ram, rom) = match self.mem.resolve(t.phys.page()) {
             Mapped::Ram(o) => (o, false),
             Mapped::Rom(o) => (o, true),
-            Mapped::Mmio => return false,
+            Mapped::Mmio => {
+                self.stats.miss_mmio += 1;
+                return false;
+            }
         };
         let page = ea & !0xFFF;
         let delta = (self.mem.host_base() as u64 + ram.0).wrapping_sub(page);
         let large = t.page_shift > 12;
         let code = self.mem.has_code(ram);
         if write && (rom || code || (soft && !t.writable)) {
+            self.stats.miss_code += u64::from(code);
+            self.stats.miss_soft += u64::from(soft);
             return false;
         }
         if write || (t.writable && !rom && !code) {
@@ -645,9 +663,8 @@ impl Translator {
         step
     }
 
-    /// Runs translated code from `id` until an exit; returns why.
-    fn enter(&mut self, cpu: &mut CpuState, id: BlockId) -> Reason {
-        let entry = self.cache.address(self.blocks.blocks[id as usize].entry);
+    /// Runs translated code from the code at `entry` until an exit; returns why.
+    fn enter(&mut self, cpu: &mut CpuState, entry: u64) -> Reason {
         let code = self.cache.address(self.stubs.enter);
         let this: *mut Translator = self;
         let context = self.context;
@@ -668,6 +685,8 @@ impl Translator {
             0 => Reason::Link,
             1 => Reason::Indirect,
             3 => Reason::Attention,
+            4 => Reason::Syscall,
+            5 => Reason::Sysret,
             _ => Reason::Interpret,
         }
     }
@@ -676,12 +695,11 @@ impl Translator {
     /// On return all registers are in `cpu`.
     fn run_translated(&mut self, cpu: &mut CpuState, mode: Mode) -> bool {
         self.load_registers(cpu, mode);
-        let Some((mut id, _)) = self.block_at(cpu, cpu.rip, mode) else { return true };
-        // The jump cache may have moved if the code cache started over.
-        self.context().jump_cache = self.pages.jump_cache(mode);
+        // The jump cache holds the indirect entry, which checks the address, or the way to `Reason::Indirect`.
+        let mut entry = self.pages.lookup(mode, cpu.rip);
         loop {
-            let reason = self.enter(cpu, id);
-            if self.attention.get() != 0 && reason != Reason::Interpret {
+            let reason = self.enter(cpu, entry);
+            if self.attention.get() != 0 && matches!(reason, Reason::Link | Reason::Indirect) {
                 self.store_registers(cpu);
                 return false;
             }
@@ -710,7 +728,13 @@ impl Translator {
                         let page = RamOffset(self.blocks.blocks[to as usize].key.at.0 & !0xFFF);
                         self.chain(number, to, slot, page);
                     }
-                    id = to;
+                    entry = self.cache.address(self.blocks.blocks[to as usize].entry);
+                }
+                Reason::Syscall | Reason::Sysret => {
+                    self.store_registers(cpu);
+                    let done = if reason == Reason::Syscall { syscall(cpu) } else { sysret(cpu) };
+                    cpu.instructions += u64::from(done);
+                    return !done;
                 }
                 Reason::Indirect if !mode.has(Mode::CODE32) && !canonical(rip) => {
                     self.store_registers(cpu);
@@ -727,7 +751,7 @@ impl Translator {
                     block.cached = true;
                     let start = self.cache.address(block.start);
                     self.pages.cache(mode, rip, start, slot);
-                    id = to;
+                    entry = self.cache.address(self.blocks.blocks[to as usize].entry);
                 }
             }
             if resets != self.stats.cache_flushes {
@@ -804,6 +828,44 @@ impl Translator {
         Ok(())
     }
 }
+
+/// SYSCALL in 64-bit mode (SDM 2B); false if the interpreter must raise its fault.
+fn syscall(cpu: &mut CpuState) -> bool {
+    if cpu.efer & efer::SCE == 0 {
+        return false;
+    }
+    cpu.gpr[gpr::RCX] = cpu.rip.wrapping_add(SYSCALL_LEN);
+    cpu.gpr[R11] = cpu.rflags;
+    cpu.rip = cpu.msr.lstar;
+    cpu.rflags &= !(cpu.msr.sfmask | flags::RF);
+    let selector = (cpu.msr.star >> 32) as u16 & !3;
+    cpu.seg[SegReg::Cs as usize] = Segment::flat(selector, CODE64);
+    cpu.seg[SegReg::Ss as usize] = Segment::flat(selector.wrapping_add(8), DATA);
+    cpu.cpl = 0;
+    true
+}
+
+/// SYSRETQ (SDM 2B); false if the interpreter must raise its fault or knows flags we do not handle.
+fn sysret(cpu: &mut CpuState) -> bool {
+    let (rip, rflags) = (cpu.gpr[gpr::RCX], cpu.gpr[R11]);
+    if cpu.efer & efer::SCE == 0 || !canonical(rip) || rflags & (flags::TF | flags::NT) != 0 {
+        return false;
+    }
+    cpu.rip = rip;
+    cpu.rflags = (rflags & 0x3C_7FD7) | flags::FIXED;
+    let selector = (cpu.msr.star >> 48) as u16;
+    cpu.seg[SegReg::Cs as usize] = Segment::flat(selector.wrapping_add(16) | 3, CODE64 | DPL3);
+    cpu.seg[SegReg::Ss as usize] = Segment::flat(selector.wrapping_add(8) | 3, DATA | DPL3);
+    cpu.cpl = 3;
+    true
+}
+
+const R11: usize = 11;
+const SYSCALL_LEN: u64 = 2;
+/// Attributes that SYSCALL and SYSRET load: accessed 64-bit code, accessed writable 32-bit data.
+const CODE64: u16 = attr::G | attr::L | attr::P | attr::S | attr::CODE | attr::READ_WRITE | attr::ACCESSED;
+const DATA: u16 = attr::G | attr::DB | attr::P | attr::S | attr::READ_WRITE | attr::ACCESSED;
+const DPL3: u16 = 3 << attr::DPL_SHIFT;
 
 /// Whether bits 63–47 are all equal.
 fn canonical(lin: u64) -> bool {
@@ -887,6 +949,11 @@ impl Engine for Translator {
             ("interpreted_instructions", s.interpreted),
             ("attention_exits", s.attention_exits),
             ("delta_misses", s.misses),
+            ("delta_miss_crossing", s.miss_crossing),
+            ("delta_miss_fault", s.miss_fault),
+            ("delta_miss_mmio", s.miss_mmio),
+            ("delta_miss_code", s.miss_code),
+            ("delta_miss_soft", s.miss_soft),
             ("delta_fills", self.delta.fills),
             ("delta_table_pages", self.delta.pages),
             ("host_faults", s.host_faults),

@@ -349,3 +349,34 @@ program!(
 fn flag_images_strings_and_bit_strings() {
     agree(t_system::bytes(), flags::STATUS);
 }
+
+program!(
+    t_rep,
+    "mov r8d, 700",
+    "2: mov rsi, 0x300000",
+    "lea rsi, [rsi + r8*4]",
+    "mov rdi, 0x400F00",
+    "add rdi, r8",
+    "mov ecx, r8d",
+    "and ecx, 127",
+    "cmp r8d, 350",
+    "rep movsb",
+    "setb r10b",
+    "mov ecx, r8d",
+    "and ecx, 63",
+    "lea rdi, [rdi + r8*8]",
+    "mov rax, 0x1122334455667788",
+    "rep stosq",
+    "mov ecx, 3",
+    "mov rsi, rdi",
+    "sub rsi, 17",
+    "rep movsw",
+    "adc r9, rdi",
+    "dec r8d",
+    "jns 2b",
+);
+
+#[test]
+fn repeated_strings_inside_and_across_pages() {
+    agree(t_rep::bytes(), flags::STATUS);
+}

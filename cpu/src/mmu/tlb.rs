@@ -42,6 +42,8 @@ const EMPTY: Entry = Entry { tag: INVALID, base: NOT_MEMORY, phys: 0 };
 #[derive(Debug)]
 pub(crate) struct Tlb {
     entries: Box<[Entry]>,
+    /// Slots that may hold something, so that a flush costs what was used.
+    filled: Vec<u32>,
     /// 2 MiB regions of which a part was cached from a large page.
     large: HashSet<u64>,
     /// 1 GiB regions likewise.
@@ -55,6 +57,7 @@ impl Tlb {
     pub(crate) fn new() -> Tlb {
         Tlb {
             entries: vec![EMPTY; SLOTS * CLASSES].into_boxed_slice(),
+            filled: Vec::new(),
             large: HashSet::new(),
             huge: HashSet::new(),
             generation: 0,
@@ -120,13 +123,22 @@ impl Tlb {
                 self.large.insert((lin.0 >> 21) ^ 1);
             }
         }
+        if self.entries[slot].tag == EMPTY.tag {
+            if self.filled.len() > 2 * self.entries.len() {
+                // Single pages were dropped and filled again and again: the list holds duplicates.
+                self.flush();
+            }
+            self.filled.push(slot as u32);
+        }
         self.entries[slot] = entry;
         Ok(entry)
     }
 
     /// Drops everything.
     pub(crate) fn flush(&mut self) {
-        self.entries.fill(EMPTY);
+        for slot in self.filled.drain(..) {
+            self.entries[slot as usize] = EMPTY;
+        }
         self.large.clear();
         self.huge.clear();
     }
@@ -143,9 +155,15 @@ impl Tlb {
     }
 
     fn flush_non_global(&mut self) {
-        for e in self.entries.iter_mut().filter(|e| e.phys & 1 == 0) {
-            *e = EMPTY;
-        }
+        let entries = &mut self.entries;
+        self.filled.retain(|&slot| {
+            let e = &mut entries[slot as usize];
+            let global = e.phys & 1 != 0;
+            if !global {
+                *e = EMPTY;
+            }
+            global
+        });
     }
 
     fn flush_page(&mut self, lin: LinAddr) {

@@ -1,0 +1,32 @@
+//! Small self-checking guests for what the host CPU cannot be asked: modes, exceptions, paging, tasks, debugging.
+//!
+//! Every test runs in the interpreter and in the translator. What it expects is written down from the SDM; the
+//! chapter is named at each module's top.
+
+#[path = "system/bed.rs"]
+#[macro_use]
+mod bed;
+#[path = "system/crossing.rs"]
+mod crossing;
+#[path = "system/debug.rs"]
+mod debug;
+#[path = "system/exceptions.rs"]
+mod exceptions;
+#[path = "system/gates.rs"]
+mod gates;
+#[path = "system/interrupts.rs"]
+mod interrupts;
+#[path = "system/modes.rs"]
+mod modes;
+#[path = "system/modified.rs"]
+mod modified;
+#[path = "system/paging.rs"]
+mod paging;
+#[path = "system/segments.rs"]
+mod segments;
+#[path = "system/syscalls.rs"]
+mod syscalls;
+#[path = "system/tasks.rs"]
+mod tasks;
+#[path = "system/tlb.rs"]
+mod tlb;

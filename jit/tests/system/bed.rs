@@ -1,0 +1,578 @@
+//! A machine with memory, descriptor tables, page tables and handlers that halt, in which small programs run.
+//!
+//! ```text
+//! 1000 GDT   2000 IDT   3000 TSS   4000 handlers (16 bytes each: HLT)   6000-7000 stack (real mode)
+//! 9000 real-mode code   3_0000 page tables   6_0000 IST stack   7_0000 stack of CPL 0   7_8000 stack of CPL 3
+//! 10_0000 code   20_0000 data   up to 100_0000 mapped one to one by 4 KiB pages
+//! ```
+
+use paravane_cpu::{
+    Attention, Budget, CpuBus, CpuState, CpuidResult, DescriptorTable, Engine, Exit, FpuState, HostFeatures,
+    Interpreter, MsrFault, SegReg, Segment, attr, cr0, cr4, efer, flags, gpr, model_by_name,
+};
+use paravane_jit::{HostVectorUnit, JitOptions, Translator};
+use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig, PhysAddr, Port, VpIndex, Width};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+pub const GDT: u64 = 0x1000;
+pub const IDT: u64 = 0x2000;
+pub const TSS: u64 = 0x3000;
+pub const HANDLERS: u64 = 0x4000;
+pub const REAL_CODE: u64 = 0x9000;
+pub const IST_STACK: u64 = 0x6_0000;
+pub const STACK: u64 = 0x7_0000;
+pub const USER_STACK: u64 = 0x7_8000;
+pub const CODE: u64 = 0x10_0000;
+pub const DATA: u64 = 0x20_0000;
+/// Below this all is mapped.
+pub const MAPPED: u64 = 16 << 20;
+
+pub const PAE_ROOT: u64 = 0x2_F000;
+pub const PML4: u64 = 0x3_0000;
+pub const PDPT: u64 = 0x3_1000;
+pub const PD: u64 = 0x3_2000;
+pub const PT: u64 = 0x3_3000;
+pub const PD32: u64 = 0x3_C000;
+pub const PT32: u64 = 0x3_D000;
+/// Page-table pages for tests to use.
+pub const SPARE: u64 = 0x4_2000;
+
+/// Selectors.
+#[expect(dead_code, reason = "the whole table is named")]
+pub mod sel {
+    pub const CODE32: u16 = 0x08;
+    pub const CODE64: u16 = 0x10;
+    pub const DATA: u16 = 0x18;
+    pub const USER_CODE32: u16 = 0x23;
+    pub const USER_DATA: u16 = 0x2B;
+    pub const USER_CODE64: u16 = 0x33;
+    pub const CODE16: u16 = 0x38;
+    pub const DATA16: u16 = 0x40;
+    pub const TSS: u16 = 0x48;
+    /// First of the entries for tests.
+    pub const FREE: u16 = 0x58;
+}
+
+/// Page-table entry bits (SDM 3A, table 4-20).
+pub mod pte {
+    pub const P: u64 = 1;
+    pub const RW: u64 = 2;
+    pub const US: u64 = 4;
+    pub const A: u64 = 1 << 5;
+    pub const D: u64 = 1 << 6;
+    pub const PS: u64 = 1 << 7;
+    pub const G: u64 = 1 << 8;
+    pub const XD: u64 = 1 << 63;
+    /// Present, writable, user.
+    pub const ALL: u64 = P | RW | US;
+}
+
+/// Page-fault error code bits (SDM 3A, figure 4-12).
+pub mod pf {
+    pub const P: u32 = 1;
+    pub const W: u32 = 2;
+    pub const U: u32 = 4;
+    pub const RSVD: u32 = 8;
+    pub const I: u32 = 16;
+}
+
+/// Machine code: a program assembled into this binary.
+#[derive(Clone, Copy, Debug)]
+pub struct Program {
+    pub bytes: &'static [u8],
+    /// Offset of what follows the semicolon.
+    pub at: u64,
+}
+
+/// Assembles `bits`-bit code with a HLT behind it. The part behind `;` is the one a test asks about. In the text, label
+/// 770 is the program's first byte, so `.long 5f - 770b + 0x100000` is where label 5 will be.
+macro_rules! program {
+    ($bits:literal: $($line:literal),* $(; $($at:literal),*)?) => {{
+        let (start, at, end): (usize, usize, usize);
+        // SAFETY: only takes the addresses of three labels in the read-only data.
+        unsafe {
+            std::arch::asm!(
+                ".pushsection .rodata",
+                concat!(".code", $bits),
+                "770:",
+                $($line,)*
+                "771:",
+                $($($at,)*)?
+                "hlt",
+                "772:",
+                ".code64",
+                ".popsection",
+                "lea {start}, [rip + 770b]",
+                "lea {at}, [rip + 771b]",
+                "lea {end}, [rip + 772b]",
+                start = out(reg) start,
+                at = out(reg) at,
+                end = out(reg) end,
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+        // SAFETY: the labels bound bytes that were assembled in one piece and never change.
+        let bytes = unsafe { std::slice::from_raw_parts(start as *const u8, end - start) };
+        crate::bed::Program { bytes, at: (at - start) as u64 }
+    }};
+}
+
+/// What a handler found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Taken {
+    pub vector: u64,
+    pub error: Option<u32>,
+    pub rip: u64,
+    pub cs: u64,
+    pub flags: u64,
+    /// The interrupted stack pointer and segment, where they were pushed.
+    pub sp: u64,
+    pub ss: u64,
+}
+
+/// Everything around the processor: ports are recorded, interrupts come from a queue.
+#[derive(Default)]
+pub struct Board {
+    pub written: Mutex<Vec<(u16, u32)>>,
+    pub pending: Mutex<VecDeque<u8>>,
+    /// Set at the first write to port 80H.
+    raise: Mutex<Option<(Attention, u32, u8)>>,
+    pub fpu_errors: Mutex<u32>,
+}
+
+impl CpuBus for Board {
+    fn mmio_load(&self, _: VpIndex, _: PhysAddr, width: Width) -> u64 {
+        width.mask()
+    }
+    fn mmio_store(&self, _: VpIndex, _: PhysAddr, _: Width, _: u64) {}
+    fn port_in(&self, _: VpIndex, port: Port, width: Width) -> u32 {
+        u32::from(port.0) & width.mask() as u32
+    }
+    fn port_out(&self, _: VpIndex, port: Port, _: Width, value: u32) {
+        self.written.lock().expect("log").push((port.0, value));
+        if port.0 == 0x80
+            && let Some((attention, what, vector)) = self.raise.lock().expect("source").take()
+        {
+            self.pending.lock().expect("queue").push_back(vector);
+            attention.set(what);
+        }
+    }
+    fn acknowledge(&self, _: VpIndex) -> Option<u8> {
+        self.pending.lock().expect("queue").pop_front()
+    }
+    fn cpuid(&self, _: VpIndex, _: u32, _: u32) -> Option<CpuidResult> {
+        None
+    }
+    fn rdmsr(&self, _: VpIndex, _: u32) -> Result<u64, MsrFault> {
+        Err(MsrFault)
+    }
+    fn wrmsr(&self, _: VpIndex, _: u32, _: u64) -> Result<(), MsrFault> {
+        Err(MsrFault)
+    }
+    fn read_cr8(&self, _: VpIndex) -> u64 {
+        0
+    }
+    fn write_cr8(&self, _: VpIndex, _: u64) {}
+    fn tsc(&self, _: VpIndex) -> u64 {
+        1000
+    }
+    fn fpu_error(&self, _: VpIndex) {
+        *self.fpu_errors.lock().expect("count") += 1;
+    }
+}
+
+struct Watcher(Attention);
+
+impl CodeWatcher for Watcher {
+    fn code_written(&self) {
+        self.0.set(Attention::CODE_WRITTEN);
+    }
+}
+
+/// Where a test starts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Start {
+    /// 0:9000H.
+    Real,
+    /// Flat 32-bit code without paging.
+    Protected,
+    /// The same with 32-bit paging.
+    Paged32,
+    /// The same with PAE paging.
+    Pae,
+    /// Compatibility mode.
+    Compat,
+    /// 64-bit mode.
+    Long,
+}
+
+/// A processor on an empty board.
+pub struct Bed {
+    pub cpu: CpuState,
+    pub mem: GuestMemory,
+    pub board: Arc<Board>,
+    pub attention: Attention,
+    pub start: Start,
+    pub translated: bool,
+    engine: Box<dyn Engine>,
+}
+
+/// Runs `test` in a fresh machine for each engine.
+pub fn both(start: Start, test: impl Fn(&mut Bed)) {
+    for translated in [false, true] {
+        println!("{start:?}, {}", if translated { "translator" } else { "interpreter" });
+        test(&mut Bed::new(start, translated));
+    }
+}
+
+impl Bed {
+    pub fn new(start: Start, translated: bool) -> Bed {
+        let mem = GuestMemory::new(MemoryConfig::pc(32 << 20)).expect("memory");
+        let attention = Attention::default();
+        mem.set_code_watcher(Box::new(Watcher(attention.clone())));
+        let model = model_by_name("max", &HostFeatures::detect()).expect("max");
+        let engine: Box<dyn Engine> = if translated {
+            let options = JitOptions { code_cache: 4 << 20, ..JitOptions::default() };
+            let jit = Translator::new(model, &mem, attention.clone(), VpIndex(0), options);
+            Box::new(jit.expect("translator"))
+        } else {
+            let vector = Box::new(HostVectorUnit::new().expect("vector unit"));
+            Box::new(Interpreter::new(model, vector, attention.clone(), VpIndex(0)))
+        };
+        let board = Arc::new(Board::default());
+        let cpu = CpuState::reset(0);
+        let mut bed = Bed { cpu, mem, board, attention, start, translated, engine };
+        bed.handlers();
+        bed.descriptors();
+        bed.page_tables();
+        bed.reset();
+        bed
+    }
+
+    // ---- memory -------------------------------------------------------------------------------------------
+
+    pub fn put(&self, at: u64, bytes: &[u8]) {
+        self.mem.write(PhysAddr(at), bytes).expect("RAM");
+    }
+
+    pub fn put16(&self, at: u64, value: u16) {
+        self.put(at, &value.to_le_bytes());
+    }
+
+    pub fn put32(&self, at: u64, value: u32) {
+        self.put(at, &value.to_le_bytes());
+    }
+
+    pub fn put64(&self, at: u64, value: u64) {
+        self.put(at, &value.to_le_bytes());
+    }
+
+    pub fn get16(&self, at: u64) -> u16 {
+        self.mem.read_u16(PhysAddr(at)).expect("RAM")
+    }
+
+    pub fn get32(&self, at: u64) -> u32 {
+        self.mem.read_u32(PhysAddr(at)).expect("RAM")
+    }
+
+    pub fn get64(&self, at: u64) -> u64 {
+        self.mem.read_u64(PhysAddr(at)).expect("RAM")
+    }
+
+    // ---- tables -------------------------------------------------------------------------------------------
+
+    fn handlers(&self) {
+        for vector in 0..256 {
+            self.put(HANDLERS + vector * 16, &[0xF4]);
+        }
+    }
+
+    /// GDT entry `selector`.
+    pub fn gdt(&self, selector: u16, raw: u64) {
+        self.put64(GDT + u64::from(selector & !7), raw);
+    }
+
+    fn descriptors(&self) {
+        use sel::*;
+        for (selector, raw) in [
+            (CODE32, 0x00CF_9B00_0000_FFFF),
+            (CODE64, 0x00AF_9B00_0000_FFFF),
+            (DATA, 0x00CF_9300_0000_FFFF),
+            (USER_CODE32, 0x00CF_FB00_0000_FFFF),
+            (USER_DATA, 0x00CF_F300_0000_FFFF),
+            (USER_CODE64, 0x00AF_FB00_0000_FFFF),
+            (CODE16, 0x0000_9B00_0000_FFFF),
+            (DATA16, 0x0000_9300_0000_FFFF),
+            (TSS, 0x0000_8B00_3000_0067),
+        ] {
+            self.gdt(selector, raw);
+        }
+        for vector in 0..256 {
+            self.gate(vector, 14, 0, HANDLERS + vector * 16);
+        }
+        if self.long() {
+            self.put64(TSS + 4, STACK);
+            self.put64(TSS + 36, IST_STACK);
+        } else {
+            self.put32(TSS + 4, STACK as u32);
+            self.put32(TSS + 8, u32::from(DATA));
+        }
+        self.put16(TSS + 102, 104);
+    }
+
+    fn long(&self) -> bool {
+        matches!(self.start, Start::Long | Start::Compat)
+    }
+
+    /// A gate of `kind` to CPL 0 code at `offset`, in the IDT of the start mode.
+    pub fn gate(&self, vector: u64, kind: u64, dpl: u64, offset: u64) {
+        if self.start == Start::Real {
+            return self.put32(vector * 4, offset as u32);
+        }
+        let selector = u64::from(if self.long() { sel::CODE64 } else { sel::CODE32 });
+        let low =
+            (offset & 0xFFFF) | selector << 16 | (0x80 | dpl << 5 | kind) << 40 | (offset >> 16 & 0xFFFF) << 48;
+        if self.long() {
+            self.put64(IDT + vector * 16, low);
+            self.put64(IDT + vector * 16 + 8, offset >> 32);
+        } else {
+            self.put64(IDT + vector * 8, low);
+        }
+    }
+
+    /// Has `vector` use IST entry 1.
+    pub fn ist(&self, vector: u64) {
+        let at = IDT + vector * 16;
+        self.put64(at, self.get64(at) | 1 << 32);
+    }
+
+    fn page_tables(&self) {
+        self.put64(PML4, PDPT | pte::ALL);
+        self.put64(PDPT, PD | pte::ALL);
+        self.put64(PAE_ROOT, PD | pte::P);
+        for i in 0..8 {
+            self.put64(PD + i * 8, (PT + i * 4096) | pte::ALL);
+        }
+        for page in 0..MAPPED >> 12 {
+            self.put64(PT + page * 8, page << 12 | pte::ALL);
+            self.put32(PT32 + page as u32 as u64 * 4, (page << 12 | pte::ALL) as u32);
+        }
+        for i in 0..4 {
+            self.put32(PD32 + i * 4, ((PT32 + i * 4096) | pte::ALL) as u32);
+        }
+    }
+
+    /// Physical address of the entry that maps linear page `lin` (below [`MAPPED`]).
+    pub fn pte_at(&self, lin: u64) -> u64 {
+        if self.start == Start::Paged32 { PT32 + (lin >> 12) * 4 } else { PT + (lin >> 12) * 8 }
+    }
+
+    pub fn pte(&self, lin: u64) -> u64 {
+        let at = self.pte_at(lin);
+        if self.start == Start::Paged32 { u64::from(self.get32(at)) } else { self.get64(at) }
+    }
+
+    /// Maps linear page `lin` to `phys` with attributes `bits`, without any flush.
+    pub fn map(&self, lin: u64, phys: u64, bits: u64) {
+        let at = self.pte_at(lin);
+        if self.start == Start::Paged32 {
+            self.put32(at, (phys | bits) as u32);
+        } else {
+            self.put64(at, phys | bits);
+        }
+    }
+
+    /// The engine forgets all translations, as after MOV CR3 and INVLPG of everything.
+    pub fn flush(&mut self) {
+        self.engine.flush_translations();
+    }
+
+    // ---- state --------------------------------------------------------------------------------------------
+
+    /// The state to start from, at CPL 0.
+    pub fn reset(&mut self) {
+        let mut c = CpuState::reset(0);
+        c.xcr0 = 7;
+        c.fpu = FpuState::initial();
+        c.gdtr = DescriptorTable { base: GDT, limit: 0xFFF };
+        if self.start == Start::Real {
+            c.idtr = DescriptorTable { base: 0, limit: 0x3FF };
+            c.seg = [Segment::real(0); 6];
+            c.cr0 = cr0::ET;
+            c.gpr[gpr::RSP] = 0x7000;
+        } else {
+            c.idtr = DescriptorTable { base: IDT, limit: 0xFFF };
+            c.cr0 = cr0::PE | cr0::ET | cr0::NE | cr0::MP | cr0::WP;
+            c.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
+            c.seg = [Segment::flat(sel::DATA, 0xC093); 6];
+            c.seg[SegReg::Cs as usize] = Segment::flat(sel::CODE32, 0xC09B);
+            c.tr = Segment { base: TSS, limit: 0x67, attributes: 0x8B, selector: sel::TSS };
+            c.gpr[gpr::RSP] = STACK;
+        }
+        match self.start {
+            Start::Real | Start::Protected => {}
+            Start::Paged32 => {
+                c.cr0 |= cr0::PG;
+                c.cr3 = PD32;
+                c.cr4 |= cr4::PSE;
+            }
+            Start::Pae => {
+                c.cr0 |= cr0::PG;
+                c.cr3 = PAE_ROOT;
+                c.cr4 |= cr4::PAE;
+                c.efer = efer::NXE;
+                c.pdptes = [PD | pte::P, 0, 0, 0];
+            }
+            Start::Compat | Start::Long => {
+                c.cr0 |= cr0::PG;
+                c.cr3 = PML4;
+                c.cr4 |= cr4::PAE;
+                c.efer = efer::NXE | efer::LME | efer::LMA | efer::SCE;
+            }
+        }
+        if self.start == Start::Long {
+            c.seg[SegReg::Cs as usize] = Segment::flat(sel::CODE64, 0xA09B);
+        }
+        self.cpu = c;
+    }
+
+    /// CPL 3 in the flat user segments.
+    pub fn user(&mut self) {
+        let c = &mut self.cpu;
+        c.seg = [Segment::flat(sel::USER_DATA, 0xC0F3); 6];
+        c.seg[SegReg::Cs as usize] = if self.start == Start::Long {
+            Segment::flat(sel::USER_CODE64, 0xA0FB)
+        } else {
+            Segment::flat(sel::USER_CODE32, 0xC0FB)
+        };
+        c.cpl = 3;
+        c.gpr[gpr::RSP] = USER_STACK;
+    }
+
+    /// Where [`Self::load`] puts programs.
+    pub fn code(&self) -> u64 {
+        if self.start == Start::Real { REAL_CODE } else { CODE }
+    }
+
+    /// An interrupt `vector` arrives when the guest writes port 80H.
+    pub fn interrupt_at_port(&self, vector: u8) {
+        *self.board.raise.lock().expect("source") = Some((self.attention.clone(), Attention::INTERRUPT, vector));
+    }
+
+    /// An NMI arrives when the guest writes port 80H.
+    pub fn nmi_at_port(&self) {
+        *self.board.raise.lock().expect("source") = Some((self.attention.clone(), Attention::NMI, 0));
+    }
+
+    // ---- running ------------------------------------------------------------------------------------------
+
+    /// Places `program` where the state starts.
+    pub fn load(&mut self, program: &Program) {
+        self.put(self.code(), program.bytes);
+        self.cpu.rip = self.code();
+    }
+
+    /// Goes on until the engine returns; a guest that does not stop by itself within seconds is stopped.
+    pub fn go(&mut self) -> Exit {
+        self.cpu.halted = false;
+        let (done, stopped) = mpsc::channel::<()>();
+        let attention = self.attention.clone();
+        let dog = std::thread::spawn(move || {
+            if stopped.recv_timeout(Duration::from_secs(20)) == Err(mpsc::RecvTimeoutError::Timeout) {
+                attention.set(Attention::STOP);
+            }
+        });
+        let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.board, Budget::UNLIMITED);
+        drop(done);
+        dog.join().expect("watchdog");
+        assert_ne!(exit, Exit::Stop, "the guest did not end: RIP {:#x}", self.cpu.rip);
+        exit
+    }
+
+    /// Runs `program` to a HLT.
+    pub fn run(&mut self, program: &Program) {
+        self.load(program);
+        let exit = self.go();
+        assert_eq!(exit, Exit::Halt, "{}", self.place());
+    }
+
+    /// Runs `program`, which must halt by itself.
+    pub fn finish(&mut self, program: &Program) {
+        self.run(program);
+        let end = self.code() + program.bytes.len() as u64;
+        assert_eq!(self.cpu.rip, end, "{}", self.place());
+    }
+
+    fn place(&self) -> String {
+        let c = &self.cpu;
+        if self.handler().is_some() {
+            return format!("{:x?} CR2 {:#x}", self.taken(), c.cr2);
+        }
+        format!("at {:#x}, CR2 {:#x}, RSP {:#x}", c.rip, c.cr2, c.gpr[gpr::RSP])
+    }
+
+    fn handler(&self) -> Option<u64> {
+        let off = self.cpu.rip.checked_sub(HANDLERS + 1)?;
+        (off < 0x1000 && off % 16 == 0).then_some(off / 16)
+    }
+
+    /// What the handler that halted sees on its stack.
+    pub fn taken(&self) -> Taken {
+        let vector = self.handler().unwrap_or_else(|| panic!("no handler at {:#x}", self.cpu.rip));
+        let has_error = matches!(vector, 8 | 10..=14 | 17) && self.start != Start::Real;
+        let mut at = self.cpu.segment(SegReg::Ss).base + self.cpu.gpr[gpr::RSP];
+        let mut pop = || {
+            let (size, value) = match self.start {
+                Start::Real => (2, u64::from(self.get16(at))),
+                Start::Long | Start::Compat => (8, self.get64(at)),
+                _ => (4, u64::from(self.get32(at))),
+            };
+            at += size;
+            value
+        };
+        let error = has_error.then(|| pop() as u32);
+        let (rip, cs, flags) = (pop(), pop() & 0xFFFF, pop());
+        let outer = self.long() || cs & 3 != 0 || flags & flags::VM != 0;
+        let (sp, ss) = if outer { (pop(), pop() & 0xFFFF) } else { (0, 0) };
+        Taken { vector, error, rip, cs, flags, sp, ss }
+    }
+
+    /// Runs `program`, whose marked instruction must raise `vector` with `error` as a fault: registers as before it.
+    /// Then once more from the same state, which meets translated code and filled tables.
+    pub fn faults(&mut self, program: &Program, vector: u64, error: impl Into<Option<u32>>) -> Taken {
+        let (start, error) = (self.cpu.clone(), error.into());
+        for _ in 0..2 {
+            self.cpu = start.clone();
+            self.run(program);
+            let t = self.taken();
+            assert_eq!((t.vector, t.error), (vector, error), "{}", self.place());
+            assert_eq!(t.rip, self.code() + program.at, "the pushed RIP");
+        }
+        self.taken()
+    }
+
+    /// [`Self::faults`] for a page fault at `cr2`.
+    pub fn page_faults(&mut self, program: &Program, cr2: u64, error: u32) {
+        self.faults(program, 14, error);
+        assert_eq!(self.cpu.cr2, cr2, "CR2");
+    }
+
+    /// Sets attribute bits of a segment register (for states that tests build).
+    pub fn expect_halt_rip(&self, at: u64) {
+        assert_eq!(self.cpu.rip, at, "{}", self.place());
+    }
+
+    /// Values written to port E9H.
+    pub fn reports(&self) -> Vec<u32> {
+        let log = self.board.written.lock().expect("log");
+        log.iter().filter(|(port, _)| *port == 0xE9).map(|&(_, v)| v).collect()
+    }
+
+    /// Whether the code segment has the D or L attribute: 16, 32 or 64 bits.
+    pub fn bits(&self) -> u32 {
+        debug_assert!(self.cpu.segment(SegReg::Cs).attributes & attr::P != 0 || self.start == Start::Real);
+        self.cpu.code_bits()
+    }
+}
