@@ -574,21 +574,3 @@ fn a_guest_that_runs_wild_never_panics() {
         }
     }
 }
-
-/// `cargo test --release -p paravane-cpu -- --ignored speed --nocapture`
-#[test]
-#[ignore = "a measurement"]
-fn speed_of_a_small_loop() {
-    let mut bed = long();
-    // L: ADD RAX, [RBX]; MOV [RBX+8], RAX; LEA RDX, [RAX+RCX]; TEST DL, DL; DEC RCX; JNZ L
-    let code = [
-        0x48, 3, 3, 0x48, 0x89, 0x43, 8, 0x48, 0x8D, 0x14, 8, 0x84, 0xD2, 0x48, 0xFF, 0xC9, 0x75, 0xEE, 0xF4,
-    ];
-    bed.put(CODE, &code);
-    bed.cpu.gpr[gpr::RBX] = 0x1_0000;
-    bed.cpu.gpr[gpr::RCX] = 2_000_000;
-    let start = std::time::Instant::now();
-    while bed.step() == Step::Done {}
-    let seconds = start.elapsed().as_secs_f64();
-    println!("{:.1} MIPS", bed.cpu.instructions as f64 / seconds / 1e6);
-}

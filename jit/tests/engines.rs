@@ -1,4 +1,7 @@
 //! Small long-mode programs run to HLT by the translator and by the interpreter: both must end in the same state.
+//!
+//! Invariant of the unsafe lines: a program is the read-only bytes between two labels that the assembler put
+//! into one section; the tests only copy them into the guest's memory.
 
 use paravane_cpu::{
     Attention, Budget, CpuBus, CpuState, CpuidResult, Engine, Exit, HostFeatures, Interpreter, MsrFault,

@@ -4,6 +4,9 @@
 //! [`Native`] and, at the same linear addresses, in a guest ([`Guest`]) under any [`Engine`]. What the manual
 //! leaves undefined (SDM 2, each instruction's "Flags Affected") is masked; everything else must be equal:
 //! registers, flags, x87, SSE and AVX state, the arena, the exception with error code and address.
+//!
+//! Invariant of the one unsafe call: what runs natively passed [`safety`], so it stays in user mode, and its
+//! accesses and branches end inside the arena and the code page, or in a fault that [`Native`] catches.
 
 mod campaign;
 mod compare;

@@ -5,6 +5,9 @@
 //! 9000 real-mode code   3_0000 page tables   6_0000 IST stack   7_0000 stack of CPL 0   7_8000 stack of CPL 3
 //! 10_0000 code   20_0000 data   up to 100_0000 mapped one to one by 4 KiB pages
 //! ```
+//!
+//! Invariant of the unsafe lines: a program is the read-only bytes between two labels that the assembler put
+//! into one section; the tests only copy them into the guest's memory.
 
 use paravane_cpu::{
     Attention, Budget, CpuBus, CpuState, CpuidResult, DescriptorTable, Engine, Exit, FpuState, HostFeatures,

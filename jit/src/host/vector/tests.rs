@@ -160,21 +160,3 @@ fn a_header_with_garbage_does_no_harm() {
     b.run(&[0x0F, 0x57, 0xC0]).unwrap(); // xorps xmm0, xmm0
     assert_eq!(b.fpu.mxcsr() & 0xFFFF, 0xFFFF);
 }
-
-/// Prints what one instruction costs: `cargo test --release -p paravane-jit speed -- --ignored --nocapture`.
-#[test]
-#[ignore = "a measurement"]
-fn speed() {
-    let mut b = Bench::new();
-    for (name, code) in
-        [("addps", &[0x0F, 0x58, 0xC1][..]), ("fadd", &[0xD8, 0xC0]), ("movups", &[0x0F, 0x10, 0x00])]
-    {
-        let round = || {
-            let start = std::time::Instant::now();
-            (0..10_000).for_each(|_| b.run(code).unwrap());
-            start.elapsed().as_nanos() / 10_000
-        };
-        let best = std::iter::repeat_with(round).take(100).min().unwrap_or(0);
-        println!("{name}: {best} ns");
-    }
-}
