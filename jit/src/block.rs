@@ -31,6 +31,9 @@ impl Mode {
     /// CR4.SMAP.
     pub(crate) const SMAP: u32 = 1 << 9;
 
+    /// RDTSC may be translated.
+    pub(crate) const TSC: u32 = 1 << 10;
+
     /// Whether `bit` is set.
     pub(crate) fn has(self, bit: u32) -> bool {
         self.0 & bit != 0

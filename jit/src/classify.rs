@@ -37,6 +37,8 @@ pub(crate) enum Class {
     Sysret,
     /// MOV of a segment selector to a register.
     Selector,
+    /// RDTSC, RDTSCP.
+    Rdtsc,
     /// Everything else.
     Interpret,
 }
@@ -180,6 +182,7 @@ fn classify_straight(instr: &Instruction) -> Class {
         M::Stac => Class::Stac,
         M::Clac => Class::Clac,
         M::Swapgs => Class::Swapgs,
+        M::Rdtsc | M::Rdtscp => Class::Rdtsc,
         M::Pushfq | M::Pushfd => Class::Pushf,
         M::Popfq | M::Popfd => Class::Popf,
         m if general(m) => Class::Identity(0),

@@ -60,6 +60,9 @@ pub(crate) struct JitContext {
     /// Selectors of ES, CS, SS, DS, FS, GS.
     pub(crate) selectors: [u16; 6],
     pub(crate) flags_image: u64,
+    /// Guest time-stamp counter minus the host's.
+    pub(crate) tsc_offset: u64,
+    pub(crate) tsc_aux: u32,
     /// An address in the code of the indirect jump that found no block.
     pub(crate) source: u64,
     /// Read and write bases of the supervisor views without and with EFLAGS.AC.

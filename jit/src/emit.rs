@@ -819,6 +819,46 @@ impl Emitter {
         );
     }
 
+    /// RDTSC and RDTSCP: the host's counter plus an offset.
+    pub(crate) fn rdtsc(&mut self, instr: &Instruction, site: Site) {
+        let keep = Self::keep(site.before);
+        let grouped = true;
+        Self::save(&mut self.hot, keep, grouped);
+        let aux = instr.mnemonic() == iced_x86::Mnemonic::Rdtscp;
+        if keep == Keep::All {
+            // RAX holds the flags, and its old value is not wanted any more.
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], rax);
+        }
+        if aux {
+            // As RDTSCP does: not before earlier instructions are done.
+            dynasm!(self.hot ; .arch x64 ; lfence);
+        }
+        dynasm!(self.hot
+            ; .arch x64
+            ; rdtsc
+            ; shl rdx, 32
+            ; or rax, rdx
+            ; add rax, [rsp + ctx!(tsc_offset)]
+            ; mov rdx, rax
+            ; shr rdx, 32
+            ; mov eax, eax
+        );
+        if aux {
+            dynasm!(self.hot ; .arch x64 ; mov ecx, [rsp + ctx!(tsc_aux)]);
+        }
+        match keep {
+            Keep::All => dynasm!(self.hot
+                ; .arch x64
+                ; mov r10, rax
+                ; mov rax, [rsp + ctx!(tmp)]
+                ; add al, 127
+                ; sahf
+                ; mov rax, r10
+            ),
+            _ => Self::restore(&mut self.hot, keep, grouped),
+        }
+    }
+
     /// MOV r, Sreg.
     pub(crate) fn selector(&mut self, instr: &Instruction) {
         let at = ctx!(selectors) + instr.op1_register().number() as i32 * 2;
@@ -1025,7 +1065,8 @@ impl Emitter {
     pub(crate) fn bit_string(&mut self, instr: &Instruction, form: &Form, site: Site) -> Result<(), Unfit> {
         let bit = instr.op1_register();
         let size = bit.size() as u32;
-        if size < 4 || !site.before.is_empty() {
+        let atomic = instr.has_lock_prefix();
+        if size < 4 || (atomic && !site.before.is_empty()) {
             return Err(Unfit);
         }
         let write = form.access[0] != OpAccess::Read;
@@ -1035,32 +1076,55 @@ impl Emitter {
         }
         let n = regs::number(bit);
         let r = self.guest(n, R11);
+        let keep = Self::keep(site.before);
+        Self::save(&mut self.hot, keep, true);
+        // Saving may have replaced RAX.
+        let r = if r == 0 && keep == Keep::All {
+            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp) + 8]);
+            R11
+        } else {
+            r
+        };
         if size == 8 {
             dynasm!(self.hot ; .arch x64 ; mov r11, Rq(r) ; sar r11, 6);
         } else {
             dynasm!(self.hot ; .arch x64 ; movsxd r11, Rd(r) ; sar r11, 5);
         }
+        Self::restore(&mut self.hot, keep, true);
         match (size, self.code64) {
             (8, _) => dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11 * 8]),
             (_, true) => dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11 * 4]),
             (_, false) => dynasm!(self.hot ; .arch x64 ; lea r10d, [r10 + r11 * 4]),
         }
         self.access(R10, size, write, site.before);
-        let r = self.guest(n, R10);
-        if r != R10 {
-            dynasm!(self.hot ; .arch x64 ; mov r10, Rq(r));
-        }
-        let mask = size as i32 * 8 - 1;
-        dynasm!(self.hot ; .arch x64 ; and r10d, mask);
         let mut new = *instr;
-        new.set_memory_base(Register::R11);
-        new.set_memory_index(Register::None);
-        new.set_memory_index_scale(1);
-        new.set_memory_displacement64(0);
-        new.set_memory_displ_size(0);
+        if atomic {
+            let r = self.guest(n, R10);
+            let mask = size as i32 * 8 - 1;
+            dynasm!(self.hot ; .arch x64 ; mov r10, Rq(r) ; and r10d, mask);
+            new.set_memory_base(Register::R11);
+            new.set_memory_index(Register::None);
+            new.set_memory_index_scale(1);
+            new.set_memory_displacement64(0);
+            new.set_memory_displ_size(0);
+            new.set_segment_prefix(Register::None);
+            new.set_op1_register(regs::same_size(bit, R10));
+            return self.encode(&new);
+        }
+        // On a register operand the processor takes the offset modulo the width itself.
+        self.sized_load(R10, size);
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
+        let r = self.guest(n, R11);
+        new.set_op0_kind(OpKind::Register);
+        new.set_op0_register(regs::same_size(bit, R10));
         new.set_segment_prefix(Register::None);
-        new.set_op1_register(regs::same_size(bit, R10));
-        self.encode(&new)
+        new.set_op1_register(regs::same_size(bit, r));
+        self.encode(&new)?;
+        if write {
+            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp)]);
+            self.sized_store(R10, size);
+        }
+        Ok(())
     }
 
     // ---- base groups ------------------------------------------------------------------------------------

@@ -298,6 +298,11 @@ fn emit_one(
             emitter.swapgs();
             Ok(())
         }
+        Class::Rdtsc if !source.mode.has(Mode::TSC) => Err(crate::emit::Unfit),
+        Class::Rdtsc => {
+            emitter.rdtsc(instr, site);
+            Ok(())
+        }
         Class::Selector => {
             emitter.selector(instr);
             Ok(())

@@ -243,6 +243,9 @@ pub(crate) fn rsp_adjust(instr: &Instruction) -> Option<i32> {
 
 /// Whether `instr` may change guest register `base` in a way the group does not follow.
 fn modifies(instr: &Instruction, class: &Class, access: &[OpAccess; 5], base: u8) -> bool {
+    if matches!(class, Class::Rdtsc) && matches!(base, 0..=2) {
+        return true;
+    }
     if matches!(class, Class::String) && matches!(base, 0 | 1 | 6 | 7) {
         return true;
     }

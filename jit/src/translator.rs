@@ -35,11 +35,13 @@ pub struct JitOptions {
     pub code_cache: usize,
     /// Count retired instructions in translated code.
     pub count_instructions: bool,
+    /// The guest's time-stamp counter is the host's minus this (before IA32_TSC_ADJUST), so that RDTSC can be translated.
+    pub tsc_base: Option<u64>,
 }
 
 impl Default for JitOptions {
     fn default() -> JitOptions {
-        JitOptions { code_cache: 64 << 20, count_instructions: false }
+        JitOptions { code_cache: 64 << 20, count_instructions: false, tsc_base: None }
     }
 }
 
@@ -210,6 +212,7 @@ impl Translator {
         let views = [View::Supervisor, View::SupervisorAc]
             .map(|v| [self.delta.read_base(v), self.delta.write_base(v)]);
         let pending = u32::from(self.interrupt_pending);
+        let tsc_offset = cpu.msr.tsc_adjust.wrapping_sub(self.options.tsc_base.unwrap_or(0));
         let c = self.context();
         c.views = views;
         c.interrupt_pending = pending;
@@ -220,6 +223,8 @@ impl Translator {
         c.system_flags = cpu.rflags & !(flags::STATUS | flags::IF | flags::AC | flags::RF);
         c.interrupt_flag = u8::from(cpu.rflags & flags::IF != 0);
         c.access_flag = u8::from(cpu.rflags & flags::AC != 0);
+        c.tsc_offset = tsc_offset;
+        c.tsc_aux = cpu.msr.tsc_aux as u32;
         c.kernel_gs_base = cpu.msr.kernel_gs_base;
         c.spill[..10].copy_from_slice(&cpu.gpr[..10]);
         c.home.copy_from_slice(&cpu.gpr[10..]);
@@ -309,6 +314,9 @@ impl Translator {
             if cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6 {
                 m |= Mode::AVX;
             }
+        }
+        if self.options.tsc_base.is_some() && (cpu.cr4 & cr4::TSD == 0 || cpu.cpl == 0) {
+            m |= Mode::TSC;
         }
         if self.options.count_instructions {
             m |= Mode::COUNTED;

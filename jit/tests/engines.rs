@@ -344,6 +344,13 @@ program!(
     "xor eax, eax",
     "lock btr dword ptr [rdi + 64], ecx",
     "adc r8, r8",
+    "cmp rcx, 100",
+    "bt [rdi + 64], rax",
+    "cmovz r13, rcx",
+    "adc r8, 3",
+    "cmp rcx, 130",
+    "btc dword ptr [rdi + 72], r11d",
+    "cmovz r14, rcx",
     "dec ecx",
     "jnz 2b",
 );

@@ -1,33 +1,66 @@
 //! Machine time: from the host's monotonic clock, or from retired instructions.
 
+use super::tsc;
 use paravane_devices::{Clock, VmTime};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Time that passes as the host's does, from the making of this clock.
+///
+/// Where the host's time-stamp counter is invariant it *is* the clock, so that the guest's counter is the host's minus
+/// a constant and translated code can read it in place; elsewhere the monotonic clock serves.
 #[derive(Debug)]
 pub struct HostClock {
-    start: Instant,
+    source: Source,
+    hz: u64,
+}
+
+#[derive(Debug)]
+enum Source {
+    /// The counter's value at time zero.
+    Tsc(u64),
+    Monotonic(Instant),
 }
 
 impl HostClock {
     /// A clock that starts now.
     pub fn start() -> HostClock {
-        HostClock { start: Instant::now() }
+        let hz = tsc::host_hz();
+        let source = if tsc::is_invariant() { Source::Tsc(tsc::read()) } else { Source::Monotonic(Instant::now()) };
+        HostClock { source, hz }
+    }
+
+    /// Ticks per second of the guest's time-stamp counter.
+    pub fn tsc_hz(&self) -> u64 {
+        self.hz
+    }
+
+    /// What the host's counter read when the guest's was zero, if the one is the other minus a constant.
+    pub fn tsc_base(&self) -> Option<u64> {
+        match self.source {
+            Source::Tsc(base) => Some(base),
+            Source::Monotonic(_) => None,
+        }
     }
 
     /// The host's time at machine time `at`.
     pub fn instant(&self, at: VmTime) -> Instant {
         // A deadline centuries ahead is as good as none: one day, and the sleeper looks again.
-        self.start
-            .checked_add(Duration::from_nanos(at.0))
-            .unwrap_or_else(|| Instant::now() + Duration::from_secs(86_400))
+        let now = Instant::now();
+        now.checked_add(Duration::from_nanos(at.since(self.now())))
+            .unwrap_or_else(|| now + Duration::from_secs(86_400))
     }
 }
 
 impl Clock for HostClock {
     fn now(&self) -> VmTime {
-        VmTime(u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX))
+        match self.source {
+            Source::Tsc(base) => {
+                let ticks = u128::from(tsc::read().wrapping_sub(base));
+                VmTime((ticks * 1_000_000_000 / u128::from(self.hz)) as u64)
+            }
+            Source::Monotonic(start) => VmTime(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)),
+        }
     }
 }
 

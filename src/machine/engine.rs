@@ -12,17 +12,16 @@ pub(super) fn model(name: &str) -> Result<CpuModel, MachineError> {
     model_by_name(name, &HostFeatures::detect()).map_err(MachineError::Model)
 }
 
-/// An engine of the kind asked for. `counting`: guest instructions must be counted exactly.
+/// An engine of the kind asked for; `options` are the translator's.
 pub(super) fn build(
     kind: EngineKind,
     model: CpuModel,
     mem: &GuestMemory,
     attention: Attention,
-    counting: bool,
+    options: JitOptions,
 ) -> Result<Box<dyn Engine>, MachineError> {
     match kind {
         EngineKind::Jit => {
-            let options = JitOptions { count_instructions: counting, ..JitOptions::default() };
             let engine =
                 Translator::new(model, mem, attention, BOOT_VP, options).map_err(MachineError::Engine)?;
             Ok(Box::new(engine))
@@ -38,5 +37,5 @@ pub(super) fn build(
 pub fn probe_translator() -> Result<(), String> {
     let mem = GuestMemory::new(MemoryConfig::pc(16 << 20)).map_err(|e| e.to_string())?;
     let model = model("max").map_err(|e| e.to_string())?;
-    build(EngineKind::Jit, model, &mem, Attention::default(), false).map(drop).map_err(|e| e.to_string())
+    build(EngineKind::Jit, model, &mem, Attention::default(), JitOptions::default()).map(drop).map_err(|e| e.to_string())
 }

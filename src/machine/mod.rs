@@ -30,6 +30,7 @@ use board::{Board, Wiring};
 use boot::Payload;
 use paravane_cpu::{CpuModel, CpuState, Engine};
 use paravane_devices::{ByteSink, Clock, Counters, TimerQueue, TscClock};
+use paravane_jit::JitOptions;
 use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig};
 use std::sync::Arc;
 
@@ -74,9 +75,17 @@ impl Time {
         }
     }
 
+    /// See [`HostClock::tsc_base`].
+    fn tsc_base(&self) -> Option<u64> {
+        match self {
+            Time::Host(clock) => clock.tsc_base(),
+            Time::Instructions(_) => None,
+        }
+    }
+
     fn tsc(&self) -> TscClock {
         match self {
-            Time::Host(_) => TscClock::new(tsc::host_hz()),
+            Time::Host(clock) => TscClock::new(clock.tsc_hz()),
             Time::Instructions(_) => TscClock::new(tsc::INSTRUCTION_HZ),
         }
     }
@@ -161,7 +170,12 @@ impl Machine {
     pub fn engine(&self) -> Result<Box<dyn Engine>, MachineError> {
         let counting = self.counting || self.config.clock == ClockKind::Instructions;
         let attention = self.vcpu.attention().clone();
-        engine::build(self.config.engine, self.model.clone(), &self.mem, attention, counting)
+        let options = JitOptions {
+            count_instructions: counting,
+            tsc_base: self.time.tsc_base(),
+            ..JitOptions::default()
+        };
+        engine::build(self.config.engine, self.model.clone(), &self.mem, attention, options)
     }
 
     /// Pulses the reset line of every device.
