@@ -1,20 +1,96 @@
-//! `cargo xtask fuzz`: refused by name until the instruction generator is there.
+//! `cargo xtask fuzz cpu`: random instructions on the host CPU and in both engines, for as long as you like.
+//!
+//! The work is done by `jit/tests/conformance.rs`, which also runs, briefly, in `cargo xtask test`.
 
-use crate::host::{Failure, Outcome};
+use crate::host::{self, Outcome};
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-/// What to fuzz.
+/// What to fuzz, and how long.
 #[derive(clap::Args)]
 pub struct Options {
-    /// What to fuzz: `cpu` compares random instructions with the host CPU
+    /// `cpu` compares random instructions with the host CPU
     #[arg(value_parser = ["cpu"])]
     target: String,
-    /// Further options of the target
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    rest: Vec<String>,
+    /// Which engine
+    #[arg(long, value_parser = ["interpreter", "translator", "both"], default_value = "both")]
+    engine: String,
+    /// Code of which width
+    #[arg(long, value_parser = ["32", "64", "both"], default_value = "both")]
+    bits: String,
+    /// Where the random numbers start [default: the time; it is printed]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Seconds for each engine and width
+    #[arg(long, default_value_t = 300)]
+    seconds: u64,
+    /// Cases per instruction form; sequences follow them
+    #[arg(long, default_value_t = 50)]
+    rounds: u64,
+    /// Sequences of eight instructions
+    #[arg(long, default_value_t = 100_000)]
+    sequences: u64,
+    /// Take only forms whose names begin with one of these, by commas: `Add_,Sub_`
+    #[arg(long)]
+    only: Option<String>,
+    /// Leave out forms whose names begin with one of these
+    #[arg(long)]
+    skip: Option<String>,
+    /// Append all findings to this file; the terminal shows the first ten
+    #[arg(long)]
+    report: Option<PathBuf>,
 }
 
-/// Refuses: no fuzzer is there yet.
+/// Runs the campaign; a finding is a failure.
 pub fn run(options: &Options) -> Outcome<()> {
-    let asked = std::iter::once(options.target.as_str()).chain(options.rest.iter().map(String::as_str));
-    Err(Failure::new(format!("fuzz {}: not there yet", asked.collect::<Vec<_>>().join(" "))))
+    let seed = options.seed.unwrap_or_else(fresh_seed);
+    println!("fuzz {}: seed {seed}", options.target);
+    let mut tests = host::cargo();
+    tests.args(["test", "--quiet", "--release", "--package", "paravane-jit", "--test", "conformance"]);
+    tests.args(["--", "--nocapture", "--test-threads=1"]).args(names(&options.engine, &options.bits));
+    tests.env("PARAVANE_FUZZ_SEED", seed.to_string());
+    tests.env("PARAVANE_FUZZ_SECONDS", options.seconds.to_string());
+    tests.env("PARAVANE_FUZZ_ROUNDS", options.rounds.to_string());
+    tests.env("PARAVANE_FUZZ_SEQUENCES", options.sequences.to_string());
+    for (name, value) in [("PARAVANE_FUZZ_ONLY", &options.only), ("PARAVANE_FUZZ_SKIP", &options.skip)] {
+        if let Some(value) = value {
+            tests.env(name, value);
+        }
+    }
+    if let Some(path) = &options.report {
+        // The tests start in their crate's folder.
+        tests.env("PARAVANE_FUZZ_REPORT", std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+    }
+    host::run(&mut tests)
+}
+
+/// A seed below 2^32, so that it is easy to copy.
+fn fresh_seed() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.as_nanos() as u64 >> 16 & 0xFFFF_FFFF
+}
+
+/// The tests' names.
+fn names(engine: &str, bits: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    for test_engine in ["interpreter", "translator"] {
+        for test_bits in ["32", "64"] {
+            if ["both", test_engine].contains(&engine) && ["both", test_bits].contains(&bits) {
+                names.push(format!("{test_engine}_in_{test_bits}_bit_mode"));
+            }
+        }
+    }
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use super::names;
+
+    #[test]
+    fn engine_and_width_choose_the_tests() {
+        assert_eq!(names("both", "both").len(), 4);
+        assert_eq!(names("translator", "32"), ["translator_in_32_bit_mode"]);
+        assert_eq!(names("both", "64"), ["interpreter_in_64_bit_mode", "translator_in_64_bit_mode"]);
+    }
 }
