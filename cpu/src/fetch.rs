@@ -91,9 +91,10 @@ impl Fetcher {
         let mut decoder = Decoder::with_ip(bits, bytes, cpu.rip, self.options);
         let instr = decoder.decode();
         if instr.is_invalid() {
-            // Longer than 15 bytes or past the segment limit.
+            // Past the segment limit or longer than 15 bytes.
             let short = decoder.last_error() == DecoderError::NoMoreBytes;
-            return Err(if short { Fault::GP0 } else { Fault::UD });
+            let beyond = short || self.too_long(bits, bytes);
+            return Err(if beyond { Fault::GP0 } else { Fault::UD });
         }
         if !unit.model.allows(&instr) {
             return Err(Fault::UD);
@@ -102,6 +103,16 @@ impl Fetcher {
         raw[..instr.len()].copy_from_slice(&bytes[..instr.len()]);
         self.slots[slot] = Decoded { instr, rip: cpu.rip, raw, len: instr.len(), bits };
         Ok(&self.slots[slot])
+    }
+
+    /// Whether an invalid instruction goes on behind its 15th byte. The decoder does not tell; without its first prefix
+    /// (so long an instruction repeats them) it would be whole in 14 bytes otherwise.
+    fn too_long(&self, bits: u32, bytes: &[u8]) -> bool {
+        if bytes.len() < MAX_LEN {
+            return false;
+        }
+        let mut decoder = Decoder::new(bits, &bytes[1..MAX_LEN], self.options);
+        decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes
     }
 }
 

@@ -59,7 +59,7 @@ fn real_to_long_and_back() {
             "7: xor ax, ax", "mov ds, ax", "mov ss, ax", "mov sp, 0x7000",
             "mov ax, 0x2000", "mov es, ax",
             "mov word ptr es:[0x10], 0x6666",
-            "int 0x21",
+            "int 0x21"
         );
         bed.put16(0x9F00, 0xFFF);
         bed.put32(0x9F02, 0x1000);
@@ -73,7 +73,7 @@ fn real_to_long_and_back() {
         assert_eq!(bed.get16(0x2_0010), 0x6666);
         assert_eq!(bed.cpu.gpr[gpr::RBX] & (efer::LMA | efer::LME), efer::LMA | efer::LME);
         assert_eq!(bed.cpu.gpr[gpr::RDI] & (efer::LMA | efer::LME), efer::LME);
-        assert_eq!((bed.cpu.efer, bed.cpu.cr0 & 0x8000_0001), (0, 0));
+        assert_eq!((bed.cpu.efer, bed.cpu.cr0 & 0x8000_0001), (efer::NXE, 0));
     });
 }
 
@@ -105,7 +105,9 @@ fn real_mode_wraps_and_limits() {
         bed.finish(&program!(16: "mov bx, 0xFFF0", "mov si, 0x1244", "mov ax, [bx + si]"));
         assert_eq!(bed.cpu.gpr[gpr::RAX] & 0xFFFF, 0xABCD);
         bed.reset();
-        bed.run(&program!(16: "mov ax, 0x9000", "mov ss, ax", "xor sp, sp", "push ax", "mov bx, sp", "int 0x30"));
+        bed.run(
+            &program!(16: "mov ax, 0x9000", "mov ss, ax", "xor sp, sp", "push ax", "mov bx, sp", "int 0x30"),
+        );
         assert_eq!(bed.cpu.gpr[gpr::RBX] & 0xFFFF, 0xFFFE);
     });
 }
@@ -116,8 +118,10 @@ fn unreal_mode_keeps_limits() {
         bed.put16(0x9F00, 0xFFF);
         bed.put32(0x9F02, 0x1000);
         bed.put32(DATA, 0xCAFE_F00D);
-        bed.finish(&program!(16: "lgdt [0x9F00]", "mov eax, cr0", "or al, 1", "mov cr0, eax", "mov bx, 0x18",
-            "mov fs, bx", "and al, 0xFE", "mov cr0, eax", "mov ebx, 0x200000", "mov edx, fs:[ebx]"));
+        bed.finish(
+            &program!(16: "lgdt [0x9F00]", "mov eax, cr0", "or al, 1", "mov cr0, eax", "mov bx, 0x18",
+            "mov fs, bx", "and al, 0xFE", "mov cr0, eax", "mov ebx, 0x200000", "mov edx, fs:[ebx]"),
+        );
         assert_eq!(bed.cpu.gpr[gpr::RDX], 0xCAFE_F00D);
     });
 }

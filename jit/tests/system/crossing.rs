@@ -1,0 +1,181 @@
+//! Accesses and instructions on two pages (SDM 3A, 4.7; 1, 4.1.1).
+
+use crate::bed::{Bed, CODE, DATA, Start, both, pf, pte};
+use paravane_cpu::gpr;
+
+/// The first page is present; the second is not.
+const BORDER: u64 = DATA + 0x1000;
+
+fn border(bed: &mut Bed, second: u64) {
+    bed.map(BORDER, BORDER, second);
+    bed.flush();
+    bed.put(DATA + 0xFC0, &[0x5A; 64]);
+    bed.cpu.gpr[gpr::RSI] = BORDER;
+}
+
+#[test]
+fn loads_and_stores_into_a_missing_page() {
+    both(Start::Long, |bed| {
+        border(bed, 0);
+        for (program, write) in [
+            (program!(64: ; "mov rax, [rsi - 1]"), false),
+            (program!(64: "mov rbx, [rsi - 8]"; "mov rax, [rsi - 7]"), false),
+            (program!(64: "mov rax, [rsi - 8]"; "mov [rsi - 3], rax"), true),
+            (program!(64: "mov [rsi - 8], rbx"; "mov [rsi - 1], ax"), true),
+            (program!(64: "movups xmm0, [rsi - 16]"; "movups xmm0, [rsi - 15]"), false),
+            (program!(64: "movups xmm0, [rsi - 16]"; "movups [rsi - 1], xmm0"), true),
+            (program!(64: ; "vmovdqu [rsi - 31], ymm0"), true),
+            (program!(64: "fld1"; "fstp tbyte ptr [rsi - 9]"), true),
+            (program!(64: ; "add [rsi - 3], rax"), true),
+            (program!(64: ; "lock xadd [rsi - 3], rax"), true),
+            (program!(64: ; "lock cmpxchg [rsi - 3], ecx"), true),
+            (program!(64: "lea rsp, [rsi + 5]"; "push rax"), true),
+            (program!(64: "lea rsp, [rsi - 3]"; "pop rax"), false),
+            (program!(64: "lea rsp, [rsi + 1]"; "call 2f", "2: nop"), true),
+            (program!(64: "lea rsp, [rsi - 7]"; "ret"), false),
+            (program!(64: "lea rbp, [rsi - 1]"; "leave"), false),
+            (program!(64: "lea rdi, [rsi - 3]"; "stosq"), true),
+            (program!(64: "sub rsi, 3"; "lodsq"), false),
+            (program!(64: "lea rdi, [rsi - 3]"; "fnsave [rdi]"), true),
+        ] {
+            bed.put(DATA + 0xFC0, &[0x5A; 64]);
+            let before: Vec<u64> = (0..8).map(|i| bed.get64(DATA + 0xFC0 + i * 8)).collect();
+            let start = bed.cpu.clone();
+            // What runs before (and the frame on a stack there) may store; the marked instruction alone must not.
+            let first = program.at > 0;
+            bed.faults(&program, 14, if write { pf::W } else { 0 });
+            assert_eq!(bed.cpu.cr2, BORDER, "{:x?}", program.bytes);
+            let after: Vec<u64> = (0..8).map(|i| bed.get64(DATA + 0xFC0 + i * 8)).collect();
+            if !first {
+                assert_eq!(before, after, "{:x?}", program.bytes);
+            }
+            bed.cpu = start;
+        }
+    });
+}
+
+#[test]
+fn stores_into_a_read_only_page() {
+    both(Start::Long, |bed| {
+        border(bed, pte::P | pte::US);
+        for program in [
+            program!(64: "mov rax, [rsi - 3]"; "mov [rsi - 3], rax"),
+            program!(64: "movups xmm0, [rsi - 5]"; "movups [rsi - 15], xmm0"),
+            program!(64: "mov eax, [rsi - 3]"; "add [rsi - 2], eax"),
+        ] {
+            bed.page_faults(&program, BORDER, pf::P | pf::W);
+            assert_eq!(bed.get64(DATA + 0xFF8), 0x5A5A_5A5A_5A5A_5A5A, "nothing was written");
+            assert_eq!(bed.pte(BORDER) & pte::D, 0);
+            bed.reset();
+            bed.cpu.gpr[gpr::RSI] = BORDER;
+        }
+    });
+}
+
+#[test]
+fn the_first_page_faults_first() {
+    both(Start::Long, |bed| {
+        bed.map(DATA, 0, 0);
+        bed.flush();
+        bed.cpu.gpr[gpr::RSI] = BORDER;
+        bed.page_faults(&program!(64: ; "mov rax, [rsi - 3]"), BORDER - 3, 0);
+        bed.page_faults(&program!(64: ; "mov [rsi - 5], rax"), BORDER - 5, pf::W);
+    });
+}
+
+#[test]
+fn crossing_accesses_to_pages_that_are_not_neighbours() {
+    both(Start::Long, |bed| {
+        bed.map(BORDER, 0x40_0000, pte::ALL);
+        bed.put64(DATA + 0xFF8, 0x1122_3344_5566_7788);
+        bed.put64(0x40_0000, 0x99AA_BBCC_DDEE_FF00);
+        bed.cpu.gpr[gpr::RSI] = BORDER;
+        bed.finish(&program!(64: "mov ecx, 50", "2: mov rax, [rsi - 4]", "mov [rsi - 4], rax", "movups xmm0, [rsi - 8]", "movups [rsi - 8], xmm0",
+            "lock add qword ptr [rsi - 4], 0", "dec ecx", "jnz 2b"));
+        assert_eq!(bed.cpu.gpr[gpr::RAX], 0xDDEE_FF00_1122_3344);
+        assert_eq!(
+            (bed.get64(DATA + 0xFF8), bed.get64(0x40_0000)),
+            (0x1122_3344_5566_7788, 0x99AA_BBCC_DDEE_FF00)
+        );
+        assert_eq!((bed.pte(DATA) & pte::D, bed.pte(BORDER) & pte::D), (pte::D, pte::D));
+    });
+}
+
+#[test]
+fn instructions_that_run_into_a_missing_page() {
+    both(Start::Long, |bed| {
+        // MOV EAX, imm32 whose last byte is missing.
+        bed.map(BORDER, 0, 0);
+        bed.put(BORDER - 6, &[0x90, 0x90, 0xB8, 1, 2, 3]);
+        bed.run(&program!(64: "mov esi, 0x200FFA", "jmp rsi"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, t.rip, bed.cpu.cr2), (14, Some(pf::I), BORDER - 4, BORDER));
+        // A complete instruction at the end: the fault is of the next.
+        bed.put(BORDER - 6, &[0x90, 0xB8, 1, 2, 3, 4]);
+        bed.reset();
+        bed.run(&program!(64: "mov esi, 0x200FFA", "jmp rsi"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.rip, bed.cpu.cr2, bed.cpu.gpr[gpr::RAX]), (14, BORDER, BORDER, 0x0403_0201));
+        // The fetch fault has the I bit where NX is on and the page is there.
+        bed.map(BORDER, BORDER, pte::ALL | pte::XD);
+        bed.flush();
+        bed.put(BORDER - 6, &[0x90, 0x90, 0xB8, 1, 2, 3]);
+        bed.reset();
+        bed.run(&program!(64: "mov esi, 0x200FFA", "jmp rsi"));
+        let t = bed.taken();
+        assert_eq!((t.error, t.rip, bed.cpu.cr2), (Some(pf::P | pf::I), BORDER - 4, BORDER));
+    });
+}
+
+#[test]
+fn an_invalid_opcode_wins_over_the_missing_page_behind_it() {
+    both(Start::Long, |bed| {
+        bed.map(BORDER, 0, 0);
+        bed.put(BORDER - 2, &[0x0F, 0x0B]);
+        bed.run(&program!(64: "mov esi, 0x200FFE", "jmp rsi"));
+        assert_eq!((bed.taken().vector, bed.taken().rip), (6, BORDER - 2));
+        // Sixteen bytes of prefixes: #GP, not #PF, though more would follow.
+        bed.put(BORDER - 16, &[0x66; 16]);
+        bed.reset();
+        bed.run(&program!(64: "mov esi, 0x200FF0", "jmp rsi"));
+        assert_eq!((bed.taken().vector, bed.taken().error), (13, Some(0)));
+    });
+}
+
+#[test]
+fn string_instructions_stop_at_the_page_that_faults() {
+    both(Start::Long, |bed| {
+        border(bed, 0);
+        bed.cpu.gpr[gpr::RDI] = BORDER - 100;
+        let program = program!(64: "mov ecx, 200", "mov eax, 0x11"; "rep stosb");
+        bed.run(&program);
+        let t = bed.taken();
+        assert_eq!((t.vector, t.rip, bed.cpu.cr2), (14, CODE + program.at, BORDER));
+        assert_eq!((bed.cpu.gpr[gpr::RCX], bed.cpu.gpr[gpr::RDI]), (100, BORDER));
+        assert_eq!(bed.get32(BORDER - 4), 0x1111_1111);
+        // MOVS: the source is there, the destination is not.
+        bed.reset();
+        border(bed, 0);
+        bed.cpu.gpr[gpr::RDI] = BORDER - 8;
+        bed.cpu.gpr[gpr::RSI] = DATA;
+        bed.run(&program!(64: "mov ecx, 5", "rep movsq"));
+        assert_eq!(
+            (bed.cpu.gpr[gpr::RCX], bed.cpu.gpr[gpr::RSI], bed.cpu.gpr[gpr::RDI]),
+            (4, DATA + 8, BORDER)
+        );
+    });
+}
+
+#[test]
+fn linear_addresses_wrap_at_4_gib() {
+    both(Start::Paged32, |bed| {
+        // The last page of the space and the first one.
+        bed.put32(crate::bed::PD32 + 1023 * 4, (crate::bed::SPARE | pte::ALL) as u32);
+        bed.put32(crate::bed::SPARE + 1023 * 4, (DATA | pte::ALL) as u32);
+        bed.put32(DATA + 0xFFC, 0x4433_2211);
+        bed.put32(0, 0x8877_6655);
+        bed.finish(&program!(32: "mov esi, 0xFFFFFFFF", "mov ecx, 20", "2: mov eax, [esi - 3]", "mov ebx, [esi + 0x200FFD]", "dec ecx", "jnz 2b"));
+        assert_eq!(bed.cpu.gpr[gpr::RAX], 0x4433_2211);
+        assert_eq!(bed.cpu.gpr[gpr::RBX], 0x4433_2211);
+    });
+}

@@ -1,0 +1,318 @@
+//! Page permissions, accessed and dirty bits, page sizes (SDM 3A, 4.6 to 4.8).
+
+use crate::bed::{Bed, CODE, DATA, HANDLERS, PD, PD32, PDPT, PML4, Start, both, pf, pte};
+use paravane_cpu::{cr0, cr4, efer, flags, gpr};
+
+/// What an access does.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Do {
+    Read,
+    Write,
+    Execute,
+    /// Reads first, so that translated code knows the page, then writes.
+    ReadWrite,
+}
+
+fn access(bed: &Bed, what: Do) -> crate::bed::Program {
+    match (bed.bits(), what) {
+        (64, Do::Read) => program!(64: "mov esi, 0x200000"; "mov eax, [rsi + 8]", "int 0x50"),
+        (64, Do::Write) => program!(64: "mov esi, 0x200000"; "mov [rsi + 8], eax", "int 0x50"),
+        (64, Do::ReadWrite) => {
+            program!(64: "mov esi, 0x200000", "mov eax, [rsi + 8]"; "mov [rsi + 8], eax", "int 0x50")
+        }
+        (64, Do::Execute) => program!(64: "mov esi, 0x200000", "jmp rsi"; "nop"),
+        (_, Do::Read) => program!(32: "mov esi, 0x200000"; "mov eax, [esi + 8]", "int 0x50"),
+        (_, Do::Write) => program!(32: "mov esi, 0x200000"; "mov [esi + 8], eax", "int 0x50"),
+        (_, Do::ReadWrite) => {
+            program!(32: "mov esi, 0x200000", "mov eax, [esi + 8]"; "mov [esi + 8], eax", "int 0x50")
+        }
+        (_, Do::Execute) => program!(32: "mov esi, 0x200000", "jmp esi"; "nop"),
+    }
+}
+
+/// The error code that accessing a present page with `bits` gives (SDM 3A, 4.6.1 and 4.7), if it faults.
+fn expected(bed: &Bed, what: Do, bits: u64) -> Option<u32> {
+    let user = bed.cpu.cpl == 3;
+    let (c0, c4, ac) = (bed.cpu.cr0, bed.cpu.cr4, bed.cpu.rflags & flags::AC != 0);
+    let (writable, user_page, xd) = (bits & pte::RW != 0, bits & pte::US != 0, bits & pte::XD != 0);
+    let smap = c4 & cr4::SMAP != 0 && !user && user_page && !ac;
+    let refused = match what {
+        Do::Read => (user && !user_page) || smap,
+        Do::Write | Do::ReadWrite => {
+            (user && !(user_page && writable)) || (!user && !writable && c0 & cr0::WP != 0) || smap
+        }
+        Do::Execute => xd || (user && !user_page) || (!user && user_page && c4 & cr4::SMEP != 0),
+    };
+    let code = match what {
+        Do::Read => 0,
+        Do::Write | Do::ReadWrite => pf::W,
+        // The I bit exists where NX or SMEP does.
+        Do::Execute if bed.cpu.efer & efer::NXE != 0 || c4 & cr4::SMEP != 0 => pf::I,
+        Do::Execute => 0,
+    };
+    refused.then_some(pf::P | code | if user { pf::U } else { 0 })
+}
+
+/// Every combination of U/S, R/W and XD for every access, user and supervisor, with and without WP, SMEP and SMAP.
+fn matrix(start: Start) {
+    both(start, |bed| {
+        bed.gate(0x50, 14, 3, HANDLERS + 0x500);
+        bed.put(DATA, &[0xCD, 0x50]); // INT 50H
+        for case in 0..256u32 {
+            let bit = |n: u32| case >> n & 1 != 0;
+            let what = [Do::Read, Do::Write, Do::Execute, Do::ReadWrite][(case & 3) as usize];
+            let mut bits = pte::P;
+            bits |= if bit(2) { pte::RW } else { 0 };
+            bits |= if bit(3) { pte::US } else { 0 };
+            bits |= if bit(4) && start != Start::Paged32 { pte::XD } else { 0 };
+            bed.reset();
+            // Code and tables are the supervisor's where SMAP or SMEP rule; the user has them too otherwise.
+            let strict = bit(5);
+            if bit(6) {
+                if strict {
+                    continue;
+                }
+                bed.user();
+            }
+            if strict {
+                bed.cpu.cr4 |= cr4::SMAP | cr4::SMEP;
+            }
+            if bit(7) {
+                bed.cpu.cr0 &= !cr0::WP;
+                bed.cpu.rflags |= if strict { flags::AC } else { 0 };
+            }
+            let supervisor = if strict { pte::P | pte::RW } else { pte::ALL };
+            for page in [0x1000, 0x2000, 0x3000, 0x4000, 0x6_F000, CODE] {
+                bed.map(page, page, supervisor);
+            }
+            bed.map(DATA, DATA, bits);
+            bed.flush();
+            if what == Do::ReadWrite && expected(bed, Do::Read, bits).is_some() {
+                continue;
+            }
+            let want = expected(bed, what, bits);
+            let program = access(bed, what);
+            let start_state = bed.cpu.clone();
+            for round in 0..2 {
+                bed.cpu = start_state.clone();
+                bed.run(&program);
+                let t = bed.taken();
+                let note = format!("{what:?} bits {bits:#x} case {case} round {round} {:x?}", t);
+                match want {
+                    None => assert_eq!(t.vector, 0x50, "{note}"),
+                    Some(code) => {
+                        assert_eq!((t.vector, t.error), (14, Some(code)), "{note}");
+                        assert_eq!(bed.cpu.cr2, DATA + if what == Do::Execute { 0 } else { 8 }, "{note}");
+                        assert_eq!(
+                            t.rip,
+                            if what == Do::Execute { DATA } else { CODE + program.at },
+                            "{note}"
+                        );
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn permission_matrix_in_long_mode() {
+    matrix(Start::Long);
+}
+
+#[test]
+fn permission_matrix_with_pae() {
+    matrix(Start::Pae);
+}
+
+#[test]
+fn permission_matrix_with_32_bit_tables() {
+    matrix(Start::Paged32);
+}
+
+#[test]
+fn permission_matrix_in_compatibility_mode() {
+    matrix(Start::Compat);
+}
+
+#[test]
+fn upper_levels_restrict() {
+    both(Start::Long, |bed| {
+        bed.gate(0x50, 14, 3, HANDLERS + 0x500);
+        let pd = PD + (DATA >> 21) * 8;
+        let entry = bed.get64(pd);
+        bed.put64(pd, entry & !pte::US);
+        bed.user();
+        bed.page_faults(&access(bed, Do::Read), DATA + 8, pf::P | pf::U);
+        bed.put64(pd, entry & !pte::RW);
+        bed.flush();
+        bed.page_faults(&access(bed, Do::ReadWrite), DATA + 8, pf::P | pf::U | pf::W);
+        bed.put64(pd, entry | pte::XD);
+        bed.flush();
+        bed.reset();
+        bed.user();
+        bed.run(&access(bed, Do::Execute));
+        assert_eq!(bed.taken().error, Some(pf::P | pf::U | pf::I));
+        bed.put64(pd, 0);
+        bed.flush();
+        bed.user();
+        bed.page_faults(&access(bed, Do::Write), DATA + 8, pf::U | pf::W);
+        // A reserved bit: bit 51 lies above the physical address width.
+        bed.put64(pd, entry | 1 << 51);
+        bed.flush();
+        bed.user();
+        bed.page_faults(&access(bed, Do::Read), DATA + 8, pf::P | pf::U | pf::RSVD);
+    });
+}
+
+#[test]
+fn stac_and_clac() {
+    both(Start::Long, |bed| {
+        bed.cpu.cr4 |= cr4::SMAP;
+        for page in [0x1000, 0x2000, 0x3000, 0x4000, 0x6_F000, CODE] {
+            bed.map(page, page, pte::P | pte::RW);
+        }
+        bed.page_faults(&program!(64: "mov esi, 0x200000"; "mov eax, [rsi]"), DATA, pf::P);
+        bed.reset();
+        bed.cpu.cr4 |= cr4::SMAP;
+        let window = program!(64: "mov esi, 0x200000", "mov ecx, 100", "2: stac", "mov [rsi], ecx", "add eax, [rsi]", "clac",
+            "dec ecx", "jnz 2b"; "mov [rsi + 4], eax");
+        bed.page_faults(&window, DATA + 4, pf::P | pf::W);
+        assert_eq!(bed.cpu.gpr[gpr::RAX], 5050);
+        assert_eq!(bed.cpu.rflags & flags::AC, 0);
+    });
+}
+
+const AD: u64 = pte::A | pte::D;
+
+#[test]
+fn accessed_and_dirty_bits_exactly_when_used() {
+    for start in [Start::Long, Start::Compat, Start::Pae, Start::Paged32] {
+        both(start, |bed| {
+            bed.gate(0x50, 14, 3, HANDLERS + 0x500);
+            let bits = |bed: &Bed| bed.pte(DATA) & AD;
+            bed.run(&access(bed, Do::Read));
+            assert_eq!(bits(bed), pte::A, "a read sets A only");
+            bed.reset();
+            bed.run(&access(bed, Do::Read));
+            assert_eq!(bits(bed), pte::A, "another read sets nothing more");
+            bed.reset();
+            bed.run(&access(bed, Do::Write));
+            assert_eq!(bits(bed), AD, "a write sets D");
+            // Cleared and flushed: the next write sets it again, though translated code knew the page.
+            bed.map(DATA, DATA, pte::ALL);
+            bed.flush();
+            bed.reset();
+            bed.run(&access(bed, Do::Read));
+            assert_eq!(bits(bed), pte::A);
+            bed.reset();
+            bed.run(&access(bed, Do::ReadWrite));
+            assert_eq!(bits(bed), AD);
+            // A refused write sets no D.
+            bed.map(DATA, DATA, pte::P | pte::US);
+            bed.flush();
+            bed.reset();
+            bed.run(&access(bed, Do::ReadWrite));
+            assert_eq!((bed.taken().vector, bits(bed)), (14, pte::A));
+            // Execution sets A.
+            bed.put(DATA, &[0xCD, 0x50]);
+            bed.map(DATA, DATA, pte::ALL);
+            bed.flush();
+            bed.reset();
+            bed.run(&access(bed, Do::Execute));
+            assert_eq!((bed.taken().vector, bits(bed)), (0x50, pte::A));
+        });
+    }
+}
+
+#[test]
+fn read_modify_write_and_failed_compare_set_d() {
+    both(Start::Long, |bed| {
+        let clean = |bed: &mut Bed| {
+            bed.map(DATA, DATA, pte::ALL);
+            bed.flush();
+            bed.reset();
+        };
+        for p in [
+            program!(64: "mov esi, 0x200000", "mov eax, [rsi]", "add dword ptr [rsi], 0"),
+            program!(64: "mov esi, 0x200000", "mov eax, [rsi]", "mov eax, 1", "lock cmpxchg [rsi], ecx"),
+            program!(64: "mov esi, 0x200000", "mov eax, [rsi]", "xchg [rsi], eax"),
+            program!(64: "mov edi, 0x200000", "mov eax, [rdi]", "mov ecx, 3", "rep stosb"),
+            program!(64: "mov esi, 0x200000", "movups xmm0, [rsi]", "movups [rsi], xmm0"),
+            program!(64: "mov esi, 0x200000", "fld1", "mov eax, [rsi]", "fstp qword ptr [rsi]"),
+            program!(64: "mov esp, 0x200100", "mov eax, [rsp]", "push rax"),
+            program!(64: "mov esp, 0x200100", "mov eax, [rsp]", "call 2f", "2:"),
+        ] {
+            clean(bed);
+            bed.finish(&p);
+            assert_eq!(bed.pte(DATA) & AD, AD, "{:x?}", p.bytes);
+        }
+        for p in [
+            program!(64: "mov esi, 0x200000", "test dword ptr [rsi], -1", "cmp [rsi], eax", "bt dword ptr [rsi], 3"),
+            program!(64: "mov esi, 0x200000", "mov edi, 0x200800", "mov ecx, 10", "repe cmpsb"),
+            program!(64: "mov edi, 0x200000", "xor ecx, ecx", "mov al, [rdi]", "rep stosb"),
+            program!(64: "mov esp, 0x200100", "pop rax", "pop rbx"),
+            program!(64: "mov esi, 0x200000", "prefetcht0 [rsi]", "clflush [rsi]", "mov al, [rsi]"),
+        ] {
+            clean(bed);
+            bed.finish(&p);
+            assert_eq!(bed.pte(DATA) & AD, pte::A, "{:x?}", p.bytes);
+        }
+    });
+}
+
+#[test]
+fn tables_get_their_accessed_bits() {
+    both(Start::Long, |bed| {
+        bed.run(&access(bed, Do::Read));
+        for (name, at) in [("PML4E", PML4), ("PDPTE", PDPT), ("PDE", PD + 8)] {
+            assert_eq!(bed.get64(at) & AD, pte::A, "{name}");
+        }
+        assert_eq!(bed.pte(DATA + 0x1000) & AD, 0, "a page nobody touched");
+    });
+}
+
+#[test]
+fn large_pages() {
+    both(Start::Long, |bed| {
+        // 2 MiB: linear 100_0000 -> 20_0000.
+        bed.put64(PD + 8 * 8, DATA | pte::ALL | pte::PS);
+        let program = program!(64: "mov esi, 0x1000000", "mov eax, [rsi + 0x1FFFFC]", "mov dword ptr [rsi + 0x123456], 0xABCD");
+        bed.put32(DATA + 0x1F_FFFC, 0x1234_5678);
+        bed.finish(&program);
+        assert_eq!((bed.get32(DATA + 0x12_3456), bed.cpu.gpr[gpr::RAX]), (0xABCD, 0x1234_5678));
+        assert_eq!(bed.get64(PD + 8 * 8) & AD, AD);
+        // 1 GiB: linear 4000_0000 -> 0.
+        bed.put64(PDPT + 8, pte::ALL | pte::PS);
+        bed.reset();
+        bed.finish(&program!(64: "mov esi, 0x40200000", "mov eax, [rsi + 0x123456]"));
+        assert_eq!(bed.cpu.gpr[gpr::RAX], 0xABCD);
+        assert_eq!(bed.get64(PDPT + 8) & AD, pte::A);
+        bed.reset();
+        bed.finish(&program!(64: "mov esi, 0x40200000", "mov [rsi + 0x10], esi"));
+        assert_eq!(bed.get64(PDPT + 8) & AD, AD);
+        // Reserved: bits 20:13 of a 2 MiB entry.
+        bed.put64(PD + 9 * 8, (DATA + 0x2000) | pte::ALL | pte::PS);
+        bed.reset();
+        bed.page_faults(&program!(64: "mov esi, 0x1200000"; "mov eax, [rsi]"), 0x120_0000, pf::P | pf::RSVD);
+    });
+    both(Start::Paged32, |bed| {
+        bed.put32(PD32 + 4 * 4, (0x40_0000 | pte::ALL | pte::PS) as u32);
+        bed.finish(
+            &program!(32: "mov esi, 0x1000000", "mov eax, [esi]", "mov dword ptr [esi + 0x3FFFFC], 0xABCD"),
+        );
+        assert_eq!(bed.get32(0x7F_FFFC), 0xABCD);
+        assert_eq!(u64::from(bed.get32(PD32 + 16)) & AD, AD);
+    });
+}
+
+#[test]
+fn two_views_of_one_page_agree() {
+    both(Start::Long, |bed| {
+        bed.map(0x30_0000, DATA, pte::ALL);
+        bed.map(0x30_1000, DATA, pte::P);
+        bed.finish(&program!(64: "mov esi, 0x200000", "mov edi, 0x300000", "mov ecx, 100",
+            "2: mov [rsi], ecx", "add eax, [rdi]", "add ebx, [rdi + 0x1000]", "dec ecx", "jnz 2b"));
+        assert_eq!((bed.cpu.gpr[gpr::RAX], bed.cpu.gpr[gpr::RBX]), (5050, 5050));
+    });
+}

@@ -1,0 +1,196 @@
+//! Limits, types and null selectors (SDM 3A, 5.3 to 5.5).
+
+use crate::bed::{CODE, DATA, GDT, Start, both, sel};
+use paravane_cpu::{SegReg, gpr};
+
+/// A descriptor: base, limit in its granularity, and the attributes of bits 40–47 and 52–55 as in `Segment`.
+fn descriptor(base: u64, limit: u64, attributes: u64) -> u64 {
+    (limit & 0xFFFF)
+        | (base & 0xFF_FFFF) << 16
+        | (attributes & 0xFF) << 40
+        | (limit >> 16 & 0xF) << 48
+        | (attributes >> 12 & 0xF) << 52
+        | (base >> 24 & 0xFF) << 56
+}
+
+#[test]
+fn limits_of_data_segments() {
+    for start in [Start::Protected, Start::Pae, Start::Compat] {
+        both(start, |bed| {
+            bed.gdt(sel::FREE, descriptor(DATA, 0xFFF, 0x4093));
+            bed.put32(DATA + 0xFFC, 0x1234_5678);
+            bed.finish(&program!(32: "mov eax, 0x58", "mov fs, eax", "mov ecx, 10", "2: mov eax, fs:[0xFFC]", "dec ecx", "jnz 2b"));
+            assert_eq!(bed.cpu.gpr[gpr::RAX], 0x1234_5678);
+            bed.reset();
+            bed.faults(
+                &program!(32: "mov eax, 0x58", "mov fs, eax", "mov bl, fs:[0xFFF]"; "mov ebx, fs:[0xFFD]"),
+                13,
+                0,
+            );
+            bed.faults(&program!(32: "mov eax, 0x58", "mov ds, eax"; "mov [0x1000], al"), 13, 0);
+            bed.faults(&program!(32: "mov eax, 0x58", "mov ds, eax"; "movups xmm0, [0xFF8]"), 13, 0);
+            bed.faults(
+                &program!(32: "mov eax, 0x58", "mov es, eax", "mov edi, 0xFFC", "stosd"; "stosd"),
+                13,
+                0,
+            );
+            bed.faults(
+                &program!(32: "mov eax, 0x58", "mov fs, eax", "mov ebp, 0x1000"; "mov eax, fs:[ebp]"),
+                13,
+                0,
+            );
+            bed.faults(&program!(32: "mov eax, 0x58", "mov gs, eax"; "mov eax, gs:[0xFFFFFFFD]"), 13, 0);
+        });
+    }
+}
+
+#[test]
+fn stack_segments_raise_ss() {
+    both(Start::Protected, |bed| {
+        bed.gdt(sel::FREE, descriptor(DATA, 0xFFF, 0x4093));
+        bed.faults(&program!(32: "mov eax, 0x58", "mov ss, eax", "mov esp, 0x1000", "push eax", "pop eax", "mov ebp, 0x1000"; "mov eax, [ebp]"), 12, 0);
+        bed.faults(
+            &program!(32: "mov eax, 0x58", "mov ss, eax", "mov esp, 0x800"; "mov eax, [esp + 0x800]"),
+            12,
+            0,
+        );
+    });
+}
+
+#[test]
+fn expand_down_segments() {
+    both(Start::Protected, |bed| {
+        // Offsets 1000H to FFFF_FFFFH are inside; byte granularity with B set.
+        bed.gdt(sel::FREE, descriptor(DATA, 0xFFF, 0x4097));
+        bed.put32(DATA + 0x1000, 0x77);
+        bed.finish(&program!(32: "mov eax, 0x58", "mov fs, eax", "mov ebx, fs:[0x1000]"));
+        assert_eq!(bed.cpu.gpr[gpr::RBX], 0x77);
+        bed.reset();
+        bed.faults(&program!(32: "mov eax, 0x58", "mov fs, eax"; "mov ebx, fs:[0xFFF]"), 13, 0);
+        bed.faults(&program!(32: "mov eax, 0x58", "mov fs, eax"; "mov ebx, fs:[0]"), 13, 0);
+        // B clear: the upper bound is FFFFH.
+        bed.gdt(sel::FREE, descriptor(DATA, 0xFFF, 0x0097));
+        bed.faults(
+            &program!(32: "mov eax, 0x58", "mov fs, eax", "mov ebx, fs:[0xFFFC]"; "mov ebx, fs:[0xFFFD]"),
+            13,
+            0,
+        );
+        // A flat-looking expand-down segment holds nothing below its limit.
+        bed.gdt(sel::FREE, descriptor(0, 0xF_FFFF, 0xC097));
+        bed.faults(&program!(32: "mov eax, 0x58", "mov ds, eax"; "mov ebx, [0x200000]"), 13, 0);
+    });
+}
+
+#[test]
+fn types_of_segments() {
+    for start in [Start::Protected, Start::Compat] {
+        both(start, |bed| {
+            bed.gdt(sel::FREE, descriptor(0, 0xF_FFFF, 0xC091)); // read-only
+            bed.faults(
+                &program!(32: "mov eax, 0x58", "mov ds, eax", "mov ebx, [0x200000]"; "mov [0x200000], ebx"),
+                13,
+                0,
+            );
+            bed.faults(&program!(32: "mov eax, 0x58", "mov ds, eax"; "add dword ptr [0x200000], 0"), 13, 0);
+            bed.faults(&program!(32: "mov eax, 0x58"; "mov ss, eax"), 13, 0x58);
+            bed.gdt(sel::FREE, descriptor(0, 0xF_FFFF, 0xC099)); // execute-only
+            bed.faults(&program!(32: "mov eax, 0x58"; "mov ds, eax"), 13, 0x58);
+            bed.faults(&program!(32: "mov ebx, cs:[0x200000]"; "mov cs:[0x200000], ebx"), 13, 0);
+            bed.faults(&program!(32: "nop"; "inc dword ptr cs:[0x200000]"), 13, 0);
+        });
+    }
+    both(Start::Protected, |bed| {
+        // Execute-only code cannot be read.
+        bed.cpu.seg[SegReg::Cs as usize].attributes = 0xC099;
+        bed.faults(&program!(32: "nop"; "mov ebx, cs:[0x200000]"), 13, 0);
+    });
+}
+
+#[test]
+fn null_selectors() {
+    for start in [Start::Protected, Start::Compat] {
+        both(start, |bed| {
+            bed.faults(&program!(32: "xor eax, eax", "mov ds, eax"; "mov ebx, [0x200000]"), 13, 0);
+            bed.faults(&program!(32: "mov eax, 3", "mov es, eax", "mov edi, 0x200000"; "stosb"), 13, 0);
+            bed.faults(&program!(32: "xor eax, eax", "mov gs, eax"; "mov gs:[0x200000], eax"), 13, 0);
+            bed.reset();
+            bed.finish(&program!(32: "xor eax, eax", "mov fs, eax", "mov ecx, 3", "2: mov ebx, [0x200000]", "lea edx, fs:[4]", "dec ecx", "jnz 2b"));
+        });
+    }
+    both(Start::Long, |bed| {
+        // In 64-bit mode null selectors do not matter; FS and GS bases do.
+        bed.put64(DATA + 0x10, 0xABCD);
+        bed.finish(&program!(64: "xor eax, eax", "mov ds, eax", "mov es, eax", "mov ss, eax", "mov ecx, 0xC0000100", "mov eax, 0x200000", "xor edx, edx", "wrmsr",
+            "mov rbx, fs:[0x10]", "mov rsi, 0x200000", "mov rdi, [rsi + 0x10]"));
+        assert_eq!((bed.cpu.gpr[gpr::RBX], bed.cpu.gpr[gpr::RDI]), (0xABCD, 0xABCD));
+    });
+}
+
+#[test]
+fn code_segment_limit() {
+    both(Start::Protected, |bed| {
+        // A code segment that ends within a program: fetching beyond raises #GP(0).
+        bed.gdt(sel::FREE, descriptor(CODE, 0x10, 0x409B));
+        bed.put(CODE + 0xF, &[0x90, 0x90, 0x90, 0xF4]);
+        bed.put(CODE + 0x800, program!(32: ".byte 0xEA", ".long 0xF", ".word 0x58").bytes);
+        bed.cpu.rip = CODE + 0x800;
+        bed.go();
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, t.rip, t.cs), (13, Some(0), 0x11, 0x58));
+        // The branch itself checks its target.
+        bed.reset();
+        bed.put(CODE, program!(32: ".byte 0xEB, 0x40").bytes);
+        bed.put(CODE + 0x800, program!(32: ".byte 0xEA", ".long 0", ".word 0x58").bytes);
+        bed.cpu.rip = CODE + 0x800;
+        bed.go();
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, t.rip), (13, Some(0), 0));
+        // So does a far jump.
+        bed.reset();
+        bed.put(CODE + 0x800, program!(32: ".byte 0xEA", ".long 0x11", ".word 0x58").bytes);
+        bed.cpu.rip = CODE + 0x800;
+        bed.go();
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, t.rip, t.cs), (13, Some(0), CODE + 0x800, 8));
+    });
+}
+
+#[test]
+fn non_zero_bases() {
+    both(Start::Pae, |bed| {
+        bed.gdt(sel::FREE, descriptor(0x10_0000, 0xF_FFFF, 0xC093));
+        bed.put32(DATA + 4, 41);
+        bed.finish(&program!(32: "mov eax, 0x58", "mov ds, eax", "mov ecx, 50", "2: inc dword ptr [0x100004]", "dec ecx", "jnz 2b", "mov ebx, ss:[0x200004]"));
+        assert_eq!(bed.cpu.gpr[gpr::RBX], 91);
+        // base + offset wraps at 4 GiB
+        bed.reset();
+        bed.finish(&program!(32: "mov eax, 0x58", "mov gs, eax", "mov esi, 0xFFF00000", "mov ebx, gs:[esi + 0x200004]"));
+        assert_eq!(bed.cpu.gpr[gpr::RBX], 91);
+    });
+}
+
+#[test]
+fn accessed_bits_of_descriptors() {
+    both(Start::Protected, |bed| {
+        bed.gdt(sel::FREE, descriptor(0, 0xF_FFFF, 0xC092));
+        bed.finish(&program!(32: "mov eax, 0x58", "mov es, eax"));
+        assert_eq!(bed.get64(GDT + 0x58) >> 40 & 0xFF, 0x93);
+    });
+}
+
+#[test]
+fn sixteen_bit_code_and_stacks() {
+    both(Start::Protected, |bed| {
+        // SP wraps in 64 KiB while the upper half of ESP stays.
+        bed.finish(&program!(32: "mov eax, 0x40", "mov ss, eax", "mov esp, 0x56780002", "push ax", "push ax", "mov ebx, esp", "pop ax"));
+        assert_eq!(bed.cpu.gpr[gpr::RBX], 0x5678_FFFE);
+        bed.reset();
+        bed.put(0x9000, program!(16: "mov eax, 0x12345678", "mov ecx, 5", "2: inc si", "loop 2b").bytes);
+        bed.load(&program!(32: ".byte 0xEA", ".long 0x9000", ".word 0x38"));
+        bed.go();
+        assert_eq!(
+            (bed.cpu.gpr[gpr::RAX], bed.cpu.gpr[gpr::RSI], bed.cpu.rip & 0xF000),
+            (0x1234_5678, 5, 0x9000)
+        );
+    });
+}

@@ -1,0 +1,159 @@
+//! SYSCALL, SYSRET, SYSENTER, SYSEXIT and canonical addresses (SDM 2B; 3A, 5.8.7 and 5.8.8; 1, 3.3.7.1).
+
+use crate::bed::{Bed, CODE, DATA, HANDLERS, STACK, Start, USER_STACK, both, pf};
+use paravane_cpu::{SegReg, flags, gpr};
+
+fn set_up(bed: &mut Bed) {
+    bed.cpu.msr.star = 0x0023_0010 << 32;
+    bed.cpu.msr.lstar = CODE + 0x800;
+    bed.cpu.msr.cstar = CODE + 0x900;
+    bed.cpu.msr.sfmask = flags::DF | flags::CF;
+    bed.cpu.msr.sysenter_cs = 0x10;
+    bed.cpu.msr.sysenter_esp = STACK;
+    bed.cpu.msr.sysenter_eip = CODE + 0x800;
+    bed.gate(0x50, 14, 3, HANDLERS + 0x500);
+}
+
+#[test]
+fn syscall_and_sysret() {
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.put(CODE + 0x800, program!(64: "inc r8", "mov r9, r11", "mov edx, ss", "sysretq").bytes);
+        bed.user();
+        bed.run(
+            &program!(64: "mov ebx, 300", "2: stc", "syscall", "adc r10, 0", "dec ebx", "jnz 2b", "int 0x50"),
+        );
+        let (t, g) = (bed.taken(), bed.cpu.gpr);
+        assert_eq!((t.vector, g[gpr::R8], g[10], t.cs, t.ss, t.sp), (0x50, 300, 300, 0x33, 0x2B, USER_STACK));
+        assert_eq!((g[9] & flags::CF, g[gpr::RDX], g[gpr::RCX]), (1, 0x18, CODE + 8));
+    });
+}
+
+#[test]
+fn syscall_without_sce_is_undefined() {
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.cpu.efer &= !1;
+        bed.user();
+        bed.faults(&program!(64: "nop"; "syscall"), 6, None);
+    });
+}
+
+#[test]
+fn sysret_to_compatibility_mode() {
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.put(CODE + 0xA00, program!(32: ".byte 0x40", "int 0x50").bytes);
+        bed.run(&program!(64: "mov esp, 0x78000", "xor eax, eax", "mov ecx, 0x100A00", "mov r11d, 0x202", "sysret"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.cs, t.ss, bed.cpu.gpr[gpr::RAX]), (0x50, 0x23, 0x2B, 1));
+        bed.reset();
+        set_up(bed);
+        bed.faults(&program!(64: "mov rcx, 0x800000000000"; "sysretq"), 13, 0);
+        bed.user();
+        bed.faults(&program!(64: "nop"; "sysretq"), 13, 0);
+    });
+}
+
+#[test]
+fn sysenter_and_sysexit() {
+    both(Start::Pae, |bed| {
+        set_up(bed);
+        bed.put(CODE + 0x800, program!(32: "inc esi", "mov edi, esp", "mov ecx, ebp", "sysexit").bytes);
+        bed.user();
+        bed.run(&program!(32: "mov ebx, 200", "2: mov ebp, esp", ".byte 0xBA", ".long 3f - 770b + 0x100000", "sysenter", "3: dec ebx", "jnz 2b", "int 0x50"));
+        let (t, g) = (bed.taken(), bed.cpu.gpr);
+        assert_eq!((t.vector, g[gpr::RSI], t.cs, t.ss, t.sp), (0x50, 200, 0x23, 0x2B, USER_STACK));
+        assert_eq!(g[gpr::RDI], STACK);
+        bed.reset();
+        bed.user();
+        bed.faults(&program!(32: "nop"; "sysenter"), 13, 0);
+        bed.faults(&program!(32: "nop"; "sysexit"), 13, 0);
+        // SYSCALL does not exist outside 64-bit mode on these processors.
+        bed.faults(&program!(32: "nop"; "syscall"), 6, None);
+    });
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.put(CODE + 0x800, program!(64: "inc r8", "mov rcx, rbp", "sysexitq").bytes);
+        bed.user();
+        bed.run(&program!(64: "mov ebx, 200", "2: mov rbp, rsp", "lea rdx, [rip + 3f]", "sysenter", "3: dec ebx", "jnz 2b", "int 0x50"));
+        let t = bed.taken();
+        assert_eq!((t.vector, bed.cpu.gpr[gpr::R8], t.cs, t.ss), (0x50, 200, 0x33, 0x3B));
+    });
+}
+
+#[test]
+fn swapgs() {
+    both(Start::Long, |bed| {
+        bed.cpu.seg[SegReg::Gs as usize].base = DATA;
+        bed.cpu.msr.kernel_gs_base = DATA + 0x1000;
+        bed.put64(DATA, 1);
+        bed.put64(DATA + 0x1000, 2);
+        bed.finish(&program!(64: "mov ecx, 21", "2: swapgs", "add rax, gs:[0]", "dec ecx", "jnz 2b"));
+        assert_eq!(bed.cpu.gpr[gpr::RAX], 11 * 2 + 10);
+        assert_eq!((bed.cpu.segment(SegReg::Gs).base, bed.cpu.msr.kernel_gs_base), (DATA + 0x1000, DATA));
+        bed.user();
+        bed.faults(&program!(64: "nop"; "swapgs"), 13, 0);
+    });
+}
+
+#[test]
+fn non_canonical_data() {
+    both(Start::Long, |bed| {
+        for _ in 0..2 {
+            bed.faults(&program!(64: "mov rsi, 0x800000000000"; "mov rax, [rsi]"), 13, 0);
+            bed.faults(&program!(64: "mov rsi, 0x8000000000200000"; "mov [rsi], rax"), 13, 0);
+            bed.faults(&program!(64: "mov rsi, 0xFFFF000000200000"; "movups xmm0, [rsi]"), 13, 0);
+            bed.faults(&program!(64: "mov rbp, 0x1000000200000"; "mov rax, [rbp]"), 12, 0);
+            bed.faults(
+                &program!(64: "mov esp, 0x70000", "mov rbx, 0x1000000000000"; "mov rax, [rsp + rbx]"),
+                12,
+                0,
+            );
+            // Overrides by DS and SS do not count.
+            bed.faults(&program!(64: "mov rbp, 0x1000000200000"; ".byte 0x3E", "mov rax, [rbp]"), 12, 0);
+            bed.faults(&program!(64: "mov rsi, 0x1000000200000"; ".byte 0x36", "mov rax, [rsi]"), 13, 0);
+            bed.faults(&program!(64: "mov rsi, 0x7FFFFFFFFFF9"; "mov rax, [rsi + 7]"), 13, 0);
+            bed.faults(&program!(64: "mov rdi, 0x800000000000", "mov al, [0x200000]"; "stosb"), 13, 0);
+            bed.faults(&program!(64: "mov rsi, 0x800000000000"; "lock inc qword ptr [rsi]"), 13, 0);
+            // The address below the hole is canonical: #PF.
+            bed.page_faults(&program!(64: "mov rsi, 0x7FFFFFFFFFF8"; "mov rax, [rsi]"), 0x7FFF_FFFF_FFF8, 0);
+            bed.page_faults(
+                &program!(64: "mov rsi, 0xFFFF800000000000"; "mov [rsi], rax"),
+                0xFFFF_8000_0000_0000,
+                pf::W,
+            );
+        }
+    });
+}
+
+#[test]
+fn non_canonical_stacks() {
+    both(Start::Long, |bed| {
+        bed.ist(12);
+        bed.faults(&program!(64: "mov rsp, 0x800000000004"; "pop rax"), 12, 0);
+        bed.faults(&program!(64: "mov rsp, 0xFFFF800000000000"; "push rax"), 12, 0);
+        bed.faults(&program!(64: "mov rsp, 0xFFFF800000000000"; "call 2f", "2:"), 12, 0);
+        bed.faults(&program!(64: "mov rsp, 0x1000000000000"; "ret"), 12, 0);
+        bed.faults(&program!(64: "mov rbp, 0x1000000000000"; "leave"), 12, 0);
+        bed.faults(&program!(64: "mov rsp, 0x1000000000000"; "popfq"), 12, 0);
+        bed.faults(&program!(64: "mov rsp, 0x1000000000000"; "pushfq"), 12, 0);
+    });
+}
+
+#[test]
+fn non_canonical_branch_targets_fault_at_the_branch() {
+    both(Start::Long, |bed| {
+        bed.faults(&program!(64: "mov rax, 0x800000000000"; "jmp rax"), 13, 0);
+        bed.faults(&program!(64: "mov rax, 0x8000000000100000", "xor ebx, ebx"; "call rax"), 13, 0);
+        assert_eq!(bed.taken().sp, STACK, "nothing was pushed");
+        bed.faults(&program!(64: "mov rax, 0x1000000000000", "push rax"; "ret"), 13, 0);
+        assert_eq!(bed.taken().sp, STACK - 8);
+        bed.faults(&program!(64: "mov rax, 0x1000000000000", "push rbx", "push rax"; "ret 16"), 13, 0);
+        assert_eq!(bed.taken().sp, STACK - 16);
+        bed.put64(DATA, 0x9000_0000_0000_0000);
+        bed.faults(&program!(64: "mov esi, 0x200000"; "jmp [rsi]"), 13, 0);
+        bed.faults(&program!(64: "mov esi, 0x200000"; "call [rsi]"), 13, 0);
+        assert_eq!(bed.taken().sp, STACK);
+    });
+}
