@@ -86,7 +86,15 @@ impl Core {
     pub fn new(model: CpuModel, vector: Box<dyn VectorUnit>, attention: Attention, vp: VpIndex) -> Core {
         let fetcher = Fetcher::new(model.decoder_options());
         let unit = Unit { model, vector, attention, vp, tlb: Tlb::new(), flushes: Flushes::default() };
-        Core { unit, fetcher, record: Flushes::default(), held_back: 0, faults: 0, interrupts: 0, last: Mnemonic::INVALID }
+        Core {
+            unit,
+            fetcher,
+            record: Flushes::default(),
+            held_back: 0,
+            faults: 0,
+            interrupts: 0,
+            last: Mnemonic::INVALID,
+        }
     }
 
     /// The instruction executed last, for statistics.
