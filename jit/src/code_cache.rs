@@ -99,15 +99,6 @@ impl CodeCache {
         let off = pc.checked_sub(self.rx as u64)?;
         (off < self.used as u64).then_some(CodeOffset(off as u32))
     }
-
-    /// A copy of emitted bytes (debugging, goldens).
-    pub(crate) fn bytes(&self, at: CodeOffset, len: usize) -> Vec<u8> {
-        assert!(at.0 as usize + len <= self.used, "read outside emitted code");
-        let mut v = vec![0; len];
-        // SAFETY: in bounds by the check above.
-        unsafe { std::ptr::copy_nonoverlapping(self.rw.add(at.0 as usize), v.as_mut_ptr(), len) };
-        v
-    }
 }
 
 impl Drop for CodeCache {

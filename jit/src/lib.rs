@@ -3,6 +3,7 @@
 //! Guest and host have the same instruction set: a block is decoded ([`frontend`]), instructions that need no
 //! change are copied, memory operands go through the delta tables ([`delta`]), and what is not on the
 //! allow-list ([`classify`]) runs in the interpreter core of `paravane-cpu`.
+#![allow(clippy::useless_conversion, reason = "dynasm! converts every register it is given")]
 
 mod block;
 mod classify;

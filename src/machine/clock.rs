@@ -26,7 +26,8 @@ impl HostClock {
     /// A clock that starts now.
     pub fn start() -> HostClock {
         let hz = tsc::host_hz();
-        let source = if tsc::is_invariant() { Source::Tsc(tsc::read()) } else { Source::Monotonic(Instant::now()) };
+        let source =
+            if tsc::is_invariant() { Source::Tsc(tsc::read()) } else { Source::Monotonic(Instant::now()) };
         HostClock { source, hz }
     }
 

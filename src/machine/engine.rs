@@ -37,5 +37,7 @@ pub(super) fn build(
 pub fn probe_translator() -> Result<(), String> {
     let mem = GuestMemory::new(MemoryConfig::pc(16 << 20)).map_err(|e| e.to_string())?;
     let model = model("max").map_err(|e| e.to_string())?;
-    build(EngineKind::Jit, model, &mem, Attention::default(), JitOptions::default()).map(drop).map_err(|e| e.to_string())
+    build(EngineKind::Jit, model, &mem, Attention::default(), JitOptions::default())
+        .map(drop)
+        .map_err(|e| e.to_string())
 }
