@@ -30,3 +30,5 @@ mod syscalls;
 mod tasks;
 #[path = "system/tlb.rs"]
 mod tlb;
+#[path = "system/wild.rs"]
+mod wild;

