@@ -242,6 +242,13 @@ impl DeltaTables {
         (d & 0xFFF == 0).then(|| d.wrapping_add(lin))
     }
 
+    /// Whether `view` has a usable entry for `lin`.
+    pub(crate) fn holds(&self, view: View, write: bool, lin: u64) -> bool {
+        let cell = Self::cell(u64::from(view as u8) + if write { WRITE } else { 0 }, lin);
+        // SAFETY: read only if the table page is ready.
+        self.is_ready(cell / 512) && unsafe { self.cell_ptr(cell).read() } & 0xFFF == 0
+    }
+
     /// Forgets the translation of the page of `lin` (INVLPG), of its whole 2 MiB where a large page may be.
     pub(crate) fn flush_page(&mut self, lin: u64) {
         let large = self.large.contains(&((lin << 16) >> 37));

@@ -77,6 +77,8 @@ pub(crate) struct Emitter {
     rip: u64,
     page: u64,
     group: Option<Group>,
+    /// How far guest RSP is ahead of its host register: runs of PUSH and POP in a group move it once.
+    rsp_pending: i32,
 }
 
 const NEED_FS_GS: [Register; 2] = [Register::FS, Register::GS];
@@ -102,6 +104,7 @@ impl Emitter {
             rip: 0,
             page: 0,
             group: None,
+            rsp_pending: 0,
         }
     }
 
@@ -116,6 +119,7 @@ impl Emitter {
         self.rip = lin;
         self.page = lin >> 12;
         self.group = None;
+        self.rsp_pending = 0;
     }
 
     /// Says which instruction comes next.
@@ -592,14 +596,16 @@ impl Emitter {
     fn push_word(&mut self, live: FlagSet, value: impl FnOnce(&mut Emitter, u8) -> u8) {
         let n = self.stack_size();
         if self.stack_member(-n, true) {
+            let at = self.rsp_pending - n;
             let r = value(self, R10);
             if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; mov [r12 + r13 - n], Rq(r));
+                dynasm!(self.hot ; .arch x64 ; mov [r12 + r13 + at], Rq(r));
             } else {
-                dynasm!(self.hot ; .arch x64 ; mov [r12 + r13 - n], Rd(r));
+                dynasm!(self.hot ; .arch x64 ; mov [r12 + r13 + at], Rd(r));
             }
-            self.add_rsp(regs::HOST_RSP, -n);
+            self.rsp_pending -= n;
         } else {
+            self.sync_rsp();
             if self.code64 {
                 dynasm!(self.hot ; .arch x64 ; lea r10, [r12 - n]);
             } else {
@@ -620,14 +626,51 @@ impl Emitter {
     /// Loads the word at the top of the stack into host register `r`; RSP stays.
     fn load_top(&mut self, r: u8, live: FlagSet) {
         if self.stack_member(0, false) {
+            let at = self.rsp_pending;
             if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r12 + r13]);
+                dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r12 + r13 + at]);
             } else {
-                dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r12 + r13]);
+                dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r12 + r13 + at]);
             }
         } else {
+            self.sync_rsp();
             self.access(regs::HOST_RSP, self.stack_size() as u32, false, live);
             self.load_stack(r);
+        }
+    }
+
+    /// Brings the host register of guest RSP up to date.
+    pub(crate) fn sync_rsp(&mut self) {
+        let n = std::mem::take(&mut self.rsp_pending);
+        if n != 0 {
+            self.add_rsp(regs::HOST_RSP, n);
+        }
+    }
+
+    /// Whether the instruction can be emitted while RSP is behind: a grouped PUSH or POP of another register, or a plain
+    /// register operation that can neither fault nor name RSP.
+    pub(crate) fn tolerates_pending_rsp(&self, instr: &Instruction, class: crate::classify::Class) -> bool {
+        use crate::classify::Class;
+        let n = self.stack_size();
+        let names_rsp = (0..instr.op_count()).any(|i| {
+            let r = instr.op_register(i);
+            r.is_gpr() && regs::number(r) == 4
+        });
+        let memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
+        match class {
+            Class::Push => !names_rsp && !memory && self.stack_member(-n, true),
+            Class::Pop => !names_rsp && self.stack_member(0, false),
+            Class::Call => self.stack_member(-n, true),
+            Class::Ret => self.stack_member(0, false),
+            Class::Nop => true,
+            Class::Identity(0) => {
+                use iced_x86::Mnemonic as M;
+                !names_rsp
+                    && !memory
+                    && !instr.has_lock_prefix()
+                    && !matches!(instr.mnemonic(), M::Div | M::Idiv)
+            }
+            _ => false,
         }
     }
 
@@ -704,7 +747,10 @@ impl Emitter {
                 self.set_guest(n, R11);
             }
         }
-        self.add_rsp(regs::HOST_RSP, word);
+        self.rsp_pending += word;
+        if !self.code64 || self.group.is_none() {
+            self.sync_rsp();
+        }
         self.moved(word);
     }
 
@@ -993,9 +1039,11 @@ impl Emitter {
         Self::restore(&mut self.hot, keep, true);
         if moves {
             self.access(6, 1, false, site.before);
-            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
+            dynasm!(self.hot ; .arch x64 ; mov r10b, [r11] ; mov [rsp + ctx!(tmp)], r11);
         }
         self.access(7, 1, true, site.before);
+        // The probes fault, if anything does (a non-canonical address), while all registers are the guest's.
+        dynasm!(self.hot ; .arch x64 ; mov r10b, [r11]);
         let scale = [1, 2, 4, 8][shift as usize & 3];
         if moves {
             self.lea(R10, Some(6), Some(1), scale, 0, !self.code64);
@@ -1209,6 +1257,7 @@ impl Emitter {
     /// Near CALL to a constant: pushes `next`, exits to `target`.
     pub(crate) fn call(&mut self, next: u64, target: u64, site: Site, live_out: FlagSet) {
         self.push_return(next, site.before);
+        self.sync_rsp();
         self.direct_exit(target, live_out, false);
     }
 
@@ -1222,7 +1271,8 @@ impl Emitter {
     /// Near RET, popping `extra` bytes of arguments.
     pub(crate) fn ret(&mut self, extra: u32, site: Site) {
         self.load_top(R11, site.before);
-        self.add_rsp(regs::HOST_RSP, self.stack_size() + extra as i32);
+        self.rsp_pending += self.stack_size() + extra as i32;
+        self.sync_rsp();
         self.indirect_exit();
     }
 
@@ -1244,6 +1294,7 @@ impl Emitter {
         if let Some(next) = call {
             dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
             self.push_return(next, site.before);
+            self.sync_rsp();
             dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp)]);
         }
         self.indirect_exit();

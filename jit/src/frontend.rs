@@ -166,6 +166,9 @@ impl Frontend {
             if let Some(p) = plan.as_ref().filter(|p| p.check == i) {
                 emitter.group(p, site.before);
             }
+            if !emitter.tolerates_pending_rsp(&instr, forms.form(&instr).class) {
+                emitter.sync_rsp();
+            }
             let start = emitter.hot_len();
             if emit_one(&instr, source, forms, emitter, site, (taken, next), &mut ended).is_err() {
                 emitter.rewind(start);
@@ -179,9 +182,11 @@ impl Frontend {
                 emitter.rsp_adjusted(n);
             }
             if plan.as_ref().is_some_and(|p| p.last == i) {
+                emitter.sync_rsp();
                 emitter.end_group();
             }
         }
+        emitter.sync_rsp();
         if !ended {
             let next_rip = source.lin + u64::from(decoded);
             out.sites.push((emitter.hot_len() as u32, decoded));

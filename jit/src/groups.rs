@@ -249,7 +249,7 @@ fn modifies(instr: &Instruction, class: &Class, access: &[OpAccess; 5], base: u8
     if matches!(class, Class::String) && matches!(base, 0 | 1 | 6 | 7) {
         return true;
     }
-    if base == RSP && matches!(class, Class::Leave) || base == 5 && matches!(class, Class::Leave) {
+    if matches!(class, Class::Leave) && (base == RSP || base == 5) {
         return true;
     }
     for i in 0..instr.op_count() {

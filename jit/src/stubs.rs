@@ -1,4 +1,6 @@
 //! Hand-written code every block relies on: entering and leaving translated code, and the miss path.
+//!
+//! Invariant: the stubs run only with host RSP at the translator's live `JitContext`, as `context` describes.
 
 use crate::code_cache::{CodeCache, CodeOffset};
 use crate::context::{Reason, ctx};

@@ -9,7 +9,7 @@
 //!   the translator and the `CpuState` through raw pointers only then, when `run` holds no other borrow of them.
 
 use crate::block::{Block, BlockId, BlockKey, BlockTable, Link, Mode};
-use crate::classify::Forms;
+use crate::classify::{Class, Forms};
 use crate::code_cache::{CodeCache, CodeOffset};
 use crate::context::{ContextStack, JitContext, Reason, XSLOTS};
 use crate::delta::{DeltaTables, View};
@@ -87,7 +87,8 @@ pub struct Translator {
     cache: CodeCache,
     stubs: Stubs,
     delta: DeltaTables,
-    stack: ContextStack,
+    /// Owns what `context` points to.
+    _stack: ContextStack,
     context: *mut JitContext,
     forms: Forms,
     emitter: Emitter,
@@ -107,6 +108,8 @@ pub struct Translator {
     poison_hit: bool,
     /// An interrupt was signalled but could not be taken yet.
     interrupt_pending: bool,
+    /// An NMI likewise.
+    nmi_pending: bool,
     code: Vec<u8>,
     page_bytes: Box<[u8; 4096]>,
 }
@@ -176,7 +179,7 @@ impl Translator {
             mem: mem.clone(),
             stubs,
             delta: DeltaTables::new()?,
-            stack,
+            _stack: stack,
             context,
             forms: Forms::new(model),
             emitter: Emitter::new(stubs),
@@ -192,6 +195,7 @@ impl Translator {
             signal_stack: None,
             poison_hit: false,
             interrupt_pending: false,
+            nmi_pending: false,
             code: Vec::new(),
             page_bytes: Box::new([0; 4096]),
             cache,
@@ -386,8 +390,8 @@ impl Translator {
         if w[0] == MANY || w[0] == tag || w[1] == tag {
             return;
         }
-        for i in 0..2 {
-            if w[i] == 0 || !self.shows(ram, w[i] & !1) {
+        for (i, &old) in w.iter().enumerate() {
+            if old == 0 || !self.shows(ram, old & !1) {
                 self.writers[n][i] = tag;
                 return;
             }
@@ -655,18 +659,21 @@ impl Translator {
             self.attention.take(Attention::CODE_WRITTEN);
         }
         self.follow_core();
-        if a & (Attention::INTERRUPT | Attention::NMI) != 0 {
-            // Kept aside while the guest does not let it in, so that polls in translated code stay quiet.
-            self.attention.take(Attention::INTERRUPT);
-            self.interrupt_pending = true;
-        }
+        // Kept aside while the guest does not let them in, so that polls in translated code stay quiet.
+        self.interrupt_pending |= self.attention.take(Attention::INTERRUPT) != 0;
+        self.nmi_pending |= self.attention.take(Attention::NMI) != 0;
         None
     }
 
     /// Takes pending interrupts if the guest lets them in.
     fn interrupts(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus) -> Step {
-        self.attention.set(Attention::INTERRUPT);
+        let nmi = if self.nmi_pending { Attention::NMI } else { 0 };
+        let interrupt = if self.interrupt_pending { Attention::INTERRUPT } else { 0 };
+        self.attention.set(nmi | interrupt);
         let step = self.core.poll(cpu, &self.mem, bus);
+        // What the core did not take waits on.
+        self.nmi_pending = self.attention.take(Attention::NMI) != 0;
+        self.interrupt_pending = self.attention.take(Attention::INTERRUPT) != 0;
         self.follow_core();
         step
     }
@@ -819,6 +826,10 @@ impl Translator {
             return false;
         }
         let read = matches!(form.access[op as usize], OpAccess::Read | OpAccess::CondRead);
+        if form.class == Class::BitString || self.delta.holds(self.view(cpu), !read, ea) {
+            // Not poison: the access itself is at fault.
+            return false;
+        }
         self.running = cpu;
         let filled = self.fill(ea, size | if read { 0 } else { MissInfo::WRITE });
         self.running = std::ptr::null_mut();
@@ -900,10 +911,10 @@ impl Engine for Translator {
             {
                 break exit;
             }
-            if self.interrupt_pending
-                && (cpu.rflags & flags::IF != 0 || self.attention.get() & Attention::NMI != 0)
-            {
-                self.interrupt_pending = false;
+            let open = cpu.shadow == Shadow::None;
+            let interrupt = self.interrupt_pending && cpu.rflags & flags::IF != 0;
+            let nmi = self.nmi_pending && !cpu.nmi_blocked;
+            if open && (interrupt || nmi) {
                 match self.interrupts(cpu, bus) {
                     Step::TripleFault => break Exit::TripleFault,
                     Step::Unsupported => break Exit::Unsupported,

@@ -16,6 +16,7 @@ mod guest;
 mod random;
 mod safety;
 mod sequence;
+mod watch;
 
 pub use campaign::{Campaign, Report};
 pub use compare::Leave;
@@ -25,10 +26,11 @@ pub use guest::{Guest, GuestCase};
 pub use random::Random;
 
 use sequence::Sequence;
+use watch::Watch;
 
 use crate::host::{Native, NativeLayout, NativeMode, NativeState, NativeStop};
 use iced_x86::Code;
-use paravane_cpu::{Engine, Exit};
+use paravane_cpu::{Attention, Engine, Exit};
 use std::io;
 
 /// Where a case ended.
@@ -73,7 +75,11 @@ pub struct Bench {
     mode: NativeMode,
     generator: Generator,
     leave: Leave,
+    watch: Option<Watch>,
 }
+
+/// The only difference of a case that the watch had to end.
+const HANG: &str = "the engine does not come to an end";
 
 impl Bench {
     /// Maps code and arena here and lays out the same in a guest. One at a time per process: see [`Native::new`].
@@ -87,7 +93,13 @@ impl Bench {
             mode,
             generator: Generator { bits, layout },
             leave,
+            watch: None,
         })
+    }
+
+    /// From now on, an engine that listens to `attention` and does not end a case is stopped, and that is a finding.
+    pub fn watch(&mut self, attention: Attention) {
+        self.watch = Some(Watch::start(attention));
     }
 
     /// The guest, whose memory engines are built on.
@@ -109,6 +121,10 @@ impl Bench {
         let differences = self.differences(engine, &case);
         if differences.is_empty() {
             return Verdict::Same;
+        }
+        if differences == [HANG] {
+            // Every try would take as long again.
+            return Verdict::Different(Box::new(Failure { seed, form, case, differences }));
         }
         let case = self.reduce(engine, case);
         let differences = self.differences(engine, &case);
@@ -146,8 +162,12 @@ impl Bench {
             state: &case.state,
             rip: self.generator.layout.code + OFFSET,
         };
+        if let Some(watch) = &self.watch {
+            watch.next_case();
+        }
         match self.guest.run(engine, self.mode, &guest_case) {
             Ok(engine) => compare::differences(case, self.generator.bits, self.leave, &host, &engine),
+            Err(Exit::Stop) => vec![HANG.into()],
             Err(Exit::Unsupported) => vec!["the engine does not support it".into()],
             Err(exit) => vec![format!("the engine stopped with {exit:?}")],
         }
