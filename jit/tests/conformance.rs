@@ -28,15 +28,15 @@ fn model() -> CpuModel {
     model_by_name("max", &HostFeatures::detect()).unwrap()
 }
 
-fn interpreter(_: &Bench) -> Box<dyn Engine> {
+fn interpreter(_: &Bench, attention: Attention) -> Box<dyn Engine> {
     let vector = Box::new(HostVectorUnit::new().unwrap());
-    Box::new(Interpreter::new(model(), vector, Attention::default(), VpIndex(0)))
+    Box::new(Interpreter::new(model(), vector, attention, VpIndex(0)))
 }
 
-fn translator(bench: &Bench) -> Box<dyn Engine> {
+fn translator(bench: &Bench, attention: Attention) -> Box<dyn Engine> {
     let memory = bench.guest().memory();
     let options = JitOptions::default();
-    Box::new(Translator::new(model(), memory, Attention::default(), VpIndex(0), options).unwrap())
+    Box::new(Translator::new(model(), memory, attention, VpIndex(0), options).unwrap())
 }
 
 /// The seed that was asked for; or a fixed one, so that what passed keeps passing, and one that nobody saw before.
@@ -48,11 +48,18 @@ fn seeds() -> Vec<u64> {
     vec![1, now.as_nanos() as u64 >> 16 & 0xFFFF_FFFF]
 }
 
-fn conform(name: &str, mode: NativeMode, sequences: u64, engine: impl Fn(&Bench) -> Box<dyn Engine>) {
+fn conform(
+    name: &str,
+    mode: NativeMode,
+    sequences: u64,
+    engine: impl Fn(&Bench, Attention) -> Box<dyn Engine>,
+) {
     let _guard = ONE_AT_A_TIME.lock();
     let leave = if name == "translator" { Leave::DeadFlags } else { Leave::Nothing };
     let mut bench = Bench::new(mode, leave).unwrap();
-    let mut engine = engine(&bench);
+    let attention = Attention::default();
+    let mut engine = engine(&bench, attention.clone());
+    bench.watch(attention);
     let mut texts = Vec::new();
     for seed in seeds() {
         let campaign = Campaign {
