@@ -1,6 +1,6 @@
 //! Interrupt and trap gates, privilege changes and every form of IRET (SDM 3A, 6.12 and 6.14).
 
-use crate::bed::{CODE, DATA, HANDLERS, STACK, Start, USER_STACK, both};
+use crate::bed::{CODE, DATA, HANDLERS, IST_STACK, STACK, Start, USER_STACK, both};
 use paravane_cpu::{SegReg, flags, gpr};
 
 #[test]
@@ -144,5 +144,68 @@ fn sixteen_bit_gates_and_iret() {
         assert_eq!(bed.cpu.gpr[gpr::RSP], STACK - 6);
         let frame = [0, 2, 4].map(|i| bed.get16(STACK - 6 + i));
         assert_eq!(frame, [2, 8, 2], "IP, CS, FLAGS: the upper half of EIP is lost");
+    });
+}
+
+#[test]
+fn real_mode_handlers_return() {
+    both(Start::Real, |bed| {
+        bed.put(HANDLERS + 0x400, program!(16: "inc si", "iret").bytes);
+        bed.finish(
+            &program!(16: "mov cx, 50", "2: stc", "int 0x40", "adc bx, 0", "call 4f", "loop 2b", "jmp 3f",
+            "4: push cs", "push 0x1234", "add sp, 4", "ret", "3:"),
+        );
+        assert_eq!((bed.cpu.gpr[gpr::RSI], bed.cpu.gpr[gpr::RBX]), (50, 50));
+        assert_eq!(bed.cpu.gpr[gpr::RSP], 0x7000);
+    });
+}
+
+#[test]
+fn iret_in_16_and_32_bit_forms() {
+    both(Start::Protected, |bed| {
+        // IRETW pops words: EIP is zero-extended, the upper half of EFLAGS stays.
+        bed.put(0x9000, &[0xF4]);
+        bed.run(&program!(32: "push 0x00089000", "sub esp, 2", "mov word ptr [esp], 0x9000", "mov word ptr [esp + 2], 8",
+            "mov word ptr [esp + 4], 0xCD7", ".byte 0x66", "iretd"));
+        assert_eq!(bed.cpu.rip, 0x9001);
+        assert_eq!(bed.cpu.rflags & 0xFFFF, 0xCD7);
+    });
+    both(Start::Long, |bed| {
+        // IRETD in 64-bit mode pops five double words.
+        bed.gate(0x50, 14, 3, HANDLERS + 0x500);
+        bed.run(&program!(64: "sub rsp, 20", "lea rax, [rip + 2f]", "mov [rsp], eax", "mov dword ptr [rsp + 4], 0x33",
+            "mov dword ptr [rsp + 8], 0x202", "mov dword ptr [rsp + 12], 0x78000", "mov dword ptr [rsp + 16], 0x2B",
+            "iretd", "2: int 0x50"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.cs, t.ss, t.sp), (0x50, 0x33, 0x2B, USER_STACK));
+    });
+}
+
+#[test]
+fn far_returns_to_the_outer_ring() {
+    both(Start::Pae, |bed| {
+        bed.gate(0x50, 14, 3, HANDLERS + 0x500);
+        bed.run(&program!(32: "push 0x2B", "push 0x78000", "push 0", "push 0", "push 0x23", ".byte 0x68",
+            ".long 2f - 770b + 0x100000", "retf 8", "2: int 0x50"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.cs, t.ss, t.sp), (0x50, 0x23, 0x2B, USER_STACK + 8));
+        // To an inner ring: #GP.
+        bed.reset();
+        bed.user();
+        bed.faults(&program!(32: "push 8", "push 0"; "retf"), 13, 8);
+    });
+}
+
+#[test]
+fn the_interrupt_stack_table_is_used_from_any_ring() {
+    both(Start::Long, |bed| {
+        bed.gate(0x40, 14, 3, HANDLERS + 0x400);
+        bed.ist(0x40);
+        bed.run(&program!(64: "int 0x40"));
+        assert_eq!((bed.taken().sp, bed.cpu.gpr[gpr::RSP]), (STACK, IST_STACK - 40));
+        bed.reset();
+        bed.user();
+        bed.run(&program!(64: "int 0x40"));
+        assert_eq!((bed.taken().sp, bed.cpu.gpr[gpr::RSP]), (USER_STACK, IST_STACK - 40));
     });
 }

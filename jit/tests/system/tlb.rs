@@ -204,3 +204,59 @@ fn execute_permission_taken_away() {
         assert_eq!((t.vector, t.error, t.rip, bed.cpu.cr2), (14, Some(pf::P | pf::I), DATA, DATA));
     });
 }
+
+#[test]
+fn user_and_supervisor_see_one_change() {
+    both(Start::Long, |bed| {
+        // A user writes its page; the kernel takes the page away and flushes; the user faults.
+        two_pages(bed);
+        bed.gate(0x40, 14, 3, HANDLERS + 0x400);
+        bed.put(HANDLERS + 0x400, program!(64: "mov qword ptr [rdi], 0", "invlpg [rsi]", "iretq").bytes);
+        let (rsi, rdi) = (bed.cpu.gpr[gpr::RSI], bed.cpu.gpr[gpr::RDI]);
+        bed.user();
+        (bed.cpu.gpr[gpr::RSI], bed.cpu.gpr[gpr::RDI]) = (rsi, rdi);
+        let p = program!(64: "mov ecx, 100", "2: mov [rsi], ecx", "mov eax, [rsi]", "dec ecx", "jnz 2b", "int 0x40"; "mov [rsi], ecx");
+        bed.run(&p);
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, bed.cpu.cr2), (14, Some(pf::U | pf::W), DATA));
+        // Nor does the supervisor reach it.
+        bed.reset();
+        bed.map(DATA, DATA, pte::ALL);
+        bed.flush();
+        two_pages(bed);
+        bed.run(&program!(64: "mov [rsi], ecx", "mov qword ptr [rdi], 0", "invlpg [rsi]", "add [rsi], ecx"));
+        assert_eq!((bed.taken().vector, bed.taken().error), (14, Some(pf::W)));
+    });
+}
+
+#[test]
+fn write_protection_changes_with_cr0() {
+    both(Start::Long, |bed| {
+        bed.map(DATA, DATA, pte::P | pte::US);
+        two_pages(bed);
+        // WP clear: the supervisor writes; set again: it must not, though its tables know the page.
+        bed.page_faults(&program!(64: "mov rax, cr0", "btr rax, 16", "mov cr0, rax", "mov ecx, 20", "2: mov [rsi], ecx", "dec ecx", "jnz 2b",
+            "bts rax, 16", "mov cr0, rax", "mov edx, [rsi]"; "mov [rsi], eax"), DATA, pf::P | pf::W);
+        assert_eq!(bed.cpu.gpr[gpr::RDX], 1);
+    });
+}
+
+#[test]
+fn smap_and_smep_change_with_cr4() {
+    both(Start::Long, |bed| {
+        two_pages(bed);
+        for page in [0x1000, 0x2000, 0x3000, 0x4000, 0x6_F000, 0x10_0000] {
+            bed.map(page, page, pte::P | pte::RW);
+        }
+        bed.put(DATA, &[0xC3]);
+        bed.page_faults(&program!(64: "mov ecx, 20", "2: add eax, [rsi]", "dec ecx", "jnz 2b", "mov rax, cr4", "bts rax, 21", "mov cr4, rax";
+            "mov eax, [rsi]"), DATA, pf::P);
+        bed.reset();
+        two_pages(bed);
+        bed.put(DATA, &[0xC3]);
+        bed.run(
+            &program!(64: "call rsi", "call rsi", "mov rax, cr4", "bts rax, 20", "mov cr4, rax", "call rsi"),
+        );
+        assert_eq!((bed.taken().error, bed.cpu.cr2), (Some(pf::P | pf::I), DATA));
+    });
+}
