@@ -138,3 +138,45 @@ fn single_step_over_syscall() {
         assert_eq!(at, [p.at + 3]);
     });
 }
+
+#[test]
+fn single_step_in_32_bit_code_and_at_cpl_3() {
+    both(Start::Pae, |bed| {
+        // The handler counts and returns; INT 50H ends it.
+        bed.put(HANDLERS + 0x2000, program!(32: "inc dword ptr ss:[0x208000]", "iretd").bytes);
+        bed.gate(1, 14, 0, HANDLERS + 0x2000);
+        bed.gate(0x50, 14, 3, HANDLERS + 0x500);
+        bed.user();
+        bed.cpu.rflags |= flags::TF;
+        bed.run(&program!(32: "mov ecx, 10", "2: dec ecx", "jnz 2b", "int 0x50"));
+        assert_eq!((bed.taken().vector, bed.get32(DATA + 0x8000)), (0x50, 21));
+        assert_eq!(bed.taken().flags & flags::TF, flags::TF);
+        assert_eq!(bed.cpu.rflags & flags::TF, 0, "the gate clears it");
+    });
+}
+
+#[test]
+fn breakpoints_switch_on_and_off_under_translated_code() {
+    both(Start::Long, |bed| {
+        log(bed);
+        // The same loop body without, with and again without a write breakpoint.
+        let p = program!(64: "mov esi, 0x200000", "mov dr0, rsi", "mov r8d, 3", "8: mov ecx, 4", "2: mov [rsi], ecx"; "dec ecx", "jnz 2b",
+            "mov eax, 0xD0701", "cmp r8d, 3", "je 3f", "mov eax, 0x400", "3: mov dr7, rax", "dec r8d", "jnz 8b");
+        bed.finish(&p);
+        assert_eq!(logged(bed), vec![(p.at, 1); 4]);
+    });
+}
+
+#[test]
+fn icebp_and_int3_are_traps() {
+    both(Start::Long, |bed| {
+        bed.gate(1, 14, 0, HANDLERS + 0x10);
+        bed.user();
+        // INT1 asks for no privilege of its gate; INT3 does.
+        bed.run(&program!(64: "nop", ".byte 0xF1"));
+        assert_eq!((bed.taken().vector, bed.taken().rip), (1, CODE + 2));
+        bed.reset();
+        bed.user();
+        bed.faults(&program!(64: "nop"; "int3"), 13, 3 * 8 + 2);
+    });
+}

@@ -286,3 +286,16 @@ fn faults_in_user_code_switch_stacks() {
         assert_eq!(bed.cpu.gpr[gpr::RSP], STACK - 24);
     });
 }
+
+#[test]
+fn vector_operands_must_be_aligned_and_valid() {
+    both(Start::Long, |bed| {
+        bed.faults(&program!(64: "mov esi, 0x200008"; "movaps xmm0, [rsi]"), 13, 0);
+        bed.faults(&program!(64: "push -1"; "ldmxcsr [rsp]"), 13, 0);
+        bed.faults(&program!(64: "mov esi, 0x200008"; "movaps [rsi], xmm0"), 13, 0);
+        bed.faults(&program!(64: "mov esi, 0x200008"; "paddd xmm0, [rsi]"), 13, 0);
+        bed.faults(&program!(64: "mov esi, 0x200008"; "vmovdqa ymm0, [rsi + 8]"), 13, 0);
+        bed.faults(&program!(64: "mov esi, 0x200008"; "fxsave [rsi]"), 13, 0);
+        bed.faults(&program!(64: "mov esi, 0x200008"; "cmpxchg16b [rsi]"), 13, 0);
+    });
+}

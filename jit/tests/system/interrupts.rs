@@ -121,3 +121,25 @@ fn interrupts_in_user_code_switch_stacks() {
         assert_eq!((bed.taken().vector, bed.cpu.gpr[9]), (0x50, 1));
     });
 }
+
+#[test]
+fn nmi_is_taken_with_if_clear_and_blocked_until_iret() {
+    both(Start::Long, |bed| {
+        bed.nmi_at_port();
+        let p = program!(64: "out 0x80, al"; "mov ecx, 3", "2: dec ecx", "jnz 2b");
+        bed.run(&p);
+        assert_eq!((bed.taken().vector, bed.taken().rip), (2, CODE + p.at));
+        assert!(bed.cpu.nmi_blocked);
+        // Another one waits until IRET.
+        bed.put(
+            HANDLERS + 0x21,
+            program!(64: "mov ecx, 100", "3: dec ecx", "jnz 3b", "inc r8", "iretq").bytes,
+        );
+        bed.attention.set(Attention::NMI);
+        bed.put(HANDLERS + 0x20, &[0x90]);
+        bed.go();
+        assert_eq!(bed.cpu.rip, CODE + p.bytes.len() as u64);
+        assert_eq!(bed.cpu.gpr[gpr::R8], 2);
+        assert!(!bed.cpu.nmi_blocked);
+    });
+}

@@ -194,3 +194,37 @@ fn sixteen_bit_code_and_stacks() {
         );
     });
 }
+
+#[test]
+fn segment_changes_reach_translated_code() {
+    both(Start::Protected, |bed| {
+        // The same code with flat and with limited DS, in turns.
+        bed.gdt(sel::FREE, descriptor(0, 0x1FF, 0xC093)); // 2 MiB: ends below DATA + 4
+        bed.gdt(sel::FREE + 8, descriptor(DATA, 0xFFF, 0x4093));
+        bed.put32(DATA + 0x800, 5);
+        bed.put32(0x800, 0);
+        let p = program!(32: "mov edi, 30", "mov esi, 0x18", "2: mov ds, esi", "mov ecx, 3", "3: add eax, [0x800]", "dec ecx", "jnz 3b",
+            "xor esi, 0x78", "dec edi", "jnz 2b", "mov eax, eax"; "nop");
+        bed.finish(&p);
+        assert_eq!(bed.cpu.gpr[gpr::RAX], 15 * 3 * 5, "every second round reads through the segment at DATA");
+        bed.reset();
+        bed.faults(&program!(32: "mov ebx, [0x200000]", "mov esi, 0x58", "mov ds, esi", "mov ebx, [0x1FFFFC]"; "mov ebx, [0x1FFFFD]"), 13, 0);
+    });
+}
+
+#[test]
+fn lar_lsl_verr_verw() {
+    for start in [Start::Protected, Start::Long] {
+        both(start, |bed| {
+            bed.gdt(sel::FREE, descriptor(0, 0x1234, 0x40F1)); // DPL 3, read-only
+            bed.gdt(sel::FREE + 8, 0);
+            bed.finish(&program!(64: "mov ecx, 0x5B", "lar eax, ecx", "setz bl", "lsl edx, ecx", "verr cx", "setz bh", "verw cx", "setz ch"));
+            let g = &bed.cpu.gpr;
+            assert_eq!((g[gpr::RAX], g[gpr::RDX]), (0x0040_F100, 0x1234));
+            assert_eq!((g[gpr::RBX] & 0xFFFF, g[gpr::RCX] >> 8 & 1), (0x101, 0));
+            bed.reset();
+            bed.finish(&program!(64: "mov eax, 7", "mov ecx, 0x60", "lar eax, ecx", "setz bl"));
+            assert_eq!((bed.cpu.gpr[gpr::RAX], bed.cpu.gpr[gpr::RBX]), (7, 0), "an empty descriptor");
+        });
+    }
+}

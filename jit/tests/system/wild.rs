@@ -161,7 +161,7 @@ fn host_addresses_are_nothing_to_a_guest() {
 }
 
 /// Runs each program with RSI at addresses of the host that are `reached`, after one round at a good address.
-pub fn at_host_addresses(programs: &[Program], reached: impl Fn(u64) -> bool) {
+fn at_host_addresses(programs: &[Program], reached: impl Fn(u64) -> bool) {
     both(Start::Long, |bed| {
         let canaries = Canaries::new();
         let targets = targets(bed, &canaries);
@@ -575,4 +575,26 @@ fn page_tables_overwritten_by_the_guest() {
         }
         canaries.check_memory(bed, "page tables");
     });
+}
+
+#[test]
+fn bit_strings_at_host_addresses() {
+    // RCX counts bits: the offset loses its three upper bits.
+    let programs = [
+        program!(64: "lea rcx, [rsi - 0x200000]", "shl rcx, 3", "mov ebx, 0x200000"; "bt [rbx], rcx"),
+        program!(64: "lea rcx, [rsi - 0x200000]", "shl rcx, 3", "mov ebx, 0x200000"; "btc [rbx], rcx"),
+    ];
+    at_host_addresses(&programs, |at| {
+        ((at.wrapping_sub(DATA) << 3) as i64 >> 3) as u64 == at.wrapping_sub(DATA)
+    });
+}
+
+#[test]
+fn repeats_at_host_addresses() {
+    let programs = [
+        program!(64: "mov rdi, rsi", "mov ecx, 16"; "rep stosb"),
+        program!(64: "mov edi, 0x200000", "mov ecx, 16"; "rep movsb"),
+        program!(64: "mov rdi, rsi", "mov esi, 0x200000", "mov ecx, 16"; "rep movsq"),
+    ];
+    at_host_addresses(&programs, |_| true);
 }
