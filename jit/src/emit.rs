@@ -346,7 +346,7 @@ impl Emitter {
     }
 
     /// Turns the linear address in host register `ea` into a host address in r11 for an access of `size` bytes;
-    /// keeps `live`. Uses r13 (while flags are live) and leaves r10 alone unless it is `ea`.
+    /// keeps `live`. Uses r13 (while flags are live and no group owns it) and may overwrite r10.
     fn access(&mut self, ea: u8, size: u32, write: bool, live: FlagSet) {
         let keep = Self::keep(live);
         let retry = self.hot_here();
@@ -366,39 +366,51 @@ impl Emitter {
             dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
         }
         Self::save(&mut self.hot, keep, self.group.is_some());
-        let cold = self.cold_here();
-        if size == 1 {
-            dynasm!(self.hot ; .arch x64 ; test r11, r11);
-            self.hot_jcc(8, cold);
-        } else {
-            let mask = size.next_power_of_two() as i8 - 1;
-            dynasm!(self.hot ; .arch x64 ; test r11b, mask);
-            self.hot_jcc(5, cold);
+        let last = size as i32 - 1;
+        match size {
+            1 => {
+                dynasm!(self.hot ; .arch x64 ; test r11, r11);
+                let cold = self.cold_here();
+                self.hot_jcc(8, cold);
+                self.cold_miss(ea, size, write, keep, retry);
+            }
+            2..=10 => {
+                let mask = size.next_power_of_two() as i8 - 1;
+                dynasm!(self.hot ; .arch x64 ; test r11b, mask);
+                let cold = self.cold_here();
+                self.hot_jcc(5, cold);
+                let back = self.hot_here();
+                // Unaligned but inside the page is common: back to the access unless it is poison or crosses. EA may
+                // be overwritten now: an access that crosses goes to the interpreter.
+                dynasm!(self.cold ; .arch x64 ; test r11, r11);
+                self.cold.push(0x78);
+                let js = self.cold.ops.len();
+                self.cold.push(0);
+                dynasm!(self.cold ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
+                self.cold_jcc(4, back);
+                Self::restore(&mut self.cold, keep, self.group.is_some());
+                self.cold_interpret(self.rip);
+                self.cold.ops[js] = (self.cold.ops.len() - js - 1) as u8;
+                self.cold_miss(ea, size, write, keep, retry);
+            }
+            _ => {
+                // Vectors are seldom aligned: tell poison by its sign, then whether the access leaves the page.
+                dynasm!(self.hot ; .arch x64 ; test r11, r11);
+                let cold = self.cold_here();
+                self.hot_jcc(8, cold);
+                self.cold_miss(ea, size, write, keep, retry);
+                dynasm!(self.hot ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
+                let cross = self.cold_here();
+                self.hot_jcc(5, cross);
+                Self::restore(&mut self.cold, keep, self.group.is_some());
+                self.cold_interpret(self.rip);
+            }
         }
-        let back = self.hot_here();
         Self::restore(&mut self.hot, keep, self.group.is_some());
-        self.cold_access(ea, size, write, keep, retry, back);
     }
 
-    fn cold_access(&mut self, ea: u8, size: u32, write: bool, keep: Keep, retry: Pos, back: Pos) {
-        if size > 1 {
-            // Unaligned but inside the page is common: back to the access unless it is poison or crosses.
-            dynasm!(self.cold ; .arch x64 ; test r11, r11);
-            self.cold.push(0x78); // js over the crossing check
-            let js = self.cold.ops.len();
-            self.cold.push(0);
-            let last = size as i32 - 1;
-            dynasm!(self.cold
-                ; .arch x64
-                ; push rcx
-                ; lea ecx, [r11 + last]
-                ; xor ecx, r11d
-                ; test ecx, !0xFFF
-                ; pop rcx
-            );
-            self.cold_jcc(4, back);
-            self.cold.ops[js] = (self.cold.ops.len() - js - 1) as u8;
-        }
+    /// Cold code of a poisoned access: fills the table and tries again, or leaves to interpret the instruction.
+    fn cold_miss(&mut self, ea: u8, size: u32, write: bool, keep: Keep, retry: Pos) {
         Self::restore(&mut self.cold, keep, self.group.is_some());
         if ea != R10 {
             dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea));
