@@ -134,7 +134,13 @@ pub(crate) fn plan(
     forms: &mut Forms,
     code64: bool,
 ) -> Option<Plan> {
-    let mut s = Search { open: Vec::new(), best: None, since: [0; 16] };
+    let stack = |c: Class| matches!(c, Class::Push | Class::Pop | Class::Call | Class::CallIndirect | Class::Ret);
+    let memory = |i: &Instruction| i.memory_base() != Register::None;
+    let candidates = instrs.iter().filter(|i| memory(i) || stack(forms.form(i).class)).count();
+    if candidates < 2 {
+        return None;
+    }
+    let mut s = Search { open: Vec::with_capacity(4), best: None, since: [0; 16] };
     let word = if code64 { 8 } else { 4 };
     for (i, instr) in instrs.iter().enumerate() {
         let form = forms.form(instr);
@@ -170,10 +176,13 @@ pub(crate) fn plan(
         if let Some(n) = adjust {
             s.region(RSP, i).moved += n;
         }
-        for base in 0..16u8 {
-            if !(base == RSP && adjust.is_some()) && modifies(instr, &form.class, &form.access, base) {
-                s.close(base, i);
-            }
+        let mut modified = modified(instr, form.class, &form.access);
+        if adjust.is_some() {
+            modified &= !(1 << RSP);
+        }
+        while modified != 0 {
+            s.close(modified.trailing_zeros() as u8, i);
+            modified &= modified - 1;
         }
     }
     for r in std::mem::take(&mut s.open) {
@@ -241,48 +250,53 @@ pub(crate) fn rsp_adjust(instr: &Instruction) -> Option<i32> {
     }
 }
 
-/// Whether `instr` may change guest register `base` in a way the group does not follow.
-fn modifies(instr: &Instruction, class: &Class, access: &[OpAccess; 5], base: u8) -> bool {
-    if matches!(class, Class::Rdtsc) && matches!(base, 0..=2) {
-        return true;
-    }
-    if matches!(class, Class::String) && matches!(base, 0 | 1 | 6 | 7) {
-        return true;
-    }
-    if matches!(class, Class::Leave) && (base == RSP || base == 5) {
-        return true;
-    }
+/// The registers `instr` may change in a way a group does not follow, one bit each.
+fn modified(instr: &Instruction, class: Class, access: &[OpAccess; 5]) -> u16 {
+    const RAX: u16 = 1 << 0;
+    const RCX: u16 = 1 << 1;
+    const RDX: u16 = 1 << 2;
+    const RBX: u16 = 1 << 3;
+    let mut mask = match class {
+        Class::Leave => 1 << RSP | 1 << 5,
+        Class::Rdtsc => RAX | RCX | RDX,
+        // RSI, RDI, and what they load or count with.
+        Class::String => RAX | RCX | 1 << 6 | 1 << 7,
+        _ => implicitly_modified(instr.mnemonic(), RAX | RCX | RDX | RBX),
+    };
     for i in 0..instr.op_count() {
         let r = instr.op_register(i);
         if instr.op_kind(i) == OpKind::Register
             && r.is_gpr()
-            && regs::number(r) == base
             && !matches!(access[i as usize], OpAccess::Read | OpAccess::CondRead | OpAccess::None)
         {
-            return true;
+            mask |= 1 << regs::number(r);
         }
     }
-    // RAX, RCX, RDX and RBX are written without being named by a few instructions.
-    base < 4
-        && matches!(
-            instr.mnemonic(),
-            Mnemonic::Mul
-                | Mnemonic::Imul
-                | Mnemonic::Div
-                | Mnemonic::Idiv
-                | Mnemonic::Cbw
-                | Mnemonic::Cwde
-                | Mnemonic::Cdqe
-                | Mnemonic::Cwd
-                | Mnemonic::Cdq
-                | Mnemonic::Cqo
-                | Mnemonic::Cmpxchg
-                | Mnemonic::Cmpxchg8b
-                | Mnemonic::Cmpxchg16b
-                | Mnemonic::Lahf
-                | Mnemonic::Pcmpestri
-                | Mnemonic::Pcmpistri
-                | Mnemonic::Vpcmpestri
-                | Mnemonic::Vpcmpistri
-        )
+    mask
+}
+
+/// `all` for the few instructions that write RAX, RCX, RDX or RBX without naming them.
+fn implicitly_modified(m: Mnemonic, all: u16) -> u16 {
+    let does = matches!(
+        m,
+        Mnemonic::Mul
+            | Mnemonic::Imul
+            | Mnemonic::Div
+            | Mnemonic::Idiv
+            | Mnemonic::Cbw
+            | Mnemonic::Cwde
+            | Mnemonic::Cdqe
+            | Mnemonic::Cwd
+            | Mnemonic::Cdq
+            | Mnemonic::Cqo
+            | Mnemonic::Cmpxchg
+            | Mnemonic::Cmpxchg8b
+            | Mnemonic::Cmpxchg16b
+            | Mnemonic::Lahf
+            | Mnemonic::Pcmpestri
+            | Mnemonic::Pcmpistri
+            | Mnemonic::Vpcmpestri
+            | Mnemonic::Vpcmpistri
+    );
+    if does { all } else { 0 }
 }
