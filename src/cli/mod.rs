@@ -81,7 +81,7 @@ pub struct RunArgs {
     /// Number of processors (only 1 for now).
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
-    /// Processor model: max, or a named one; an unknown name lists them.
+    /// Processor model: max (what the host has), x86-64-v3, x86-64-v2, x86-64, pentium3 or i486.
     #[arg(long, value_name = "MODEL", default_value = "max")]
     pub cpu: String,
     /// What executes guest code.
