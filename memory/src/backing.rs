@@ -7,10 +7,18 @@
 //! * every public method checks `offset + size <= len` before touching memory.
 
 use crate::addr::RamOffset;
+use crate::transfer::PIECES;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+/// Which way a file transfer goes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Direction {
+    ToMemory,
+    ToFile,
+}
 
 pub(crate) struct Backing {
     base: *mut u8,
@@ -119,7 +127,13 @@ impl Backing {
 
     /// Atomic compare-exchange of an aligned 1, 2, 4 or 8 byte cell; `Err` holds what was there.
     #[inline]
-    pub(crate) fn compare_exchange(&self, at: RamOffset, size: usize, old: u64, new: u64) -> Result<u64, u64> {
+    pub(crate) fn compare_exchange(
+        &self,
+        at: RamOffset,
+        size: usize,
+        old: u64,
+        new: u64,
+    ) -> Result<u64, u64> {
         let p = self.ptr(at, size as u64);
         assert!(at.0.is_multiple_of(size as u64), "unaligned compare-exchange");
         macro_rules! cas {
@@ -140,20 +154,42 @@ impl Backing {
         }
     }
 
-    /// `pread` straight into guest memory; returns bytes read (0 at end of file).
-    pub(crate) fn read_file(&self, file: &File, pos: u64, at: RamOffset, len: u64) -> io::Result<usize> {
-        let p = self.ptr(at, len);
-        // SAFETY: the kernel writes at most `len` bytes at `p`, which is in bounds.
-        let n = unsafe { libc::pread64(file.as_raw_fd(), p.cast(), len as usize, pos as i64) };
-        usize::try_from(n).map_err(|_| io::Error::last_os_error())
-    }
-
-    /// `pwrite` straight from guest memory; returns bytes written.
-    pub(crate) fn write_file(&self, file: &File, pos: u64, at: RamOffset, len: u64) -> io::Result<usize> {
-        let p = self.ptr(at, len);
-        // SAFETY: the kernel reads at most `len` bytes at `p`, which is in bounds.
-        let n = unsafe { libc::pwrite64(file.as_raw_fd(), p.cast(), len as usize, pos as i64) };
-        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    /// One `preadv2` or `pwritev2` at `pos` for `pieces` (at most [`PIECES`] of them); `now` adds RWF_NOWAIT. Returns the
+    /// bytes moved, 0 at the end of a file that is read.
+    pub(crate) fn transfer(
+        &self,
+        file: &File,
+        pos: u64,
+        pieces: &[(RamOffset, u64)],
+        direction: Direction,
+        now: bool,
+    ) -> io::Result<u64> {
+        let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; PIECES];
+        for (vector, &(at, len)) in vectors.iter_mut().zip(pieces) {
+            *vector = libc::iovec { iov_base: self.ptr(at, len).cast(), iov_len: len as usize };
+        }
+        let count = pieces.len().min(PIECES) as libc::c_int;
+        let flags = if now { libc::RWF_NOWAIT } else { 0 };
+        loop {
+            // SAFETY: the first `count` vectors lie in the mapping, as `ptr` checked; the kernel touches nothing else.
+            let n = unsafe {
+                match direction {
+                    Direction::ToMemory => {
+                        libc::preadv2(file.as_raw_fd(), vectors.as_ptr(), count, pos as i64, flags)
+                    }
+                    Direction::ToFile => {
+                        libc::pwritev2(file.as_raw_fd(), vectors.as_ptr(), count, pos as i64, flags)
+                    }
+                }
+            };
+            match u64::try_from(n) {
+                Ok(n) => return Ok(n),
+                Err(_) => match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => {}
+                    e => return Err(e),
+                },
+            }
+        }
     }
 }
 

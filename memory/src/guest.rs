@@ -4,7 +4,6 @@ use crate::addr::{PAGE_SHIFT, PAGE_SIZE, PhysAddr, PhysPage, RamOffset};
 use crate::backing::Backing;
 use crate::layout::{Layout, Mapped, OverlayId};
 use std::fmt;
-use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
@@ -107,6 +106,10 @@ impl GuestMemory {
             watcher: OnceLock::new(),
             ram: pages << PAGE_SHIFT,
         })))
+    }
+
+    pub(crate) fn backing(&self) -> &Backing {
+        &self.0.backing
     }
 
     /// Bytes of RAM.
@@ -263,62 +266,6 @@ impl GuestMemory {
     /// Reads a little-endian `u64`.
     pub fn read_u64(&self, at: PhysAddr) -> Result<u64, MemoryError> {
         self.read_le(at).map(u64::from_le_bytes)
-    }
-
-    /// Reads from `file` at byte `pos` straight into guest memory, without a copy in between; bytes past the end
-    /// of the file read as zero. ROM is left alone. A range that is not all memory is an `InvalidInput` error.
-    pub fn read_from_file(&self, file: &File, pos: u64, at: PhysAddr, len: u64) -> io::Result<()> {
-        self.file_pieces(at, len, |m, n, done| {
-            let Mapped::Ram(o) = m else { return Ok(()) };
-            let mut got = 0;
-            while got < n {
-                match self.0.backing.read_file(file, pos + done + got, RamOffset(o.0 + got), n - got)? {
-                    0 => {
-                        self.0.backing.fill(RamOffset(o.0 + got), 0, n - got);
-                        break;
-                    }
-                    k => got += k as u64,
-                }
-            }
-            self.wrote(o, n);
-            Ok(())
-        })
-    }
-
-    /// Writes guest memory to `file` at byte `pos`, without a copy in between.
-    pub fn write_to_file(&self, file: &File, pos: u64, at: PhysAddr, len: u64) -> io::Result<()> {
-        self.file_pieces(at, len, |m, n, done| {
-            let (Mapped::Ram(o) | Mapped::Rom(o)) = m else { return Ok(()) };
-            let mut put = 0;
-            while put < n {
-                match self.0.backing.write_file(file, pos + done + put, RamOffset(o.0 + put), n - put)? {
-                    0 => return Err(io::ErrorKind::WriteZero.into()),
-                    k => put += k as u64,
-                }
-            }
-            Ok(())
-        })
-    }
-
-    /// `for_pieces` for file transfers, with neighbouring pieces merged so that one host call moves them all.
-    fn file_pieces(
-        &self,
-        at: PhysAddr,
-        len: u64,
-        mut each: impl FnMut(Mapped, u64, u64) -> io::Result<()>,
-    ) -> io::Result<()> {
-        let mut runs: Vec<(Mapped, u64, u64)> = Vec::with_capacity(4);
-        self.for_pieces(at, len, |m, n, done| {
-            if let (Mapped::Ram(o), Some((Mapped::Ram(p), k, _))) = (m, runs.last_mut())
-                && p.0 + *k == o.0
-            {
-                *k += n;
-                return;
-            }
-            runs.push((m, n, done));
-        })
-        .map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
-        runs.into_iter().try_for_each(|(m, n, done)| each(m, n, done))
     }
 
     // ---- the processors' own access, by backing offset --------------------------------------------------

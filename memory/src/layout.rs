@@ -79,7 +79,13 @@ impl Layout {
         (high < self.high_pages).then_some(PhysPage(self.high_first + high))
     }
 
-    pub(crate) fn add(&mut self, first: PhysPage, pages: u64, storage: RamOffset, writable: bool) -> OverlayId {
+    pub(crate) fn add(
+        &mut self,
+        first: PhysPage,
+        pages: u64,
+        storage: RamOffset,
+        writable: bool,
+    ) -> OverlayId {
         let id = OverlayId(self.next_id);
         self.next_id += 1;
         self.overlays.push(Overlay { id, first, pages, storage, writable });

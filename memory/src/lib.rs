@@ -12,9 +12,11 @@ mod addr;
 mod backing;
 mod guest;
 mod layout;
+mod transfer;
 mod vm;
 
 pub use addr::{PAGE_SHIFT, PAGE_SIZE, PhysAddr, PhysPage, Port, RamOffset, VpIndex, Width};
 pub use guest::{CodeWatcher, GuestMemory, MemoryConfig, MemoryError};
 pub use layout::{Mapped, OverlayId};
+pub use transfer::Patience;
 pub use vm::{RegionHook, VmMemory, VmRegion, WriteHook};

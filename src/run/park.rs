@@ -1,11 +1,13 @@
 //! Where a halted vCPU sleeps, and how any thread gets its attention.
 //!
 //! The waker sets the attention flag and then looks whether the vCPU is parked; the vCPU declares itself parked and
-//! then looks at its flags. Both sides are sequentially consistent, so one of them sees the other.
+//! then looks at its flags. Both sides are sequentially consistent, so one of them sees the other. The word of flags is itself
+//! the futex: a flag set between the look and the sleep keeps the kernel from putting the vCPU to sleep.
 
 use paravane_cpu::Attention;
+use rustix::thread::futex;
+use rustix::time::Timespec;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex};
 use std::time::Instant;
 
 /// The mailbox of one vCPU: attention flags and its bed.
@@ -15,8 +17,6 @@ pub struct Vcpu {
     /// What the A20 gate became: 0 nothing new, 1 held low, 2 enabled.
     a20: AtomicU8,
     parked: AtomicBool,
-    lock: Mutex<()>,
-    bell: Condvar,
 }
 
 impl Vcpu {
@@ -63,24 +63,29 @@ impl Vcpu {
 
     fn wake(&self) {
         if self.parked.load(Ordering::SeqCst) {
-            let _guard = self.lock.lock().expect("park lock");
-            self.bell.notify_all();
+            // A wake can only fail for a bad address.
+            let _woken = futex::wake(self.attention.cell(), futex::Flags::PRIVATE, 1);
         }
     }
 
-    /// Sleeps until one of `flags` is set, or `until` is reached; true if one is set.
+    /// Sleeps until one of `flags` is set, or `until` is reached; true if one is set. Only the vCPU's own thread parks.
     pub fn park(&self, flags: u32, until: Option<Instant>) -> bool {
-        let mut guard = self.lock.lock().expect("park lock");
         self.parked.store(true, Ordering::SeqCst);
         let awake = loop {
-            if self.attention.cell().load(Ordering::SeqCst) & flags != 0 {
+            let seen = self.attention.cell().load(Ordering::SeqCst);
+            if seen & flags != 0 {
                 break true;
             }
-            guard = match until.map(|t| t.saturating_duration_since(Instant::now())) {
-                None => self.bell.wait(guard).expect("park lock"),
-                Some(left) if left.is_zero() => break false,
-                Some(left) => self.bell.wait_timeout(guard, left).expect("park lock").0,
-            };
+            let left = until.map(|t| t.saturating_duration_since(Instant::now()));
+            if left.is_some_and(|left| left.is_zero()) {
+                break false;
+            }
+            let timeout = left.map(|left| Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: left.subsec_nanos().into(),
+            });
+            // Every way to wake, an interruption included, leads to another look.
+            let _woken = futex::wait(self.attention.cell(), futex::Flags::PRIVATE, seen, timeout.as_ref());
         };
         self.parked.store(false, Ordering::SeqCst);
         awake

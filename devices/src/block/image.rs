@@ -2,14 +2,15 @@
 
 use super::overlay::Overlay;
 use super::{BlockData, BlockError, BlockOp, BlockRequest, SECTOR_SIZE};
-use paravane_memory::{GuestMemory, PhysAddr};
+use paravane_memory::{GuestMemory, Patience, PhysAddr};
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, IoSlice, IoSliceMut, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How an image is opened.
 #[derive(Clone, Copy, Default, Debug)]
@@ -79,6 +80,9 @@ pub struct RawImage {
     size: u64,
     read_only: bool,
     overlay: Option<Overlay>,
+    /// The file system knows no reads, or writes, that never wait: found out at the first one.
+    no_prompt_reads: AtomicBool,
+    no_prompt_writes: AtomicBool,
 }
 
 impl RawImage {
@@ -115,7 +119,14 @@ impl RawImage {
             .then(|| Overlay::new(size))
             .transpose()
             .map_err(|e| ImageError::Snapshot(name(), e))?;
-        Ok(RawImage { file, size, read_only: options.read_only, overlay })
+        Ok(RawImage {
+            file,
+            size,
+            read_only: options.read_only,
+            overlay,
+            no_prompt_reads: AtomicBool::new(false),
+            no_prompt_writes: AtomicBool::new(false),
+        })
     }
 
     /// Bytes.
@@ -146,6 +157,52 @@ impl RawImage {
         }
     }
 
+    /// Runs a read or write on this thread if no byte of it has to wait for the host's disk (RWF_NOWAIT). False: it may
+    /// be done in part or not at all; [`Self::run`] it.
+    pub(super) fn run_now(&self, request: &mut BlockRequest, memory: &GuestMemory) -> bool {
+        let read = request.op == BlockOp::Read;
+        let unsupported = if read { &self.no_prompt_reads } else { &self.no_prompt_writes };
+        let plain = self.overlay.is_none() && (read || request.op == BlockOp::Write && !self.read_only);
+        let end = request.offset.checked_add(request.total());
+        if !plain || end.is_none_or(|end| end > self.size) || unsupported.load(Ordering::Relaxed) {
+            return false;
+        }
+        let pos = request.offset;
+        let moved = match (request.data, read) {
+            (BlockData::Guest, _) => self
+                .scatter(&self.file, pos, request, memory, Patience::Never)
+                .map(|()| request.total() as usize),
+            (BlockData::Owned, true) => {
+                let buffer = &mut [IoSliceMut::new(&mut request.buffer)];
+                preadv2(&self.file, buffer, pos, ReadWriteFlags::NOWAIT).map_err(io::Error::from)
+            }
+            (BlockData::Owned, false) => {
+                let buffer = &[IoSlice::new(&request.buffer)];
+                pwritev2(&self.file, buffer, pos, ReadWriteFlags::NOWAIT).map_err(io::Error::from)
+            }
+        };
+        if moved.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::Unsupported) {
+            unsupported.store(true, Ordering::Relaxed);
+        }
+        moved.is_ok_and(|n| n as u64 == request.total())
+    }
+
+    fn scatter(
+        &self,
+        file: &File,
+        pos: u64,
+        r: &BlockRequest,
+        memory: &GuestMemory,
+        patience: Patience,
+    ) -> io::Result<()> {
+        let ranges = r.segments.iter().map(|s| (s.at, s.len));
+        if r.op == BlockOp::Read {
+            memory.read_from_file(file, pos, ranges, patience)
+        } else {
+            memory.write_to_file(file, pos, ranges, patience)
+        }
+    }
+
     fn transfer(&self, r: &mut BlockRequest, memory: &GuestMemory, read: bool) -> Result<(), BlockError> {
         let mut pos = r.offset;
         if r.data == BlockData::Owned {
@@ -156,13 +213,16 @@ impl RawImage {
                 if read { file.read_exact_at(part, pos) } else { file.write_all_at(part, pos) }
             });
         }
+        if self.overlay.is_none() {
+            return self.scatter(&self.file, pos, r, memory, Patience::Wait).map_err(BlockError::from);
+        }
         for s in &r.segments {
             self.pieces(pos, s.len, read, |file, pos, done, n| {
-                let at = PhysAddr(s.at.0.wrapping_add(done));
+                let range = std::iter::once((PhysAddr(s.at.0.wrapping_add(done)), n));
                 if read {
-                    memory.read_from_file(file, pos, at, n)
+                    memory.read_from_file(file, pos, range, Patience::Wait)
                 } else {
-                    memory.write_to_file(file, pos, at, n)
+                    memory.write_to_file(file, pos, range, Patience::Wait)
                 }
             })?;
             pos += s.len;
@@ -255,7 +315,7 @@ fn check_type(file: &File) -> io::Result<Option<&'static str>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Completion;
+    use super::super::{Completion, Segment};
     use super::*;
     use paravane_memory::MemoryConfig;
     use std::sync::Arc;
@@ -333,6 +393,39 @@ mod tests {
             assert!(data.iter().all(|&b| b == expected), "sector {sector}");
         }
         assert_eq!(std::fs::read(&p).expect("read"), vec![7; 64 << 10]);
+        std::fs::remove_file(p).expect("remove");
+    }
+
+    #[test]
+    fn what_is_done_now_is_done_whole_and_nothing_else_is_said_to_be() {
+        let p = path("now", 4096);
+        std::fs::write(&p, [5; 4096]).expect("fill");
+        let memory = GuestMemory::new(MemoryConfig::pc(1 << 20)).expect("memory");
+        let image = RawImage::open(&p, ImageOptions::default()).expect("open");
+        // Whether the file system can do it at once is its own affair.
+        let mut owned = request(BlockOp::Read, 512, vec![0; 1024]);
+        if image.run_now(&mut owned, &memory) {
+            assert_eq!(owned.buffer, [5; 1024]);
+        }
+        let mut scattered = request(BlockOp::Read, 0, Vec::new());
+        scattered.data = BlockData::Guest;
+        scattered.segments =
+            [(0x800, 512), (0x3000, 512)].map(|(at, len)| Segment { at: PhysAddr(at), len }).to_vec();
+        if image.run_now(&mut scattered, &memory) {
+            assert_eq!(memory.read_u8(PhysAddr(0x31FF)), Ok(5));
+        }
+        let mut write = request(BlockOp::Write, 1024, vec![6; 512]);
+        if image.run_now(&mut write, &memory) {
+            assert_eq!(std::fs::read(&p).expect("read")[1024..1536], [6; 512]);
+        }
+        for mut never in [
+            request(BlockOp::Read, 3584, vec![0; 1024]),
+            request(BlockOp::Write, u64::MAX, vec![0; 512]),
+            request(BlockOp::Flush, 0, Vec::new()),
+            request(BlockOp::Discard, 0, Vec::new()),
+        ] {
+            assert!(!image.run_now(&mut never, &memory), "{:?}", never.op);
+        }
         std::fs::remove_file(p).expect("remove");
     }
 
