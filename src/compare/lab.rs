@@ -9,6 +9,7 @@ use crate::machine::{Boot, ClockKind, DiskBus, DiskConfig, MachineConfig};
 use paravane_firmware::lab::{
     self, Bus, Job, MARK_BEGIN, MARK_DONE, MARK_END, MARK_FAILED, MARK_JOB, Op, Report, Status, Transfer,
 };
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 /// RAM of the lab machine.
@@ -20,27 +21,26 @@ const BLOCK: u32 = 4096;
 /// Requests in flight where the device has a queue.
 const DEEP: u32 = 32;
 
-/// Pattern seeds: what reads expect, and what the two kinds of writes leave.
-const READ_SEED: u64 = 1;
-const SEQUENTIAL_SEED: u64 = 2;
-const RANDOM_SEED: u64 = 3;
-
 /// How much is done. The disk has three areas of `span` bytes: read, written in order, written at random.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Amount {
     span: u64,
     random: u64,
+    /// What the area that is read holds. Jobs that write count on from here: no two of a run, and no two runs, write the
+    /// same pattern, so that data which never arrived cannot look as if it had.
+    seed: u64,
 }
 
 impl Amount {
-    /// For a full or a quick comparison.
-    pub(super) fn of(quick: bool) -> Amount {
-        if quick { Amount { span: 4 << 20, random: 200 } } else { Amount { span: 32 << 20, random: 2000 } }
+    /// For run `run` of a full or a quick comparison.
+    pub(super) fn of(quick: bool, run: u32) -> Amount {
+        let (span, random) = if quick { (4 << 20, 200) } else { (32 << 20, 2000) };
+        Amount { span, random, seed: (u64::from(run) + 1) << 8 }
     }
 
     /// The image that the jobs work on.
     pub(super) fn image(&self) -> std::io::Result<ScratchImage> {
-        ScratchImage::new(self.span * 3, self.span, READ_SEED)
+        ScratchImage::new(self.span * 3, self.span, self.seed)
     }
 
     fn job(&self, path: Path, op: Op, depth: u32) -> Job {
@@ -53,10 +53,10 @@ impl Amount {
             Op::SeqRead | Op::SeqWrite => (PIECE, self.span / u64::from(PIECE)),
             Op::RandRead | Op::RandWrite => (BLOCK, self.random),
         };
-        let (seed, area) = match op {
-            Op::SeqRead | Op::RandRead => (READ_SEED, 0),
-            Op::SeqWrite => (SEQUENTIAL_SEED, 1),
-            Op::RandWrite => (RANDOM_SEED, 2),
+        let area = match op {
+            Op::SeqRead | Op::RandRead => 0,
+            Op::SeqWrite => 1,
+            Op::RandWrite => 2,
         };
         Job {
             bus,
@@ -66,7 +66,7 @@ impl Amount {
             size,
             depth,
             count,
-            seed,
+            seed: self.seed,
             start: area * self.span,
             span: self.span,
         }
@@ -84,10 +84,15 @@ impl Amount {
     }
 }
 
-/// Every measured job follows an unmeasured one of the same kind, which finds its code translated.
+/// Every measured job follows an unmeasured one of the same kind, which finds its code translated. Those that write get a
+/// pattern each.
 fn with_warm_up(jobs: &[Job]) -> Vec<Job> {
     let warm = |j: &Job| Job { count: (j.count / 16).clamp(1, u64::from(j.depth) * 4 + 16), ..*j };
-    jobs.iter().flat_map(|j| [warm(j), *j]).collect()
+    let mut all: Vec<Job> = jobs.iter().flat_map(|j| [warm(j), *j]).collect();
+    for (job, n) in all.iter_mut().zip(1..).filter(|(job, _)| job.op.writes()) {
+        job.seed += n;
+    }
+    all
 }
 
 /// How many jobs one guest runs, for the progress bar.
@@ -129,8 +134,7 @@ pub(super) fn run(
     image: &ScratchImage,
     step: &(dyn Fn() + Send + Sync),
 ) -> Result<Vec<(Key, Sample)>, CompareError> {
-    let measured = amount.jobs(path);
-    let jobs = with_warm_up(&measured);
+    let jobs = with_warm_up(&amount.jobs(path));
     let reports: Arc<Mutex<Vec<Report>>> = Arc::default();
     let log = Arc::clone(&reports);
     let lines = Lines::new(move |line| {
@@ -153,7 +157,7 @@ pub(super) fn run(
     let end = session::run(run, step)?;
     let reports = reports.lock().expect("reports").clone();
     check(path, &jobs, &reports, end)?;
-    verify_image(amount, path, image, &measured)?;
+    verify_image(amount, path, image, &jobs)?;
     let sections = marks.take();
     Ok(samples(path, &jobs, &reports, &sections))
 }
@@ -188,16 +192,23 @@ fn check(path: Path, jobs: &[Job], reports: &[Report], end: Option<End>) -> Resu
     Ok(())
 }
 
+/// What the image holds after `jobs`: at each place what was written last.
+fn written(jobs: &[Job], sectors: u64) -> BTreeMap<u64, (u64, u64)> {
+    let mut places = BTreeMap::new();
+    for job in jobs.iter().filter(|j| j.op.writes()) {
+        let blocks = job.blocks(sectors);
+        for i in 0..job.count {
+            places.insert(job.lba(i, blocks) * lab::SECTOR, (u64::from(job.size), job.seed));
+        }
+    }
+    places
+}
+
 /// What the guest wrote is in the image, and what it only read is as it was.
 fn verify_image(amount: Amount, path: Path, image: &ScratchImage, jobs: &[Job]) -> Result<(), CompareError> {
-    let mut wrong = image.wrong_sectors(0, amount.span, READ_SEED).map_err(CompareError::Image)?;
-    wrong += image.wrong_sectors(amount.span, amount.span, SEQUENTIAL_SEED).map_err(CompareError::Image)?;
-    for job in jobs.iter().filter(|j| j.op == Op::RandWrite) {
-        let blocks = job.blocks(amount.span * 3 / lab::SECTOR);
-        for i in 0..job.count {
-            let at = job.lba(i, blocks) * lab::SECTOR;
-            wrong += image.wrong_sectors(at, u64::from(job.size), job.seed).map_err(CompareError::Image)?;
-        }
+    let mut wrong = image.wrong_sectors(0, amount.span, amount.seed).map_err(CompareError::Image)?;
+    for (at, (len, seed)) in written(jobs, amount.span * 3 / lab::SECTOR) {
+        wrong += image.wrong_sectors(at, len, seed).map_err(CompareError::Image)?;
     }
     if wrong > 0 {
         return Err(CompareError::Mismatch { device: path.name(), sectors: wrong });
@@ -229,11 +240,31 @@ mod tests {
     #[test]
     fn jobs_survive_the_command_line() {
         for path in Path::ALL {
-            let jobs = with_warm_up(&Amount::of(false).jobs(path));
+            let jobs = with_warm_up(&Amount::of(false, 1).jobs(path));
             let append = jobs.iter().map(Job::to_string).collect::<Vec<_>>().join("; ");
             let parsed: Result<Vec<Job>, _> = lab::jobs(&append).collect();
             assert_eq!(parsed, Ok(jobs), "{path:?}");
         }
-        assert_eq!(steps(Amount::of(true)), 2 * (4 + 4 + 6));
+        assert_eq!(steps(Amount::of(true, 1)), 2 * (4 + 4 + 6));
+    }
+
+    #[test]
+    fn no_two_jobs_write_the_same_pattern_and_the_last_one_counts() {
+        let jobs = |run| with_warm_up(&Amount::of(true, run).jobs(Path::VirtioBlk));
+        let mut seeds: Vec<u64> =
+            [jobs(1), jobs(2)].concat().iter().filter(|j| j.op.writes()).map(|j| j.seed).collect();
+        let count = seeds.len();
+        seeds.sort_unstable();
+        seeds.dedup();
+        assert_eq!((seeds.len(), count), (12, 12), "warm-up and measured, three writing tests, two runs");
+        let one = jobs(1);
+        assert!(
+            one.iter().filter(|j| !j.op.writes()).all(|j| j.seed == one[0].seed),
+            "as the image is filled"
+        );
+        let amount = Amount::of(true, 1);
+        let written = written(&one, amount.span * 3 / lab::SECTOR);
+        let sequential = one.iter().rfind(|j| j.op == Op::SeqWrite).expect("job");
+        assert_eq!(written[&amount.span], (u64::from(PIECE), sequential.seed), "not the warm-up's");
     }
 }

@@ -128,7 +128,7 @@ pub fn command(args: &CompareArgs) -> Result<ExitCode, Box<dyn Error>> {
 /// Every run of every device, the devices taking turns so that the host's moods hit them alike.
 pub fn measure(config: &CompareConfig) -> Result<Samples, CompareError> {
     let per_run = match config.guest {
-        Guest::Lab => lab::steps(lab::Amount::of(config.quick)),
+        Guest::Lab => lab::steps(lab::Amount::of(config.quick, 1)),
         Guest::Linux { .. } => linux::steps(),
     };
     let progress = bar(per_run * u64::from(config.runs));
@@ -136,7 +136,7 @@ pub fn measure(config: &CompareConfig) -> Result<Samples, CompareError> {
     for run in 1..=config.runs {
         for path in Path::ALL {
             progress.set_message(format!("{}, run {run} of {}", path.name(), config.runs));
-            for (key, sample) in run_once(config, path, &|| progress.inc(1))? {
+            for (key, sample) in run_once(config, path, run, &|| progress.inc(1))? {
                 samples.entry(key).or_default().push(sample);
             }
         }
@@ -148,11 +148,12 @@ pub fn measure(config: &CompareConfig) -> Result<Samples, CompareError> {
 fn run_once(
     config: &CompareConfig,
     path: Path,
+    run: u32,
     step: &(dyn Fn() + Send + Sync),
 ) -> Result<Vec<(Key, Sample)>, CompareError> {
     match &config.guest {
         Guest::Lab => {
-            let amount = lab::Amount::of(config.quick);
+            let amount = lab::Amount::of(config.quick, run);
             let image = amount.image().map_err(CompareError::Image)?;
             lab::run(config, amount, path, &image, step)
         }
