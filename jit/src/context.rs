@@ -119,5 +119,5 @@ impl ContextStack {
     }
 }
 
-/// Page-validation cells; see `translator::pages`.
+/// Page-validation cells; see `pages`.
 pub(crate) const XSLOTS: usize = 16_384;

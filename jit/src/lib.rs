@@ -1,8 +1,9 @@
 //! The binary translator, and single guest instructions executed by the host itself.
 //!
 //! Guest and host have the same instruction set: a block is decoded ([`frontend`]), instructions that need no
-//! change are copied, memory operands go through the delta tables ([`delta`]), and what is not on the
-//! allow-list ([`classify`]) runs in the interpreter core of `paravane-cpu`.
+//! change are copied ([`emit`]), memory operands go through the delta tables ([`delta`]), and what is not on the
+//! allow-list ([`classify`]) runs in the interpreter core of `paravane-cpu`. [`translator`] is the engine: it keeps
+//! the blocks, runs them, and serves their misses and exits.
 #![allow(clippy::useless_conversion, reason = "dynasm! converts every register it is given")]
 
 mod block;

@@ -1,0 +1,273 @@
+//! Memory operands: effective addresses (SDM vol. 1, 3.7.5), and the delta-table access that turns a linear address
+//! into a host address or leaves for the miss stub.
+
+use super::{Emitter, Pos, Target, Unfit};
+use crate::context::ctx;
+use crate::flags::FlagSet;
+use crate::regs::{self, Place, R10, R11};
+use crate::stubs::MissInfo;
+use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use iced_x86::{Code, Instruction, OpKind, Register};
+
+pub(super) const NEED_FS_GS: [Register; 2] = [Register::FS, Register::GS];
+
+/// How live flags are kept over a check that destroys them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Keep {
+    Nothing,
+    Carry,
+    Zero,
+    All,
+}
+
+impl Emitter {
+    /// Computes the linear address of the memory operand; returns the host register that holds it.
+    pub(super) fn effective_address(&mut self, instr: &Instruction, linear: bool) -> Result<u8, Unfit> {
+        let base = instr.memory_base();
+        let index = instr.memory_index();
+        let wanted = if self.code64 { 8 } else { 4 };
+        for r in [base, index] {
+            if r != Register::None
+                && r != Register::RIP
+                && r.size() != wanted
+                && !(self.code64 && r.size() == 4)
+            {
+                return Err(Unfit);
+            }
+        }
+        let narrow = [base, index].iter().any(|r| *r != Register::None && r.size() == 4);
+        let segment = instr.memory_segment();
+        let based = linear && NEED_FS_GS.contains(&segment);
+        let disp = instr.memory_displacement64();
+        if base == Register::RIP
+            || base == Register::EIP
+            || (base == Register::None && index == Register::None)
+        {
+            Self::constant(&mut self.hot, R10, disp);
+        } else {
+            let b = (base != Register::None).then(|| regs::number(base));
+            let x = (index != Register::None).then(|| regs::number(index));
+            if let (Some(b), None, 0, false, false) = (b, x, disp, based, narrow && self.code64)
+                && let Place::Host(h) = regs::place(b)
+            {
+                return Ok(h);
+            }
+            let b = b.map(|b| self.guest(b, R10));
+            let x = x.map(|x| self.guest(x, R11));
+            self.lea(R10, b, x, instr.memory_index_scale(), disp as i32, narrow);
+        }
+        if based {
+            let at = ctx!(seg_base) + if segment == Register::FS { 32 } else { 40 };
+            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + at]);
+            if self.code64 {
+                dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11]);
+            } else {
+                dynasm!(self.hot ; .arch x64 ; lea r10d, [r10 + r11]);
+            }
+        }
+        Ok(R10)
+    }
+
+    pub(super) fn lea(
+        &mut self,
+        dst: u8,
+        base: Option<u8>,
+        index: Option<u8>,
+        scale: u32,
+        disp: i32,
+        narrow: bool,
+    ) {
+        let reg = |n: u8| Register::RAX + u32::from(n);
+        let memory = iced_x86::MemoryOperand::new(
+            base.map_or(Register::None, reg),
+            index.map_or(Register::None, reg),
+            if index.is_some() { scale } else { 1 },
+            i64::from(disp),
+            if base.is_none() {
+                8
+            } else if disp == 0 {
+                0
+            } else {
+                1
+            },
+            false,
+            Register::None,
+        );
+        let (code, dst) = if narrow {
+            (Code::Lea_r32_m, Register::EAX + u32::from(dst))
+        } else {
+            (Code::Lea_r64_m, reg(dst))
+        };
+        let instr = Instruction::with2(code, dst, memory).expect("LEA takes a register and memory");
+        self.encode(&instr).expect("an address of registers is encodable");
+    }
+
+    /// LEA.
+    pub(crate) fn lea_instruction(&mut self, instr: &Instruction) -> Result<(), Unfit> {
+        let dst = instr.op0_register();
+        let n = regs::number(dst);
+        let size = dst.size();
+        let ea = self.effective_address(instr, false)?;
+        let Place::Host(h) = regs::place(n) else {
+            return match size {
+                8 => {
+                    self.set_guest(n, ea);
+                    Ok(())
+                }
+                4 => {
+                    dynasm!(self.hot ; .arch x64 ; mov r10d, Rd(ea));
+                    self.set_guest(n, R10);
+                    Ok(())
+                }
+                _ => Err(Unfit),
+            };
+        };
+        match size {
+            8 => dynasm!(self.hot ; .arch x64 ; mov Rq(h), Rq(ea)),
+            4 => dynasm!(self.hot ; .arch x64 ; mov Rd(h), Rd(ea)),
+            _ => dynasm!(self.hot ; .arch x64 ; mov Rw(h), Rw(ea)),
+        }
+        Ok(())
+    }
+
+    pub(super) fn keep(live: FlagSet) -> Keep {
+        if live.is_empty() {
+            Keep::Nothing
+        } else if live.within(FlagSet::CF) {
+            Keep::Carry
+        } else if live.within(FlagSet::ZF) {
+            Keep::Zero
+        } else {
+            Keep::All
+        }
+    }
+
+    /// Saves the flags of `keep`, in r13 or, while a group owns it, in the context.
+    pub(super) fn save(ops: &mut SimpleAssembler, keep: Keep, grouped: bool) {
+        let tmp = ctx!(tmp) + 8;
+        match keep {
+            Keep::Nothing => {}
+            Keep::Carry if grouped => dynasm!(ops ; .arch x64 ; setb [rsp + tmp]),
+            Keep::Zero if grouped => dynasm!(ops ; .arch x64 ; setz [rsp + tmp]),
+            Keep::All if grouped => dynasm!(ops ; .arch x64 ; mov [rsp + tmp], rax ; lahf ; seto al),
+            Keep::Carry => dynasm!(ops ; .arch x64 ; setb r13b),
+            Keep::Zero => dynasm!(ops ; .arch x64 ; setz r13b),
+            Keep::All => dynasm!(ops ; .arch x64 ; mov r13, rax ; lahf ; seto al),
+        }
+    }
+
+    pub(super) fn restore(ops: &mut SimpleAssembler, keep: Keep, grouped: bool) {
+        let tmp = ctx!(tmp) + 8;
+        match keep {
+            Keep::Nothing => {}
+            Keep::Carry if grouped => dynasm!(ops ; .arch x64 ; add BYTE [rsp + tmp], -1),
+            Keep::Zero if grouped => dynasm!(ops ; .arch x64 ; cmp BYTE [rsp + tmp], 1),
+            Keep::All if grouped => dynasm!(ops ; .arch x64 ; add al, 127 ; sahf ; mov rax, [rsp + tmp]),
+            Keep::Carry => dynasm!(ops ; .arch x64 ; add r13b, -1),
+            Keep::Zero => dynasm!(ops ; .arch x64 ; cmp r13b, 1),
+            Keep::All => dynasm!(ops ; .arch x64 ; add al, 127 ; sahf ; mov rax, r13),
+        }
+    }
+
+    /// Turns the linear address in host register `ea` into a host address in r11 for an access of `size` bytes;
+    /// keeps `live`. Uses r13 (while flags are live and no group owns it) and may overwrite r10.
+    pub(super) fn access(&mut self, ea: u8, size: u32, write: bool, live: FlagSet) {
+        let keep = Self::keep(live);
+        let retry = self.hot_here();
+        dynasm!(self.hot
+            ; .arch x64
+            ; rorx r11, Rq(ea), 48
+            ; shrx r11, r11, r15
+        );
+        if write {
+            dynasm!(self.hot ; .arch x64 ; mov r11, [r14 + r11 * 8 - 28]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r11, [r15 + r11 * 8 - 28]);
+        }
+        if keep == Keep::Nothing {
+            dynasm!(self.hot ; .arch x64 ; add r11, Rq(ea));
+        } else {
+            dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
+        }
+        Self::save(&mut self.hot, keep, self.group.is_some());
+        let last = size as i32 - 1;
+        match size {
+            1 => {
+                dynasm!(self.hot ; .arch x64 ; test r11, r11);
+                let cold = self.cold_here();
+                self.hot_jcc(8, cold);
+                self.cold_miss(ea, size, write, keep, retry);
+            }
+            2..=10 => {
+                let mask = size.next_power_of_two() as i8 - 1;
+                dynasm!(self.hot ; .arch x64 ; test r11b, mask);
+                let cold = self.cold_here();
+                self.hot_jcc(5, cold);
+                let back = self.hot_here();
+                // Unaligned but inside the page is common: back to the access unless it is poison or crosses. EA may
+                // be overwritten now: an access that crosses goes to the interpreter.
+                dynasm!(self.cold ; .arch x64 ; test r11, r11);
+                self.cold.push(0x78);
+                let js = self.cold.ops.len();
+                self.cold.push(0);
+                dynasm!(self.cold ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
+                self.cold_jcc(4, back);
+                Self::restore(&mut self.cold, keep, self.group.is_some());
+                self.cold_interpret(self.rip);
+                self.cold.ops[js] = (self.cold.ops.len() - js - 1) as u8;
+                self.cold_miss(ea, size, write, keep, retry);
+            }
+            _ => {
+                // Vectors are seldom aligned: tell poison by its sign, then whether the access leaves the page.
+                dynasm!(self.hot ; .arch x64 ; test r11, r11);
+                let cold = self.cold_here();
+                self.hot_jcc(8, cold);
+                self.cold_miss(ea, size, write, keep, retry);
+                dynasm!(self.hot ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
+                let cross = self.cold_here();
+                self.hot_jcc(5, cross);
+                Self::restore(&mut self.cold, keep, self.group.is_some());
+                self.cold_interpret(self.rip);
+            }
+        }
+        Self::restore(&mut self.hot, keep, self.group.is_some());
+    }
+
+    /// Cold code of a poisoned access: fills the table and tries again, or leaves to interpret the instruction.
+    fn cold_miss(&mut self, ea: u8, size: u32, write: bool, keep: Keep, retry: Pos) {
+        Self::restore(&mut self.cold, keep, self.group.is_some());
+        if ea != R10 {
+            dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea));
+        }
+        let info = u64::from(size) | if write { MissInfo::WRITE } else { 0 };
+        dynasm!(self.cold ; .arch x64 ; mov r11d, info as i32);
+        self.cold.push(0xE8);
+        self.cold_rel32(Target::Cache(self.stubs.miss));
+        // After the call: this jump for the interpreter, behind it the way back.
+        let fail = Pos::Cold(self.cold.ops.len() + 10);
+        self.cold_jmp(Target::Here(fail));
+        self.cold_jmp(Target::Here(retry));
+        self.cold_interpret(self.rip);
+    }
+
+    /// An instruction with AH–BH and memory cannot name r11: borrows a register without REX for the address, after a
+    /// probe that faults while all registers are still the guest's.
+    pub(super) fn high_byte_access(&mut self, new: &mut Instruction) -> Result<(), Unfit> {
+        let used = |n: u8| {
+            (0..new.op_count())
+                .any(|i| new.op_kind(i) == OpKind::Register && regs::number(new.op_register(i)) == n)
+        };
+        // RAX is implicit in CMPXCHG; RSI and RDI have no high byte and no such role.
+        let t = [6u8, 7].into_iter().find(|&n| !used(n)).ok_or(Unfit)?;
+        new.set_memory_base(Register::RAX + u32::from(t));
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov r10b, [r11]
+            ; mov [rsp + ctx!(tmp)], Rq(t)
+            ; mov Rq(t), r11
+        );
+        self.encode(new)?;
+        dynasm!(self.hot ; .arch x64 ; mov Rq(t), [rsp + ctx!(tmp)]);
+        Ok(())
+    }
+}

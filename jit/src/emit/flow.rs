@@ -1,0 +1,237 @@
+//! Ways into and out of a block: direct exits that are chained later, indirect jumps through the jump cache, exits to
+//! the run loop and the interpreter, and the checks at the entries.
+
+use super::{Emitter, PendingLink, Site, Target, Unfit};
+use crate::code_cache::CodeOffset;
+use crate::context::{JitContext, Reason, ctx};
+use crate::flags::FlagSet;
+use crate::regs::{self, R10, R11};
+use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use iced_x86::{Instruction, OpKind};
+
+impl Emitter {
+    /// Jumps to linear address `target`; polls for attention first when it may close a loop.
+    pub(crate) fn direct_exit(&mut self, target: u64, live: FlagSet, polled: bool) {
+        if polled || target <= self.rip {
+            self.poll(target, live);
+        }
+        self.hot.push(0xE9);
+        self.link_here(target, live);
+    }
+
+    /// Conditional jump; ends the block with two exits.
+    pub(crate) fn jcc(&mut self, cc: u8, target: u64, next: u64, live_taken: FlagSet, live_next: FlagSet) {
+        if target <= self.rip {
+            self.hot.push(0x0F);
+            self.hot.push(0x80 | (cc ^ 1));
+            let site = self.hot_here();
+            self.hot.push_i32(0);
+            self.direct_exit(target, live_taken, true);
+            let over = self.hot_here();
+            self.fixups.push((site, Target::Here(over)));
+        } else {
+            self.hot.push(0x0F);
+            self.hot.push(0x80 | cc);
+            self.link_here(target, live_taken);
+        }
+        self.direct_exit(next, live_next, false);
+    }
+
+    /// Near JMP or CALL through a register or memory.
+    pub(crate) fn jump_indirect(
+        &mut self,
+        instr: &Instruction,
+        call: Option<u64>,
+        site: Site,
+    ) -> Result<(), Unfit> {
+        if instr.op0_kind() == OpKind::Memory {
+            self.load_operand(instr, site.before)?;
+        } else {
+            let r = self.guest(regs::number(instr.op0_register()), R11);
+            if r != R11 {
+                dynasm!(self.hot ; .arch x64 ; mov r11, Rq(r));
+            }
+        }
+        if let Some(next) = call {
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
+            self.push_return(next, site.before);
+            self.sync_rsp();
+            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp)]);
+        }
+        self.indirect_exit();
+        Ok(())
+    }
+
+    /// Ends the block: the run loop does what `reason` says at `rip`.
+    pub(crate) fn leave_for(&mut self, rip: u64, reason: Reason) {
+        let cold = self.cold_here();
+        self.cold_leave(rip, reason);
+        self.hot.push(0xE9);
+        self.hot_rel32(Target::Here(cold));
+    }
+
+    /// Leaves to interpret the instruction at `rip`.
+    pub(crate) fn interpret(&mut self, rip: u64) {
+        Self::constant(&mut self.hot, R10, rip);
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
+        self.hot.push(0xE9);
+        self.hot_rel32(Target::Cache(self.stubs.interpret));
+    }
+
+    /// The displacement of a chainable jump, and its stub.
+    fn link_here(&mut self, target: u64, live: FlagSet) {
+        let number = self.first_link + self.links.len() as u32;
+        let stub = self.cold_here();
+        dynasm!(self.cold ; .arch x64 ; mov DWORD [rsp + ctx!(link)], number as i32);
+        self.cold_leave(target, Reason::Link);
+        let site = self.hot_rel32(Target::Here(stub));
+        self.links.push(PendingLink {
+            site,
+            stub,
+            flags_live: !live.is_empty(),
+            same_page: target >> 12 == self.page,
+            ungrouped: false,
+        });
+    }
+
+    fn poll(&mut self, target: u64, live: FlagSet) {
+        dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(attention)]);
+        if live.is_empty() {
+            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
+            let cold = self.cold_here();
+            self.hot_jcc(5, cold);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r10d, [r10]);
+            self.jump_unless_zero();
+        }
+        self.cold_leave(target, Reason::Attention);
+    }
+
+    /// Goes on if r10 is zero, to the cold code that follows otherwise; keeps flags. Uses r13.
+    fn jump_unless_zero(&mut self) {
+        dynasm!(self.hot ; .arch x64 ; mov r13, rcx ; mov rcx, r10 ; .u8 0xE3, 8);
+        // jrcxz over `mov rcx, r13; jmp cold`: 3 + 5 bytes.
+        dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
+        self.hot.push(0xE9);
+        let cold = self.cold_here();
+        self.hot_rel32(Target::Here(cold));
+        dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
+    }
+
+    /// Jumps to the linear address in r11 through the jump cache; r13 tells where from.
+    pub(super) fn indirect_exit(&mut self) {
+        dynasm!(self.hot
+            ; .arch x64
+            ; movzx r10d, r11w
+            ; mov r13, [rsp + ctx!(jump_cache)]
+            ; lea r10, [r13 + r10 * 8]
+            ; lea r13, [rip - 1]
+            ; jmp QWORD [r10]
+        );
+    }
+
+    /// The indirect entry: checks that r11 is this block's address and polls, then falls into the direct entry.
+    pub(crate) fn indirect_entry(&mut self, lin: u64, live: FlagSet) {
+        // r13 names the source of the jump: flags are kept in memory.
+        let keep = Self::keep(live);
+        Self::save(&mut self.hot, keep, true);
+        Self::constant(&mut self.hot, R10, lin);
+        dynasm!(self.hot ; .arch x64 ; cmp r10, r11);
+        let miss = self.cold_here();
+        self.hot_jcc(5, miss);
+        Self::restore(&mut self.cold, keep, true);
+        self.cold_jmp(Target::Cache(self.stubs.indirect));
+        dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(attention)] ; cmp DWORD [r10], 0);
+        let attention = self.cold_here();
+        self.hot_jcc(5, attention);
+        Self::restore(&mut self.cold, keep, true);
+        self.cold_leave(lin, Reason::Attention);
+        Self::restore(&mut self.hot, keep, true);
+    }
+
+    /// At the direct entry: leaves to look the block up again unless cell `slot` holds `page` (for an instruction
+    /// that crosses into a page whose mapping may have changed).
+    pub(crate) fn check_page(&mut self, slot: u32, page: u32, lin: u64, live: FlagSet) {
+        let keep = Self::keep(live);
+        Self::save(&mut self.hot, keep, self.group.is_some());
+        let at = xslot_offset(slot);
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
+        let cold = self.cold_here();
+        self.hot_jcc(5, cold);
+        Self::restore(&mut self.cold, keep, self.group.is_some());
+        self.cold_leave(lin, Reason::Indirect);
+        Self::restore(&mut self.hot, keep, self.group.is_some());
+    }
+
+    /// Adds to the retired-instruction counter.
+    pub(crate) fn count(&mut self, instructions: u32) {
+        let n = instructions as i32;
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov r10, [rsp + ctx!(instructions)]
+            ; lea r10, [r10 + n]
+            ; mov [rsp + ctx!(instructions)], r10
+        );
+    }
+
+    pub(super) fn cold_leave(&mut self, rip: u64, reason: Reason) {
+        Self::constant(&mut self.cold, R10, rip);
+        dynasm!(self.cold
+            ; .arch x64
+            ; mov [rsp + ctx!(rip)], r10
+            ; mov r10d, reason as i32
+        );
+        self.cold_jmp(Target::Cache(self.stubs.exit));
+    }
+
+    pub(super) fn cold_interpret(&mut self, rip: u64) {
+        Self::constant(&mut self.cold, R10, rip);
+        dynasm!(self.cold ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
+        self.cold_jmp(Target::Cache(self.stubs.interpret));
+    }
+}
+
+/// Offset of a page-validation cell from host RSP.
+fn xslot_offset(slot: u32) -> i32 {
+    std::mem::offset_of!(JitContext, xslots) as i32 + slot as i32 * 4
+}
+
+/// A jump to `target` that first checks page-validation cell `slot`; used to chain blocks of different pages.
+/// Returns the code and nothing else: positions are `start`-relative.
+pub(crate) fn link_thunk(
+    start: CodeOffset,
+    slot: u32,
+    page: u32,
+    flags_live: bool,
+    stub: CodeOffset,
+    target: CodeOffset,
+) -> Vec<u8> {
+    let mut ops = SimpleAssembler::new();
+    let at = xslot_offset(slot);
+    let rel = |ops: &mut SimpleAssembler, to: CodeOffset| {
+        let site = start.0 as i32 + ops.offset().0 as i32;
+        ops.push_i32(to.0 as i32 - (site + 4));
+    };
+    if flags_live {
+        let minus = (page as i32).wrapping_neg();
+        dynasm!(ops
+            ; .arch x64
+            ; mov r13, rcx
+            ; mov ecx, [rsp + at]
+            ; lea ecx, [rcx + minus]
+            ; .u8 0xE3, 8 // jrcxz over the next two
+            ; mov rcx, r13
+        );
+        ops.push(0xE9);
+        rel(&mut ops, stub);
+        dynasm!(ops ; .arch x64 ; mov rcx, r13);
+    } else {
+        dynasm!(ops ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
+        ops.push(0x0F);
+        ops.push(0x85);
+        rel(&mut ops, stub);
+    }
+    ops.push(0xE9);
+    rel(&mut ops, target);
+    ops.finalize()
+}

@@ -1,0 +1,374 @@
+//! Emits the host code of one block: identity for what needs no change, the delta-table access around memory
+//! operands, and the jumps out.
+//!
+//! Code goes to two buffers, `hot` (the straight line) and `cold` (misses, exits), joined at the end. Within an instruction
+//! all guest registers stay as they were until nothing can fault any more, so that the instruction can be given
+//! to the interpreter at any faulting point.
+//!
+//! Here are the buffers and what every instruction needs; [`access`] turns guest addresses into host addresses, [`group`]
+//! shares one check among accesses, [`stack`], [`string`] and [`system`] emit instructions that are not identities,
+//! and [`flow`] leaves the block.
+
+mod access;
+mod flow;
+mod group;
+mod stack;
+mod string;
+mod system;
+
+pub(crate) use flow::link_thunk;
+
+use crate::classify::Form;
+use crate::code_cache::CodeOffset;
+use crate::context::ctx;
+use crate::flags::FlagSet;
+use crate::regs::{self, Place, R10, R11, R13};
+use crate::stubs::Stubs;
+use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use group::{Group, address_by_group};
+use iced_x86::{Code, Encoder, Instruction, OpAccess, OpKind, Register};
+
+/// Where in the block's code something is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Pos {
+    Hot(usize),
+    Cold(usize),
+}
+
+/// What a fixup's displacement must reach.
+#[derive(Clone, Copy, Debug)]
+enum Target {
+    Here(Pos),
+    Cache(CodeOffset),
+}
+
+/// A direct exit, resolved to cache offsets when the block is placed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PendingLink {
+    pub(crate) site: Pos,
+    pub(crate) stub: Pos,
+    pub(crate) flags_live: bool,
+    pub(crate) same_page: bool,
+    pub(crate) ungrouped: bool,
+}
+
+/// Why an instruction cannot be emitted: it goes to the interpreter.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unfit;
+
+/// What the emitter knows of the instruction besides the instruction.
+#[derive(Clone, Copy)]
+pub(crate) struct Site {
+    /// Status flags live before it.
+    pub(crate) before: FlagSet,
+}
+
+/// The emitter of one block; buffers are reused from block to block.
+pub(crate) struct Emitter {
+    hot: SimpleAssembler,
+    cold: SimpleAssembler,
+    fixups: Vec<(Pos, Target)>,
+    pub(crate) links: Vec<PendingLink>,
+    first_link: u32,
+    encoder: Encoder,
+    stubs: Stubs,
+    /// 64-bit code (32-bit otherwise).
+    code64: bool,
+    /// Linear address of the current instruction.
+    rip: u64,
+    page: u64,
+    group: Option<Group>,
+    /// How far guest RSP is ahead of its host register: runs of PUSH and POP in a group move it once.
+    rsp_pending: i32,
+}
+
+impl Emitter {
+    pub(crate) fn new(stubs: Stubs) -> Emitter {
+        Emitter {
+            hot: SimpleAssembler::new(),
+            cold: SimpleAssembler::new(),
+            fixups: Vec::new(),
+            links: Vec::new(),
+            first_link: 0,
+            encoder: Encoder::new(64),
+            stubs,
+            code64: true,
+            rip: 0,
+            page: 0,
+            group: None,
+            rsp_pending: 0,
+        }
+    }
+
+    /// Starts a block at linear address `lin`; its first link will have number `first_link`.
+    pub(crate) fn start(&mut self, lin: u64, code64: bool, first_link: u32) {
+        self.hot.ops.clear();
+        self.cold.ops.clear();
+        self.fixups.clear();
+        self.links.clear();
+        self.first_link = first_link;
+        self.code64 = code64;
+        self.rip = lin;
+        self.page = lin >> 12;
+        self.group = None;
+        self.rsp_pending = 0;
+    }
+
+    /// Says which instruction comes next.
+    pub(crate) fn at(&mut self, rip: u64) {
+        self.rip = rip;
+    }
+
+    /// Bytes of hot code so far.
+    pub(crate) fn hot_len(&self) -> usize {
+        self.hot.ops.len()
+    }
+
+    fn hot_rel32(&mut self, target: Target) -> Pos {
+        let at = Pos::Hot(self.hot.ops.len());
+        self.hot.push_i32(0);
+        self.fixups.push((at, target));
+        at
+    }
+
+    fn cold_rel32(&mut self, target: Target) -> Pos {
+        let at = Pos::Cold(self.cold.ops.len());
+        self.cold.push_i32(0);
+        self.fixups.push((at, target));
+        at
+    }
+
+    /// `jcc` from hot code; `cc` is the condition number.
+    fn hot_jcc(&mut self, cc: u8, target: Pos) -> Pos {
+        self.hot.push(0x0F);
+        self.hot.push(0x80 | cc);
+        self.hot_rel32(Target::Here(target))
+    }
+
+    fn cold_jcc(&mut self, cc: u8, target: Pos) {
+        self.cold.push(0x0F);
+        self.cold.push(0x80 | cc);
+        self.cold_rel32(Target::Here(target));
+    }
+
+    fn cold_jmp(&mut self, target: Target) {
+        self.cold.push(0xE9);
+        self.cold_rel32(target);
+    }
+
+    fn cold_here(&self) -> Pos {
+        Pos::Cold(self.cold.ops.len())
+    }
+
+    fn hot_here(&self) -> Pos {
+        Pos::Hot(self.hot.ops.len())
+    }
+
+    fn constant(ops: &mut SimpleAssembler, reg: u8, value: u64) {
+        if let Ok(v) = i32::try_from(value as i64) {
+            if v >= 0 {
+                dynasm!(ops ; .arch x64 ; mov Rd(reg), v);
+            } else {
+                dynasm!(ops ; .arch x64 ; mov Rq(reg), v);
+            }
+        } else if let Ok(v) = u32::try_from(value) {
+            dynasm!(ops ; .arch x64 ; mov Rd(reg), v as i32);
+        } else {
+            dynasm!(ops ; .arch x64 ; mov Rq(reg), QWORD value as i64);
+        }
+    }
+
+    fn home_offset(n: u8) -> i32 {
+        ctx!(home) + i32::from(n) * 8
+    }
+
+    /// Loads guest register `number` into a host register: its own, or `scratch`.
+    fn guest(&mut self, number: u8, scratch: u8) -> u8 {
+        match regs::place(number) {
+            Place::Host(h) => h,
+            Place::Home(n) => {
+                let at = Self::home_offset(n);
+                dynasm!(self.hot ; .arch x64 ; mov Rq(scratch), [rsp + at]);
+                scratch
+            }
+        }
+    }
+
+    /// Writes host register `host` (64 bits) to guest register `number`.
+    fn set_guest(&mut self, number: u8, host: u8) {
+        match regs::place(number) {
+            Place::Host(h) if h == host => {}
+            Place::Host(h) => dynasm!(self.hot ; .arch x64 ; mov Rq(h), Rq(host)),
+            Place::Home(n) => {
+                let at = Self::home_offset(n);
+                dynasm!(self.hot ; .arch x64 ; mov [rsp + at], Rq(host));
+            }
+        }
+    }
+
+    fn encode(&mut self, instr: &Instruction) -> Result<(), Unfit> {
+        let out = self.encoder.encode(instr, 0);
+        let mut bytes = self.encoder.take_buffer();
+        if out.is_ok() {
+            self.hot.ops.extend_from_slice(&bytes);
+        }
+        bytes.clear();
+        self.encoder.set_buffer(bytes);
+        out.map(drop).map_err(|_| Unfit)
+    }
+
+    /// Emits an identity-class instruction whose bytes are `raw`.
+    pub(crate) fn identity(
+        &mut self,
+        instr: &Instruction,
+        raw: &[u8],
+        form: &Form,
+        site: Site,
+    ) -> Result<(), Unfit> {
+        let memory = (0..instr.op_count()).find(|&i| instr.op_kind(i) == OpKind::Memory);
+        if memory.is_none() && self.copyable(instr, raw) {
+            self.hot.ops.extend_from_slice(raw);
+            return Ok(());
+        }
+        let mut new = *instr;
+        normalize(&mut new)?;
+        let grouped = self.group.is_some();
+        let mut free: &[u8] = if grouped { &[R10, R11] } else { &[R10, R11, R13] };
+        let mut high_byte = false;
+        if let Some(op) = memory {
+            let size = instr.memory_size().size() as u32;
+            if !matches!(size, 1 | 2 | 4 | 8 | 10 | 16 | 32) {
+                return Err(Unfit);
+            }
+            let write = !matches!(
+                form.access[op as usize],
+                OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
+            );
+            high_byte = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));
+            new.set_segment_prefix(Register::None);
+            if let Some((base, disp)) = self.member(instr, size, write).filter(|_| !high_byte) {
+                // A group member: the page's delta is in r13, the displacement stays.
+                let base = self.guest(base, R11);
+                address_by_group(&mut new, base, disp);
+                free = &[R10];
+            } else {
+                let ea = self.effective_address(instr, true)?;
+                self.access(ea, size, write, site.before);
+                new.set_memory_base(Register::R11);
+                new.set_memory_index(Register::None);
+                new.set_memory_index_scale(1);
+                new.set_memory_displacement64(0);
+                new.set_memory_displ_size(0);
+                free = if grouped { &[R10] } else { &[R10, R13] };
+            }
+        }
+        let mut stores: [(u8, u8); 4] = [(0, 0); 4];
+        let mut stored = 0;
+        let mut renamed: [(u8, u8); 4] = [(0xFF, 0); 4];
+        for i in 0..instr.op_count() {
+            if instr.op_kind(i) != OpKind::Register || !instr.op_register(i).is_gpr() {
+                continue;
+            }
+            let r = instr.op_register(i);
+            let n = regs::number(r);
+            let host = match regs::place(n) {
+                Place::Host(h) => h,
+                Place::Home(h) => {
+                    let access = form.access[i as usize];
+                    let host = match renamed.iter().find(|p| p.0 == n) {
+                        Some(p) => p.1,
+                        None => {
+                            let (&s, rest) = free.split_first().ok_or(Unfit)?;
+                            free = rest;
+                            renamed[i as usize] = (n, s);
+                            let at = Self::home_offset(h);
+                            dynasm!(self.hot ; .arch x64 ; mov Rq(s), [rsp + at]);
+                            s
+                        }
+                    };
+                    let pending = stores[..stored].iter().any(|s| s.0 == n);
+                    if !pending && !matches!(access, OpAccess::Read | OpAccess::CondRead) {
+                        stores[stored] = (n, host);
+                        stored += 1;
+                    }
+                    host
+                }
+            };
+            if host != n {
+                new.set_op_register(i, regs::same_size(r, host));
+            }
+        }
+        if high_byte {
+            self.high_byte_access(&mut new)?;
+        } else {
+            self.encode(&new)?;
+        }
+        for &(n, host) in &stores[..stored] {
+            self.set_guest(n, host);
+        }
+        Ok(())
+    }
+
+    /// Whether the bytes mean the same on the host: no RSP, no register without a host register.
+    fn copyable(&self, instr: &Instruction, raw: &[u8]) -> bool {
+        for i in 0..instr.op_count() {
+            let r = instr.op_register(i);
+            if r.is_gpr() && !matches!(regs::place(regs::number(r)), Place::Host(h) if h == regs::number(r)) {
+                return false;
+            }
+        }
+        // In 32-bit code 40–4F are INC and DEC, and VEX prefixes ignore bits that matter in 64-bit code.
+        self.code64 || !raw.iter().any(|b| matches!(b, 0x40..=0x4F | 0xC4 | 0xC5 | 0x62 | 0x67))
+    }
+
+    /// Drops hot code from `len` on (an instruction turned out not to fit). Cold code of it stays, unreachable.
+    pub(crate) fn rewind(&mut self, len: usize) {
+        self.hot.ops.truncate(len);
+        self.fixups.retain(|(at, _)| !matches!(at, Pos::Hot(p) if *p >= len));
+    }
+
+    /// Offset in the finished code.
+    pub(crate) fn offset(&self, pos: Pos) -> u32 {
+        match pos {
+            Pos::Hot(n) => n as u32,
+            Pos::Cold(n) => (self.hot.ops.len() + n) as u32,
+        }
+    }
+
+    /// Joins the buffers into `out` for placement at `start`.
+    pub(crate) fn finish(&mut self, start: CodeOffset, out: &mut Vec<u8>) {
+        out.clear();
+        out.extend_from_slice(&self.hot.ops);
+        out.extend_from_slice(&self.cold.ops);
+        for &(at, target) in &self.fixups {
+            let site = self.offset(at);
+            let target = match target {
+                Target::Here(p) => self.offset(p),
+                Target::Cache(c) => c.0.wrapping_sub(start.0),
+            };
+            let rel = target.wrapping_sub(site + 4);
+            out[site as usize..site as usize + 4].copy_from_slice(&rel.to_le_bytes());
+        }
+    }
+}
+
+/// Replaces forms that 64-bit mode encodes differently.
+fn normalize(instr: &mut Instruction) -> Result<(), Unfit> {
+    let code = match instr.code() {
+        Code::Inc_r32 => Code::Inc_rm32,
+        Code::Dec_r32 => Code::Dec_rm32,
+        Code::Inc_r16 => Code::Inc_rm16,
+        Code::Dec_r16 => Code::Dec_rm16,
+        Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
+        Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
+        Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,
+        Code::Mov_RAX_moffs64 => Code::Mov_r64_rm64,
+        Code::Mov_moffs8_AL => Code::Mov_rm8_r8,
+        Code::Mov_moffs16_AX => Code::Mov_rm16_r16,
+        Code::Mov_moffs32_EAX => Code::Mov_rm32_r32,
+        Code::Mov_moffs64_RAX => Code::Mov_rm64_r64,
+        _ => return Ok(()),
+    };
+    instr.set_code(code);
+    Ok(())
+}

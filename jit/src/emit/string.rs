@@ -1,0 +1,243 @@
+//! String instructions with DF clear, REP STOS and REP MOVS inside pages (SDM vol. 1, 7.3.9), and bit strings.
+
+use super::access::{Keep, NEED_FS_GS};
+use super::{Emitter, Site, Target, Unfit};
+use crate::classify::Form;
+use crate::context::ctx;
+use crate::flags::FlagSet;
+use crate::regs::{self, R10, R11};
+use dynasmrt::{DynasmApi, dynasm};
+use iced_x86::{Instruction, Mnemonic as M, OpAccess, OpKind, Register};
+
+impl Emitter {
+    /// A string instruction without REP, DF clear.
+    pub(crate) fn string(&mut self, instr: &Instruction, site: Site) -> Result<(), Unfit> {
+        let override_ = instr.has_segment_prefix() && NEED_FS_GS.contains(&instr.segment_prefix());
+        let wide = if self.code64 { OpKind::MemoryESRDI } else { OpKind::MemoryESEDI };
+        let wide_source = if self.code64 { OpKind::MemorySegRSI } else { OpKind::MemorySegESI };
+        let fits = |k: OpKind| k == OpKind::Register || k == wide || k == wide_source;
+        if override_ {
+            return Err(Unfit);
+        }
+        if !(0..instr.op_count()).all(|i| fits(instr.op_kind(i))) {
+            return Err(Unfit);
+        }
+        let size = instr.memory_size().size() as u32;
+        if instr.has_rep_prefix() || instr.has_repne_prefix() {
+            return self.repeated(instr, size, site);
+        }
+        const RSI: u8 = 6;
+        const RDI: u8 = 7;
+        let (source, destination) = match instr.mnemonic() {
+            M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
+                self.access(RDI, size, true, site.before);
+                self.sized_store(0, size);
+                (false, true)
+            }
+            M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => {
+                self.access(RSI, size, false, site.before);
+                self.sized_load(0, size);
+                (true, false)
+            }
+            M::Scasb | M::Scasw | M::Scasd | M::Scasq => {
+                self.access(RDI, size, false, site.before);
+                self.sized_compare(0, size);
+                (false, true)
+            }
+            M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
+                self.load_to_tmp(RSI, size, site.before);
+                self.access(RDI, size, true, site.before);
+                dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(tmp)]);
+                self.sized_store(R10, size);
+                (true, true)
+            }
+            _ => {
+                self.load_to_tmp(RSI, size, site.before);
+                self.access(RDI, size, false, site.before);
+                dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(tmp)]);
+                self.sized_compare(R10, size);
+                (true, true)
+            }
+        };
+        for (r, moves) in [(RSI, source), (RDI, destination)] {
+            let n = size as i32;
+            match (moves, self.code64) {
+                (true, true) => dynasm!(self.hot ; .arch x64 ; lea Rq(r), [Rq(r) + n]),
+                (true, false) => dynasm!(self.hot ; .arch x64 ; lea Rd(r), [Rq(r) + n]),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// REP STOS and REP MOVS whose operands stay inside a page each: the host's own, on host addresses. Longer ones are
+    /// the interpreter's, which goes by page spans.
+    fn repeated(&mut self, instr: &Instruction, size: u32, site: Site) -> Result<(), Unfit> {
+        let moves = match instr.mnemonic() {
+            M::Stosb | M::Stosw | M::Stosd | M::Stosq => false,
+            M::Movsb | M::Movsw | M::Movsd | M::Movsq => true,
+            _ => return Err(Unfit),
+        };
+        // Nothing at all happens for a count of zero: jrcxz over a short jump, to a long jump to the end.
+        dynasm!(self.hot ; .arch x64 ; .u8 0xE3, 2, 0xEB, 5);
+        self.hot.push(0xE9);
+        let done = self.hot_here();
+        self.hot.push_i32(0);
+        let keep = Self::keep(site.before);
+        Self::save(&mut self.hot, keep, true);
+        let slow = self.cold_here();
+        Self::restore(&mut self.cold, keep, true);
+        self.cold_interpret(self.rip);
+        let shift = size.trailing_zeros() as i8;
+        dynasm!(self.hot ; .arch x64 ; cmp rcx, 4096);
+        self.hot_jcc(7, slow);
+        dynasm!(self.hot ; .arch x64 ; mov r10d, ecx ; shl r10d, shift);
+        for r in if moves { [6, 7].as_slice() } else { [7].as_slice() } {
+            let r = *r;
+            dynasm!(self.hot
+                ; .arch x64
+                ; lea r11, [Rq(r) + r10 - 1]
+                ; xor r11, Rq(r)
+                ; test r11, !0xFFF
+            );
+            self.hot_jcc(5, slow);
+        }
+        Self::restore(&mut self.hot, keep, true);
+        if moves {
+            self.access(6, 1, false, site.before);
+            dynasm!(self.hot ; .arch x64 ; mov r10b, [r11] ; mov [rsp + ctx!(tmp)], r11);
+        }
+        self.access(7, 1, true, site.before);
+        // The probes fault, if anything does (a non-canonical address), while all registers are the guest's.
+        dynasm!(self.hot ; .arch x64 ; mov r10b, [r11]);
+        let scale = [1, 2, 4, 8][shift as usize & 3];
+        if moves {
+            self.lea(R10, Some(6), Some(1), scale, 0, !self.code64);
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(flags_image)], r10);
+        }
+        self.lea(R10, Some(7), Some(1), scale, 0, !self.code64);
+        dynasm!(self.hot ; .arch x64 ; mov rdi, r11);
+        if moves {
+            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(tmp)]);
+        }
+        let mut host = match (moves, size) {
+            (false, 1) => Instruction::with_rep_stosb(64),
+            (false, 2) => Instruction::with_rep_stosw(64),
+            (false, 4) => Instruction::with_rep_stosd(64),
+            (false, _) => Instruction::with_rep_stosq(64),
+            (true, 1) => Instruction::with_rep_movsb(64),
+            (true, 2) => Instruction::with_rep_movsw(64),
+            (true, 4) => Instruction::with_rep_movsd(64),
+            (true, _) => Instruction::with_rep_movsq(64),
+        }
+        .map_err(|_| Unfit)?;
+        host.set_segment_prefix(Register::None);
+        self.encode(&host)?;
+        dynasm!(self.hot ; .arch x64 ; mov rdi, r10);
+        if moves {
+            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(flags_image)]);
+        }
+        let end = self.hot_here();
+        self.fixups.push((done, Target::Here(end)));
+        Ok(())
+    }
+
+    /// BT, BTS, BTR, BTC with a register bit offset: the offset picks the word, then the bit in it.
+    pub(crate) fn bit_string(&mut self, instr: &Instruction, form: &Form, site: Site) -> Result<(), Unfit> {
+        let bit = instr.op1_register();
+        let size = bit.size() as u32;
+        let atomic = instr.has_lock_prefix();
+        if size < 4 || (atomic && !site.before.is_empty()) {
+            return Err(Unfit);
+        }
+        let write = form.access[0] != OpAccess::Read;
+        let ea = self.effective_address(instr, true)?;
+        if ea != R10 {
+            dynasm!(self.hot ; .arch x64 ; mov r10, Rq(ea));
+        }
+        let n = regs::number(bit);
+        let r = self.guest(n, R11);
+        let keep = Self::keep(site.before);
+        Self::save(&mut self.hot, keep, true);
+        // Saving may have replaced RAX.
+        let r = if r == 0 && keep == Keep::All {
+            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp) + 8]);
+            R11
+        } else {
+            r
+        };
+        if size == 8 {
+            dynasm!(self.hot ; .arch x64 ; mov r11, Rq(r) ; sar r11, 6);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; movsxd r11, Rd(r) ; sar r11, 5);
+        }
+        Self::restore(&mut self.hot, keep, true);
+        match (size, self.code64) {
+            (8, _) => dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11 * 8]),
+            (_, true) => dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11 * 4]),
+            (_, false) => dynasm!(self.hot ; .arch x64 ; lea r10d, [r10 + r11 * 4]),
+        }
+        self.access(R10, size, write, site.before);
+        let mut new = *instr;
+        if atomic {
+            let r = self.guest(n, R10);
+            let mask = size as i32 * 8 - 1;
+            dynasm!(self.hot ; .arch x64 ; mov r10, Rq(r) ; and r10d, mask);
+            new.set_memory_base(Register::R11);
+            new.set_memory_index(Register::None);
+            new.set_memory_index_scale(1);
+            new.set_memory_displacement64(0);
+            new.set_memory_displ_size(0);
+            new.set_segment_prefix(Register::None);
+            new.set_op1_register(regs::same_size(bit, R10));
+            return self.encode(&new);
+        }
+        // On a register operand the processor takes the offset modulo the width itself.
+        self.sized_load(R10, size);
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
+        let r = self.guest(n, R11);
+        new.set_op0_kind(OpKind::Register);
+        new.set_op0_register(regs::same_size(bit, R10));
+        new.set_segment_prefix(Register::None);
+        new.set_op1_register(regs::same_size(bit, r));
+        self.encode(&new)?;
+        if write {
+            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp)]);
+            self.sized_store(R10, size);
+        }
+        Ok(())
+    }
+
+    fn load_to_tmp(&mut self, ea: u8, size: u32, live: FlagSet) {
+        self.access(ea, size, false, live);
+        self.sized_load(R10, size);
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r10);
+    }
+
+    fn sized_store(&mut self, r: u8, size: u32) {
+        match size {
+            1 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rb(r)),
+            2 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rw(r)),
+            4 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rd(r)),
+            _ => dynasm!(self.hot ; .arch x64 ; mov [r11], Rq(r)),
+        }
+    }
+
+    fn sized_load(&mut self, r: u8, size: u32) {
+        match size {
+            1 => dynasm!(self.hot ; .arch x64 ; mov Rb(r), [r11]),
+            2 => dynasm!(self.hot ; .arch x64 ; mov Rw(r), [r11]),
+            4 => dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r11]),
+            _ => dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r11]),
+        }
+    }
+
+    fn sized_compare(&mut self, r: u8, size: u32) {
+        match size {
+            1 => dynasm!(self.hot ; .arch x64 ; cmp Rb(r), [r11]),
+            2 => dynasm!(self.hot ; .arch x64 ; cmp Rw(r), [r11]),
+            4 => dynasm!(self.hot ; .arch x64 ; cmp Rd(r), [r11]),
+            _ => dynasm!(self.hot ; .arch x64 ; cmp Rq(r), [r11]),
+        }
+    }
+}

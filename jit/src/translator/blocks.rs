@@ -1,0 +1,199 @@
+//! Blocks: finding the page of code, translating, chaining, and taking blocks back when their bytes change or the code cache
+//! is full.
+//!
+//! Invariant this unsafe island relies on: that of `context` in [`super`]; its cells are borrowed only for a call on
+//! `pages`, a field of its own.
+
+use super::fill::miss_helper;
+use super::{Translator, canonical};
+use crate::block::{Block, BlockId, BlockKey, Link, Mode};
+use crate::code_cache::CodeOffset;
+use crate::emit;
+use crate::frontend::{Crossing, Source};
+use crate::stubs;
+use paravane_cpu::{Access, CpuState, LinAddr, Privilege, translate};
+use paravane_memory::{Mapped, PAGE_SHIFT, RamOffset};
+
+/// Space that must be free before a block is translated.
+const BLOCK_RESERVE: usize = 64 << 10;
+/// Blocks kept at most; bounds the tables beside the code.
+const MAX_BLOCKS: usize = 1 << 20;
+
+impl Translator {
+    /// The backing page of code at `lin` and its validation cell; `None` if fetching faults or is not from memory.
+    pub(super) fn fetch_page(&mut self, cpu: &CpuState, lin: u64) -> Option<(RamOffset, u32)> {
+        let user = cpu.cpl == 3;
+        let slot = match self.pages.slot(lin, user) {
+            Some(s) => s,
+            None => {
+                self.reset_cache();
+                self.pages.slot(lin, user)?
+            }
+        };
+        let cell = self.context().xslots[slot as usize];
+        if cell != 0 {
+            return Some((RamOffset(u64::from(cell - 1) << PAGE_SHIFT), slot));
+        }
+        if !canonical(lin) {
+            return None;
+        }
+        let privilege = if user { Privilege::User } else { Privilege::Supervisor };
+        let t = translate(cpu, &self.mem, LinAddr(lin), Access::Execute, privilege).ok()?;
+        let (Mapped::Ram(o) | Mapped::Rom(o)) = self.mem.resolve(t.phys.page()) else { return None };
+        self.context().xslots[slot as usize] = (o.0 >> PAGE_SHIFT) as u32 + 1;
+        self.pages.validated(slot, t.global);
+        Some((o, slot))
+    }
+
+    /// The block at `lin`, translated if need be, and the validation cell of its page.
+    pub(super) fn block_at(&mut self, cpu: &CpuState, lin: u64, mode: Mode) -> Option<(BlockId, u32)> {
+        let (page, slot) = self.fetch_page(cpu, lin)?;
+        let key = BlockKey { at: RamOffset(page.0 + (lin & 0xFFF)), lin, mode };
+        if let Some(id) = self.blocks.find(&key) {
+            let Some(second) = self.blocks.blocks[id as usize].crosses_into else { return Some((id, slot)) };
+            // An instruction on two pages: the second must still be what it was.
+            let (next, _) = self.fetch_page(cpu, (lin & !0xFFF).wrapping_add(4096))?;
+            if next.0 >> PAGE_SHIFT == second {
+                return Some((id, slot));
+            }
+            self.retire(id);
+        }
+        if self.cache.free() < BLOCK_RESERVE || self.blocks.blocks.len() >= MAX_BLOCKS {
+            self.reset_cache();
+            return self.block_at(cpu, lin, mode);
+        }
+        self.translate_block(cpu, key, page).map(|id| (id, slot))
+    }
+
+    fn translate_block(&mut self, cpu: &CpuState, key: BlockKey, page: RamOffset) -> Option<BlockId> {
+        self.protect(page);
+        self.mem.ram_read(page, &mut self.page_bytes[..]);
+        let at = (key.lin & 0xFFF) as usize;
+        let mut crossing = None;
+        let mut extra = None;
+        let mut joined = [0u8; 32];
+        let mut bytes = &self.page_bytes[..];
+        let mut source_at = at;
+        if at > 4096 - 15 && !complete(&bytes[at..], key.mode) {
+            let next_lin = (key.lin & !0xFFF).wrapping_add(4096);
+            let (next, slot) = self.fetch_page(cpu, next_lin)?;
+            self.protect(next);
+            let head = 4096 - at;
+            joined[..head].copy_from_slice(&self.page_bytes[at..]);
+            self.mem.ram_read(next, &mut joined[head..head + 15]);
+            bytes = &joined[..head + 15];
+            source_at = 0;
+            crossing = Some(Crossing { slot, page: (next.0 >> PAGE_SHIFT) as u32 + 1 });
+            extra = Some(next.0 >> PAGE_SHIFT);
+        }
+        let options = self.core.model().decoder_options();
+        let source = Source { bytes, at: source_at, lin: key.lin, mode: key.mode, options };
+        let first_link = self.blocks.links.len() as u32;
+        let t = self.frontend.translate(&source, &mut self.forms, &mut self.emitter, first_link, crossing);
+        let start = self.cache.next();
+        self.emitter.finish(start, &mut self.code);
+        if self.code.len() > self.cache.free() {
+            return None;
+        }
+        self.cache.append(&self.code);
+        for l in &self.emitter.links {
+            self.blocks.links.push(Link {
+                site: CodeOffset(start.0 + self.emitter.offset(l.site)),
+                stub: CodeOffset(start.0 + self.emitter.offset(l.stub)),
+                flags_live: l.flags_live,
+                same_page: l.same_page && extra.is_none(),
+                ungrouped: l.ungrouped,
+            });
+        }
+        self.stats.blocks += 1;
+        self.stats.instructions += u64::from(t.instructions);
+        self.stats.guest_bytes += u64::from(t.len);
+        self.stats.code_bytes += self.code.len() as u64;
+        let block = Block {
+            key,
+            start,
+            entry: CodeOffset(start.0 + t.entry),
+            code_len: self.code.len() as u32,
+            sites: t.sites.into_boxed_slice(),
+            incoming: Vec::new(),
+            cached: false,
+            live: true,
+            crosses_into: extra,
+        };
+        Some(self.blocks.insert(block))
+    }
+
+    /// Chains link `number` to block `to`.
+    pub(super) fn chain(&mut self, number: u32, to: BlockId, slot: u32, page: RamOffset) {
+        let link = &self.blocks.links[number as usize];
+        let (site, stub) = (link.site, link.stub);
+        let entry = self.blocks.blocks[to as usize].entry;
+        let target = if link.same_page {
+            entry
+        } else {
+            let at = self.cache.next();
+            let value = (page.0 >> PAGE_SHIFT) as u32 + 1;
+            let thunk = emit::link_thunk(at, slot, value, link.flags_live, stub, entry);
+            if thunk.len() + 64 > self.cache.free() {
+                return;
+            }
+            self.cache.append(&thunk)
+        };
+        self.cache.patch_rel32(site, target);
+        self.blocks.blocks[to as usize].incoming.push(number);
+        self.stats.links += 1;
+    }
+
+    /// Removes a block: nothing jumps to it any more.
+    fn retire(&mut self, id: BlockId) {
+        let block = &mut self.blocks.blocks[id as usize];
+        if !block.live {
+            return;
+        }
+        let incoming = std::mem::take(&mut block.incoming);
+        let (lin, start, cached) = (block.key.lin, block.start, block.cached);
+        for number in incoming {
+            let link = &self.blocks.links[number as usize];
+            self.cache.patch_rel32(link.site, link.stub);
+        }
+        if cached {
+            let entry = self.cache.address(start);
+            self.pages.uncache(lin, entry);
+        }
+        self.blocks.retire(id);
+        self.stats.invalidated += 1;
+    }
+
+    /// Removes all blocks with bytes on the page at `ram`; the page is an ordinary page again.
+    pub(super) fn invalidate_page(&mut self, ram: RamOffset) {
+        let page = ram.0 >> PAGE_SHIFT;
+        for id in self.blocks.take_page(page) {
+            self.retire(id);
+        }
+        self.mem.set_code(RamOffset(page << PAGE_SHIFT), false);
+        self.core.invalidate_code(RamOffset(page << PAGE_SHIFT));
+    }
+
+    /// Starts over with an empty code cache.
+    fn reset_cache(&mut self) {
+        let pages: Vec<u64> = self.blocks.pages().collect();
+        for p in pages {
+            self.mem.set_code(RamOffset(p << PAGE_SHIFT), false);
+        }
+        self.blocks.clear();
+        // SAFETY: by the module's invariant; a field borrow beside `pages`.
+        let cells = unsafe { &mut (*self.context).xslots };
+        self.pages.clear(cells);
+        self.cache.truncate(CodeOffset(0));
+        self.stubs = stubs::emit(&mut self.cache, miss_helper);
+        self.stats.cache_flushes += 1;
+    }
+}
+
+/// Whether the first instruction in `bytes` is whole.
+fn complete(bytes: &[u8], mode: Mode) -> bool {
+    let bits = if mode.has(Mode::CODE32) { 32 } else { 64 };
+    let mut d = iced_x86::Decoder::new(bits, bytes, iced_x86::DecoderOptions::NONE);
+    let _ = d.decode();
+    d.last_error() != iced_x86::DecoderError::NoMoreBytes
+}

@@ -1,0 +1,200 @@
+//! Filling the delta tables: misses of translated code, which pages are shown writable and the end of that when they hold
+//! code, and flushes.
+//!
+//! Invariants this unsafe island relies on, beside those of [`super`]:
+//! * [`miss_helper`] gets the context whose `engine` is the running translator, which nothing else borrows then;
+//! * `fill` is called only while `running` points to the `CpuState` of the run.
+
+use super::{Translator, canonical};
+use crate::block::Mode;
+use crate::classify::Class;
+use crate::context::{JitContext, XSLOTS};
+use crate::stubs::{JMP_BYTES, MissInfo};
+use iced_x86::OpAccess;
+use paravane_cpu::{Access, CpuState, Flushes, LinAddr, Privilege, flags, translate};
+use paravane_memory::{Mapped, PAGE_SHIFT, RamOffset};
+
+/// Which write-view entries show a RAM page: up to two linear pages (| 1), or [`MANY`].
+pub(super) type Writers = [u64; 2];
+const MANY: u64 = u64::MAX;
+
+/// Fills the delta table for a missed access.
+///
+/// # Safety
+/// Called only by the miss stub, with the context of a running translator.
+pub(super) unsafe extern "sysv64" fn miss_helper(context: *mut JitContext) -> u64 {
+    // SAFETY: `engine` is set by `run` to the translator that owns the context, which holds no borrow now.
+    let (this, ea, info) =
+        unsafe { (&mut *((*context).engine as *mut Translator), (*context).miss_ea, (*context).miss_info) };
+    if this.fill(ea, info) { JMP_BYTES } else { 0 }
+}
+
+impl Translator {
+    /// Fills the delta table for an access of kind `info` at `ea`; false if the interpreter must do it.
+    fn fill(&mut self, ea: u64, info: u64) -> bool {
+        self.stats.misses += 1;
+        let (size, write, soft) = (info & 0xFF, info & MissInfo::WRITE != 0, info & MissInfo::SOFT != 0);
+        // SAFETY: set while translated code runs, and only then is this called.
+        let cpu = unsafe { &mut *self.running };
+        // STAC and CLAC change AC without leaving translated code.
+        let ac = if self.context().access_flag != 0 { flags::AC } else { 0 };
+        cpu.rflags = (cpu.rflags & !flags::AC) | ac;
+        let wraps = !cpu.code64() && ea >> 32 != 0;
+        if (ea & 0xFFF) + size > 4096 || !canonical(ea) || wraps {
+            self.stats.miss_crossing += 1;
+            return false;
+        }
+        // A soft write must not set the dirty bit: it asks only whether a write would be allowed as things are.
+        let access = if write && !soft { Access::Write } else { Access::Read };
+        let privilege = if cpu.cpl == 3 { Privilege::User } else { Privilege::Supervisor };
+        let Ok(t) = translate(cpu, &self.mem, LinAddr(ea), access, privilege) else {
+            self.stats.miss_fault += 1;
+            return false;
+        };
+        let view = self.view(cpu);
+        let (ram, rom) = match self.mem.resolve(t.phys.page()) {
+            Mapped::Ram(o) => (o, false),
+            Mapped::Rom(o) => (o, true),
+            Mapped::Mmio => {
+                self.stats.miss_mmio += 1;
+                return false;
+            }
+        };
+        let page = ea & !0xFFF;
+        let delta = (self.mem.host_base() as u64 + ram.0).wrapping_sub(page);
+        let large = t.page_shift > 12;
+        let code = self.mem.has_code(ram);
+        if write && (rom || code || (soft && !t.writable)) {
+            self.stats.miss_code += u64::from(code);
+            self.stats.miss_soft += u64::from(soft);
+            return false;
+        }
+        if write || (t.writable && !rom && !code) {
+            self.mem.wrote(ram, 1);
+            self.remember_writer(ram, page);
+            self.delta.set(view, true, page, delta, t.global, large);
+        }
+        self.delta.set(view, false, page, delta, t.global, large);
+        true
+    }
+
+    /// An unaligned address plus poison can look aligned: the access then faults on the host instead of missing. Fills
+    /// the table for the memory operand of the instruction at RIP; true if it may be tried again.
+    pub(super) fn fill_operand(&mut self, cpu: &mut CpuState, mode: Mode) -> bool {
+        let Some((page, _)) = self.fetch_page(cpu, cpu.rip) else { return false };
+        let mut bytes = [0; 15];
+        let n = (4096 - (cpu.rip & 0xFFF)).min(15) as usize;
+        self.mem.ram_read(RamOffset(page.0 + (cpu.rip & 0xFFF)), &mut bytes[..n]);
+        let bits = if mode.has(Mode::CODE32) { 32 } else { 64 };
+        let options = self.core.model().decoder_options();
+        let instr = iced_x86::Decoder::with_ip(bits, &bytes[..n], cpu.rip, options).decode();
+        let form = self.forms.form(&instr);
+        let Some(op) = (0..instr.op_count()).find(|&i| instr.op_kind(i) == iced_x86::OpKind::Memory) else {
+            return false;
+        };
+        let register = |r: iced_x86::Register, _: usize, _: usize| {
+            if r.is_segment_register() {
+                let s = cpu.seg.get(r.number())?;
+                return Some(if r.number() >= 4 || bits == 32 { s.base } else { 0 });
+            }
+            let v = *cpu.gpr.get(r.full_register().number())?;
+            Some(if r.size() == 4 { v & 0xFFFF_FFFF } else { v })
+        };
+        let Some(ea) = instr.virtual_address(op, 0, register) else { return false };
+        let size = instr.memory_size().size() as u64;
+        if size == 0 || size > 64 {
+            return false;
+        }
+        let read = matches!(form.access[op as usize], OpAccess::Read | OpAccess::CondRead);
+        if form.class == Class::BitString || self.delta.holds(self.view(cpu), !read, ea) {
+            // Not poison: the access itself is at fault.
+            return false;
+        }
+        self.running = cpu;
+        let filled = self.fill(ea, size | if read { 0 } else { MissInfo::WRITE });
+        self.running = std::ptr::null_mut();
+        filled
+    }
+
+    fn shows(&self, ram: RamOffset, lin: u64) -> bool {
+        let host = self.mem.host_base() as u64 + ram.0;
+        (0..3).any(|v| self.delta.written_host(v, lin) == Some(host))
+    }
+
+    fn remember_writer(&mut self, ram: RamOffset, lin: u64) {
+        let n = (ram.0 >> PAGE_SHIFT) as usize;
+        let w = self.writers[n];
+        let tag = lin | 1;
+        if w[0] == MANY || w[0] == tag || w[1] == tag {
+            return;
+        }
+        for (i, &old) in w.iter().enumerate() {
+            if old == 0 || !self.shows(ram, old & !1) {
+                self.writers[n][i] = tag;
+                return;
+            }
+        }
+        self.writers[n][0] = MANY;
+    }
+
+    /// The page starts to hold translated code: no view may write it from now on.
+    pub(super) fn protect(&mut self, ram: RamOffset) {
+        if self.mem.has_code(ram) {
+            return;
+        }
+        self.mem.set_code(ram, true);
+        let n = (ram.0 >> PAGE_SHIFT) as usize;
+        let w = std::mem::take(&mut self.writers[n]);
+        if w[0] == MANY {
+            self.delta.flush(false);
+            return;
+        }
+        for tag in w {
+            if tag != 0 {
+                self.delta.revoke_write(tag & !1);
+            }
+        }
+    }
+
+    pub(super) fn flush(&mut self, keep_global: bool) {
+        self.stats.translation_flushes += 1;
+        self.delta.flush(keep_global);
+        // SAFETY: by the module's invariant; a field borrow beside `pages`.
+        let cells: &mut [u32; XSLOTS] = unsafe { &mut (*self.context).xslots };
+        self.pages.flush(cells, keep_global);
+    }
+
+    fn apply_flushes(&mut self, f: &Flushes) {
+        if f.all {
+            return self.flush(false);
+        }
+        if f.non_global || f.switched || f.all_non_global {
+            self.flush(true);
+        }
+        for &lin in &f.pages {
+            self.stats.page_flushes += 1;
+            self.delta.flush_page(lin.0);
+            // SAFETY: as in `flush`.
+            let cells: &mut [u32; XSLOTS] = unsafe { &mut (*self.context).xslots };
+            self.pages.flush_page(cells, lin.0);
+        }
+    }
+
+    /// Everything the core did that the tables must follow.
+    pub(super) fn follow_core(&mut self) {
+        let f = self.core.take_flushes();
+        if !f.is_empty() {
+            self.apply_flushes(&f);
+        }
+        if self.mem.code_writes_pending() {
+            for page in self.mem.take_code_writes() {
+                self.invalidate_page(page);
+            }
+        }
+        if self.layout_generation != self.mem.layout_generation() {
+            self.layout_generation = self.mem.layout_generation();
+            self.flush(false);
+            self.core.flush_translations();
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! The translator as an [`Engine`]: finds or makes the block at RIP, runs it, and deals with why it came back.
+//!
+//! The guest's registers live in the [`JitContext`] between runs of translated code and are copied to the
+//! [`CpuState`] only when the interpreter core or the machine must see them.
+//!
+//! Invariants this unsafe island (this module and those below it) relies on:
+//! * `context` points into `_stack` and lives as long as the translator;
+//! * `running` is set exactly while translated code may run on this thread, or while [`fill`] stands in for it; the miss
+//!   helper and the fault callback reach the translator and the `CpuState` through raw pointers only then, when `run` holds
+//!   no other borrow of them.
+
+mod blocks;
+mod fill;
+mod run;
+mod stats;
+
+use crate::block::BlockTable;
+use crate::classify::Forms;
+use crate::code_cache::CodeCache;
+use crate::context::{ContextStack, JitContext};
+use crate::delta::DeltaTables;
+use crate::emit::Emitter;
+use crate::frontend::Frontend;
+use crate::host::HostVectorUnit;
+use crate::pages::CodePages;
+use crate::signal::{self, SignalStack};
+use crate::stubs::{self, Stubs};
+use crate::vectors::{self, LiveVectors};
+use fill::{Writers, miss_helper};
+use paravane_cpu::{Attention, Budget, Core, CpuBus, CpuModel, CpuState, Engine, Exit, Shadow, Step, flags};
+use paravane_memory::{GuestMemory, PAGE_SHIFT, RamOffset, VpIndex};
+use stats::Stats;
+use std::io;
+
+/// What the user may choose about the translator.
+#[derive(Clone, Copy, Debug)]
+pub struct JitOptions {
+    /// Bytes of code cache.
+    pub code_cache: usize,
+    /// Count retired instructions in translated code.
+    pub count_instructions: bool,
+    /// The guest's time-stamp counter is the host's minus this (before IA32_TSC_ADJUST), so that RDTSC can be translated.
+    pub tsc_base: Option<u64>,
+}
+
+impl Default for JitOptions {
+    fn default() -> JitOptions {
+        JitOptions { code_cache: 64 << 20, count_instructions: false, tsc_base: None }
+    }
+}
+
+/// The binary translator of one vCPU.
+pub struct Translator {
+    core: Core,
+    attention: Attention,
+    mem: GuestMemory,
+    cache: CodeCache,
+    stubs: Stubs,
+    delta: DeltaTables,
+    /// Owns what `context` points to.
+    _stack: ContextStack,
+    context: *mut JitContext,
+    forms: Forms,
+    emitter: Emitter,
+    frontend: Frontend,
+    blocks: BlockTable,
+    pages: CodePages,
+    writers: Vec<Writers>,
+    options: JitOptions,
+    stats: Stats,
+    /// Interpreted instructions by mnemonic.
+    interpreted: Box<[u64]>,
+    layout_generation: u64,
+    /// The processor state while translated code runs; null otherwise.
+    running: *mut CpuState,
+    signal_stack: Option<SignalStack>,
+    /// The last exit was a host fault that an unaligned access to a poisoned page explains.
+    poison_hit: bool,
+    /// An interrupt was signalled but could not be taken yet.
+    interrupt_pending: bool,
+    /// An NMI likewise.
+    nmi_pending: bool,
+    code: Vec<u8>,
+    page_bytes: Box<[u8; 4096]>,
+}
+
+// SAFETY: the raw pointers point into values owned by the translator, or are null while it may move.
+unsafe impl Send for Translator {}
+
+impl Translator {
+    /// A translator for vCPU `vp` of the given model.
+    pub fn new(
+        model: CpuModel,
+        mem: &GuestMemory,
+        attention: Attention,
+        vp: VpIndex,
+        options: JitOptions,
+    ) -> io::Result<Translator> {
+        if !std::is_x86_feature_detected!("bmi2") || !std::is_x86_feature_detected!("avx") {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "the translator needs a host CPU with BMI2 and AVX; use --engine interp",
+            ));
+        }
+        signal::install();
+        let mut stack = ContextStack::new()?;
+        let context = stack.context();
+        let mut cache = CodeCache::new(options.code_cache.clamp(1 << 20, 1 << 30))?;
+        let stubs = stubs::emit(&mut cache, miss_helper);
+        let vectors = LiveVectors::new(context, HostVectorUnit::new()?);
+        let pages = CodePages::new(cache.address(stubs.indirect));
+        // SAFETY: freshly mapped zeroed memory of the right size and alignment; all-zero is a valid context.
+        unsafe { (*context).mxcsr = 0x1F80 };
+        Ok(Translator {
+            core: Core::new(model.clone(), Box::new(vectors), attention.clone(), vp),
+            attention,
+            mem: mem.clone(),
+            stubs,
+            delta: DeltaTables::new()?,
+            _stack: stack,
+            context,
+            forms: Forms::new(model),
+            emitter: Emitter::new(stubs),
+            frontend: Frontend::default(),
+            blocks: BlockTable::default(),
+            pages,
+            writers: vec![[0; 2]; (mem.backing_len() >> PAGE_SHIFT) as usize],
+            options,
+            stats: Stats::default(),
+            interpreted: vec![0; iced_x86::Mnemonic::values().len()].into(),
+            layout_generation: mem.layout_generation(),
+            running: std::ptr::null_mut(),
+            signal_stack: None,
+            poison_hit: false,
+            interrupt_pending: false,
+            nmi_pending: false,
+            code: Vec::new(),
+            page_bytes: Box::new([0; 4096]),
+            cache,
+        })
+    }
+
+    fn context(&mut self) -> &mut JitContext {
+        // SAFETY: by the module's invariant; `&mut self` keeps other users away.
+        unsafe { &mut *self.context }
+    }
+}
+
+/// Whether bits 63–47 are all equal.
+fn canonical(lin: u64) -> bool {
+    ((lin << 16) as i64 >> 16) as u64 == lin
+}
+
+impl Engine for Translator {
+    fn run(&mut self, cpu: &mut CpuState, _mem: &GuestMemory, bus: &dyn CpuBus, budget: Budget) -> Exit {
+        if self.begin(cpu).is_err() {
+            return Exit::Unsupported;
+        }
+        let limit = cpu.instructions.saturating_add(budget.instructions);
+        let exit = loop {
+            if self.attention.get() != 0
+                && let Some(exit) = self.attend()
+            {
+                break exit;
+            }
+            let open = cpu.shadow == Shadow::None;
+            let interrupt = self.interrupt_pending && cpu.rflags & flags::IF != 0;
+            let nmi = self.nmi_pending && !cpu.nmi_blocked;
+            if open && (interrupt || nmi) {
+                match self.interrupts(cpu, bus) {
+                    Step::TripleFault => break Exit::TripleFault,
+                    Step::Unsupported => break Exit::Unsupported,
+                    Step::Done | Step::Halt => {}
+                }
+            }
+            if cpu.halted {
+                break Exit::Halt;
+            }
+            let interpret = match self.mode(cpu) {
+                Some(mode) if budget == Budget::UNLIMITED => self.run_translated(cpu, mode),
+                _ => true,
+            };
+            if interpret {
+                match self.step(cpu, bus) {
+                    Step::Done => {}
+                    Step::Halt => {}
+                    Step::TripleFault => break Exit::TripleFault,
+                    Step::Unsupported => break Exit::Unsupported,
+                }
+            }
+            if budget != Budget::UNLIMITED && cpu.instructions >= limit {
+                break Exit::Budget;
+            }
+        };
+        // SAFETY: the context is valid.
+        unsafe { vectors::save(self.context, &mut cpu.fpu) };
+        exit
+    }
+
+    fn invalidate(&mut self, page: RamOffset) {
+        self.invalidate_page(page);
+    }
+
+    fn flush_translations(&mut self) {
+        self.flush(false);
+        self.core.flush_translations();
+    }
+
+    fn counters(&self) -> Vec<(String, u64)> {
+        self.collect_counters()
+    }
+}

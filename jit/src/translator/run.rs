@@ -1,0 +1,372 @@
+//! Running: between `CpuState` and the context, in and out of translated code, and what each exit asks for. Also attention,
+//! and SYSCALL and SYSRET.
+//!
+//! Invariants this unsafe island relies on, beside those of [`super`]:
+//! * the `enter` stub keeps the host's callee-saved registers and stack;
+//! * [`fault_callback`] runs only inside the [`FaultScope`] of `enter`, when nothing else borrows the translator.
+
+use super::{Translator, canonical};
+use crate::block::Mode;
+use crate::context::{JitContext, Reason};
+use crate::delta::View;
+use crate::signal::{FaultContext, FaultScope, SignalStack};
+use crate::vectors;
+use paravane_cpu::{
+    Attention, CpuBus, CpuState, Exit, SegReg, Segment, Shadow, Step, attr, cr0, cr4, efer, flags, gpr,
+};
+use paravane_memory::RamOffset;
+use std::io;
+
+/// Decides about a host fault in translated code.
+///
+/// # Safety
+/// Called only by the signal layer while `FaultScope::enter` of this translator is active.
+unsafe fn fault_callback(data: *mut (), fault: &mut FaultContext) -> bool {
+    // SAFETY: `data` is the translator; `run` holds no borrow while translated code runs.
+    let this = unsafe { &mut *data.cast::<Translator>() };
+    let Some(at) = this.cache.offset_of(fault.rip()) else { return false };
+    if fault.signal() == libc::SIGSEGV && this.delta.handle_fault(fault.address()) {
+        return true;
+    }
+    let Some(block) = this.blocks.by_code(at) else { return false };
+    let Some(rip) = block.rip_at(at) else { return false };
+    this.stats.host_faults += 1;
+    this.poison_hit = fault.signal() == libc::SIGSEGV;
+    // SAFETY: the context lives as long as the translator.
+    unsafe { (*this.context).rip = rip };
+    fault.set_rip(this.cache.address(this.stubs.interpret));
+    true
+}
+
+impl Translator {
+    pub(super) fn begin(&mut self, cpu: &CpuState) -> io::Result<()> {
+        if self.signal_stack.is_none() {
+            self.signal_stack = Some(SignalStack::new()?);
+        }
+        let attention = self.attention.cell().as_ptr() as u64;
+        self.context().attention = attention;
+        // SAFETY: the context is valid.
+        unsafe { vectors::load(self.context, &cpu.fpu) };
+        Ok(())
+    }
+
+    /// One instruction by the interpreter core.
+    pub(super) fn step(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus) -> Step {
+        self.stats.interpreted += 1;
+        let step = self.core.step(cpu, &self.mem, bus);
+        self.interpreted[self.core.last_instruction() as usize] += 1;
+        self.follow_core();
+        step
+    }
+
+    /// Deals with the attention word; `Some` ends the run.
+    pub(super) fn attend(&mut self) -> Option<Exit> {
+        let a = self.attention.get();
+        if a & (Attention::STOP | Attention::INIT | Attention::STARTUP) != 0 {
+            return Some(Exit::Stop);
+        }
+        if a & Attention::LAYOUT != 0 {
+            self.attention.take(Attention::LAYOUT);
+            self.flush(false);
+            self.core.flush_translations();
+        }
+        if a & Attention::CODE_WRITTEN != 0 {
+            self.attention.take(Attention::CODE_WRITTEN);
+        }
+        self.follow_core();
+        // Kept aside while the guest does not let them in, so that polls in translated code stay quiet.
+        self.interrupt_pending |= self.attention.take(Attention::INTERRUPT) != 0;
+        self.nmi_pending |= self.attention.take(Attention::NMI) != 0;
+        None
+    }
+
+    /// Takes pending interrupts if the guest lets them in.
+    pub(super) fn interrupts(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus) -> Step {
+        let nmi = if self.nmi_pending { Attention::NMI } else { 0 };
+        let interrupt = if self.interrupt_pending { Attention::INTERRUPT } else { 0 };
+        self.attention.set(nmi | interrupt);
+        let step = self.core.poll(cpu, &self.mem, bus);
+        // What the core did not take waits on.
+        self.nmi_pending = self.attention.take(Attention::NMI) != 0;
+        self.interrupt_pending = self.attention.take(Attention::INTERRUPT) != 0;
+        self.follow_core();
+        step
+    }
+
+    /// The mode bits of `cpu`, or `None` where the interpreter must run.
+    pub(super) fn mode(&self, cpu: &CpuState) -> Option<Mode> {
+        const AWKWARD: u64 = flags::TF | flags::VM | flags::DF;
+        if cpu.rflags & AWKWARD != 0
+            || !cpu.protected()
+            || cpu.dr[7] & 0xFF != 0
+            || cpu.shadow != Shadow::None
+            || !cpu.a20
+            || (cpu.cr0 & cr0::AM != 0 && cpu.rflags & flags::AC != 0 && cpu.cpl == 3)
+        {
+            return None;
+        }
+        let mut m = 0;
+        if !cpu.code64() {
+            let flat = |s: SegReg| {
+                let s = cpu.segment(s);
+                s.base == 0 && s.limit == u32::MAX && s.present()
+            };
+            let writable = |s: SegReg| cpu.segment(s).attributes & 0xE == 0x2;
+            if cpu.code_bits() != 32
+                || ![SegReg::Cs, SegReg::Ss, SegReg::Ds, SegReg::Es].into_iter().all(flat)
+                || ![SegReg::Ss, SegReg::Ds, SegReg::Es].into_iter().all(writable)
+                || !cpu.segment(SegReg::Ss).big()
+            {
+                return None;
+            }
+            m |= Mode::CODE32;
+            for (s, bit) in [(SegReg::Fs, Mode::FS_FLAT), (SegReg::Gs, Mode::GS_FLAT)] {
+                if cpu.segment(s).limit == u32::MAX && cpu.segment(s).present() && writable(s) {
+                    m |= bit;
+                }
+            }
+        }
+        match cpu.cpl {
+            0 => {}
+            3 => m |= Mode::USER,
+            _ => return None,
+        }
+        if cpu.cr4 & cr4::SMAP != 0 {
+            m |= Mode::SMAP;
+        }
+        if cpu.cr0 & (cr0::EM | cr0::TS) == 0 {
+            m |= Mode::X87;
+            if cpu.cr4 & cr4::OSFXSR != 0 {
+                m |= Mode::SSE;
+            }
+            if cpu.cr4 & cr4::OSXSAVE != 0 && cpu.xcr0 & 6 == 6 {
+                m |= Mode::AVX;
+            }
+        }
+        if self.options.tsc_base.is_some() && (cpu.cr4 & cr4::TSD == 0 || cpu.cpl == 0) {
+            m |= Mode::TSC;
+        }
+        if self.options.count_instructions {
+            m |= Mode::COUNTED;
+        }
+        Some(Mode(m))
+    }
+
+    pub(super) fn view(&self, cpu: &CpuState) -> View {
+        if cpu.cpl == 3 {
+            View::User
+        } else if cpu.cr4 & cr4::SMAP != 0 && cpu.rflags & flags::AC != 0 {
+            View::SupervisorAc
+        } else {
+            View::Supervisor
+        }
+    }
+
+    fn load_registers(&mut self, cpu: &CpuState, mode: Mode) {
+        let view = self.view(cpu);
+        let (read_base, write_base) = (self.delta.read_base(view), self.delta.write_base(view));
+        let jump_cache = self.pages.jump_cache(mode);
+        let views = [View::Supervisor, View::SupervisorAc]
+            .map(|v| [self.delta.read_base(v), self.delta.write_base(v)]);
+        let pending = u32::from(self.interrupt_pending);
+        let tsc_offset = cpu.msr.tsc_adjust.wrapping_sub(self.options.tsc_base.unwrap_or(0));
+        let c = self.context();
+        c.views = views;
+        c.interrupt_pending = pending;
+        for (selector, seg) in c.selectors.iter_mut().zip(&cpu.seg) {
+            *selector = seg.selector;
+        }
+        // RF covers one instruction; translated code takes no instruction breakpoints.
+        c.system_flags = cpu.rflags & !(flags::STATUS | flags::IF | flags::AC | flags::RF);
+        c.interrupt_flag = u8::from(cpu.rflags & flags::IF != 0);
+        c.access_flag = u8::from(cpu.rflags & flags::AC != 0);
+        c.tsc_offset = tsc_offset;
+        c.tsc_aux = cpu.msr.tsc_aux as u32;
+        c.kernel_gs_base = cpu.msr.kernel_gs_base;
+        c.spill[..10].copy_from_slice(&cpu.gpr[..10]);
+        c.home.copy_from_slice(&cpu.gpr[10..]);
+        c.rip = cpu.rip;
+        c.status = cpu.rflags & flags::STATUS;
+        for (base, seg) in c.seg_base.iter_mut().zip(&cpu.seg) {
+            *base = seg.base;
+        }
+        c.read_base = read_base;
+        c.write_base = write_base;
+        c.jump_cache = jump_cache;
+    }
+
+    fn store_registers(&mut self, cpu: &mut CpuState) {
+        let c = self.context();
+        cpu.gpr[..10].copy_from_slice(&c.spill[..10]);
+        cpu.gpr[10..].copy_from_slice(&c.home);
+        cpu.rip = c.rip;
+        cpu.rflags = c.system_flags | (c.status & flags::STATUS);
+        if c.interrupt_flag != 0 {
+            cpu.rflags |= flags::IF;
+        }
+        if c.access_flag != 0 {
+            cpu.rflags |= flags::AC;
+        }
+        cpu.seg[SegReg::Gs as usize].base = c.seg_base[SegReg::Gs as usize];
+        cpu.msr.kernel_gs_base = c.kernel_gs_base;
+        cpu.instructions += std::mem::take(&mut c.instructions);
+    }
+
+    /// Runs translated code, chaining and caching on the way, until the interpreter or attention is needed.
+    /// On return all registers are in `cpu`.
+    pub(super) fn run_translated(&mut self, cpu: &mut CpuState, mode: Mode) -> bool {
+        self.load_registers(cpu, mode);
+        // The jump cache holds the indirect entry, which checks the address, or the way to `Reason::Indirect`.
+        let mut entry = self.pages.lookup(mode, cpu.rip);
+        loop {
+            let reason = self.enter(cpu, entry);
+            if self.attention.get() != 0 && matches!(reason, Reason::Link | Reason::Indirect) {
+                self.store_registers(cpu);
+                return false;
+            }
+            let rip = self.context().rip;
+            let resets = self.stats.cache_flushes;
+            match reason {
+                Reason::Interpret => {
+                    self.store_registers(cpu);
+                    return !(std::mem::take(&mut self.poison_hit) && self.fill_operand(cpu, mode));
+                }
+                Reason::Attention => {
+                    self.stats.attention_exits += 1;
+                    self.store_registers(cpu);
+                    return false;
+                }
+                Reason::Link => {
+                    self.stats.link_exits += 1;
+                    let number = self.context().link;
+                    let ungrouped = self.blocks.links[number as usize].ungrouped;
+                    let to_mode = if ungrouped { Mode(mode.0 | Mode::UNGROUPED) } else { mode };
+                    let Some((to, slot)) = self.block_at(cpu, rip, to_mode) else {
+                        self.store_registers(cpu);
+                        return true;
+                    };
+                    if resets == self.stats.cache_flushes {
+                        let page = RamOffset(self.blocks.blocks[to as usize].key.at.0 & !0xFFF);
+                        self.chain(number, to, slot, page);
+                    }
+                    entry = self.cache.address(self.blocks.blocks[to as usize].entry);
+                }
+                Reason::Syscall | Reason::Sysret => {
+                    self.store_registers(cpu);
+                    let done = if reason == Reason::Syscall { syscall(cpu) } else { sysret(cpu) };
+                    cpu.instructions += u64::from(done);
+                    return !done;
+                }
+                Reason::Indirect if !mode.has(Mode::CODE32) && !canonical(rip) => {
+                    self.store_registers(cpu);
+                    self.undo_branch(cpu);
+                    return true;
+                }
+                Reason::Indirect => {
+                    self.stats.indirect_exits += 1;
+                    let Some((to, slot)) = self.block_at(cpu, rip, mode) else {
+                        self.store_registers(cpu);
+                        return true;
+                    };
+                    let block = &mut self.blocks.blocks[to as usize];
+                    block.cached = true;
+                    let start = self.cache.address(block.start);
+                    self.pages.cache(mode, rip, start, slot);
+                    entry = self.cache.address(self.blocks.blocks[to as usize].entry);
+                }
+            }
+            if resets != self.stats.cache_flushes {
+                self.context().jump_cache = self.pages.jump_cache(mode);
+            }
+        }
+    }
+
+    /// Runs translated code from the code at `entry` until an exit; returns why.
+    fn enter(&mut self, cpu: &mut CpuState, entry: u64) -> Reason {
+        let code = self.cache.address(self.stubs.enter);
+        let this: *mut Translator = self;
+        let context = self.context;
+        self.running = cpu;
+        // SAFETY: the context is valid; the engine pointer is good until `running` is cleared.
+        unsafe {
+            (*context).entry = entry;
+            (*context).engine = this as u64;
+        }
+        // SAFETY: `enter` is a sysv64 function of one pointer emitted by `stubs`.
+        let enter: unsafe extern "sysv64" fn(*mut JitContext) = unsafe { std::mem::transmute(code) };
+        let mut scope = FaultScope::new(fault_callback, this.cast());
+        // SAFETY: translated code keeps to the context's private stack and restores the host's state; the callback's
+        // pointer is valid, and nothing else borrows the translator until it returns.
+        unsafe { scope.enter(|| enter(context)) };
+        self.running = std::ptr::null_mut();
+        match self.context().reason {
+            0 => Reason::Link,
+            1 => Reason::Indirect,
+            3 => Reason::Attention,
+            4 => Reason::Syscall,
+            5 => Reason::Sysret,
+            _ => Reason::Interpret,
+        }
+    }
+
+    /// A near branch led to a non-canonical address: #GP at the branch itself, with the stack as before it. Goes back
+    /// to the branch, which the interpreter then executes.
+    fn undo_branch(&mut self, cpu: &mut CpuState) {
+        let source = self.context().source;
+        let Some(at) = self.cache.offset_of(source) else { return };
+        let Some(block) = self.blocks.by_code(at) else { return };
+        let Some(rip) = block.rip_at(at) else { return };
+        let mut bytes = [0; 15];
+        let n = (4096 - (rip & 0xFFF)).min(15) as usize;
+        let Some((page, _)) = self.fetch_page(cpu, rip) else { return };
+        self.mem.ram_read(RamOffset(page.0 + (rip & 0xFFF)), &mut bytes[..n]);
+        let instr = iced_x86::Decoder::with_ip(64, &bytes[..n], rip, 0).decode();
+        let moved = match instr.flow_control() {
+            iced_x86::FlowControl::Return => {
+                8 + if instr.op_count() > 0 { u64::from(instr.immediate16()) } else { 0 }
+            }
+            iced_x86::FlowControl::IndirectCall => 8u64.wrapping_neg(),
+            _ => 0,
+        };
+        cpu.gpr[gpr::RSP] = cpu.gpr[gpr::RSP].wrapping_sub(moved);
+        cpu.rip = rip;
+    }
+}
+
+/// SYSCALL in 64-bit mode (SDM 2B); false if the interpreter must raise its fault.
+fn syscall(cpu: &mut CpuState) -> bool {
+    if cpu.efer & efer::SCE == 0 {
+        return false;
+    }
+    cpu.gpr[gpr::RCX] = cpu.rip.wrapping_add(SYSCALL_LEN);
+    cpu.gpr[R11] = cpu.rflags;
+    cpu.rip = cpu.msr.lstar;
+    cpu.rflags &= !(cpu.msr.sfmask | flags::RF);
+    let selector = (cpu.msr.star >> 32) as u16 & !3;
+    cpu.seg[SegReg::Cs as usize] = Segment::flat(selector, CODE64);
+    cpu.seg[SegReg::Ss as usize] = Segment::flat(selector.wrapping_add(8), DATA);
+    cpu.cpl = 0;
+    true
+}
+
+/// SYSRETQ (SDM 2B); false if the interpreter must raise its fault or knows flags we do not handle.
+fn sysret(cpu: &mut CpuState) -> bool {
+    let (rip, rflags) = (cpu.gpr[gpr::RCX], cpu.gpr[R11]);
+    if cpu.efer & efer::SCE == 0 || !canonical(rip) || rflags & (flags::TF | flags::NT) != 0 {
+        return false;
+    }
+    cpu.rip = rip;
+    cpu.rflags = (rflags & 0x3C_7FD7) | flags::FIXED;
+    let selector = (cpu.msr.star >> 48) as u16;
+    cpu.seg[SegReg::Cs as usize] = Segment::flat(selector.wrapping_add(16) | 3, CODE64 | DPL3);
+    cpu.seg[SegReg::Ss as usize] = Segment::flat(selector.wrapping_add(8) | 3, DATA | DPL3);
+    cpu.cpl = 3;
+    true
+}
+
+const R11: usize = 11;
+const SYSCALL_LEN: u64 = 2;
+/// Attributes that SYSCALL and SYSRET load: accessed 64-bit code, accessed writable 32-bit data.
+const CODE64: u16 = attr::G | attr::L | attr::P | attr::S | attr::CODE | attr::READ_WRITE | attr::ACCESSED;
+const DATA: u16 = attr::G | attr::DB | attr::P | attr::S | attr::READ_WRITE | attr::ACCESSED;
+const DPL3: u16 = 3 << attr::DPL_SHIFT;
