@@ -134,7 +134,8 @@ pub(crate) fn plan(
     forms: &mut Forms,
     code64: bool,
 ) -> Option<Plan> {
-    let stack = |c: Class| matches!(c, Class::Push | Class::Pop | Class::Call | Class::CallIndirect | Class::Ret);
+    let stack =
+        |c: Class| matches!(c, Class::Push | Class::Pop | Class::Call | Class::CallIndirect | Class::Ret);
     let memory = |i: &Instruction| i.memory_base() != Register::None;
     let candidates = instrs.iter().filter(|i| memory(i) || stack(forms.form(i).class)).count();
     if candidates < 2 {
