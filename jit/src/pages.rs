@@ -2,12 +2,17 @@
 //!
 //! Each linear code page in use owns a cell of `JitContext::xslots`, which holds its backing page number + 1 while
 //! that translation is known to hold. Jumps chained across pages compare it; whatever drops translations (CR3, INVLPG, …)
-//! clears it. A jump cache maps the low 16 bits of a linear address to a block's indirect entry, which checks the
+//! clears it. A jump cache maps 16 bits made from a linear address to a block's indirect entry, which checks the
 //! whole address; it holds only blocks whose page is validated.
 
 use crate::block::Mode;
 use crate::context::XSLOTS;
 use hashbrown::HashMap;
+
+/// Where `lin` is in a jump cache: translated code computes the same (`emit::flow`). Addresses 64 KiB apart differ.
+fn index(lin: u64) -> usize {
+    usize::from(lin.wrapping_add(lin.rotate_right(16)) as u16)
+}
 
 /// Entries of a jump cache.
 const ENTRIES: usize = 1 << 16;
@@ -19,6 +24,13 @@ struct JumpCache {
     mode: Mode,
     table: Box<[u64]>,
     filled: [Vec<(u16, u64)>; 2],
+}
+
+impl JumpCache {
+    fn clear(&mut self, miss: u64) {
+        self.table.fill(miss);
+        self.filled.iter_mut().for_each(Vec::clear);
+    }
 }
 
 /// A code page as instruction fetch sees it.
@@ -69,7 +81,13 @@ impl CodePages {
     /// Records that `slot` was validated.
     pub(crate) fn validated(&mut self, slot: u32, global: bool) {
         self.global[slot as usize] = global;
-        self.valid[usize::from(global)].push(slot);
+        let valid = &mut self.valid[usize::from(global)];
+        if valid.len() >= 4 * XSLOTS {
+            // Single pages were dropped and validated again and again.
+            valid.sort_unstable();
+            valid.dedup();
+        }
+        valid.push(slot);
     }
 
     /// Address of the jump cache for `mode`.
@@ -91,23 +109,26 @@ impl CodePages {
 
     /// Where an indirect jump to `lin` goes now.
     pub(crate) fn lookup(&mut self, mode: Mode, lin: u64) -> u64 {
-        let at = lin as u16 as usize;
+        let at = index(lin);
         self.caches.iter().find(|c| c.mode == mode).map_or(self.miss, |c| c.table[at])
     }
 
     /// Lets indirect jumps to `lin` go straight to `entry`; `slot` validates its page.
     pub(crate) fn cache(&mut self, mode: Mode, lin: u64, entry: u64, slot: u32) {
         let global = self.global[slot as usize];
-        if let Some(c) = self.caches.iter_mut().find(|c| c.mode == mode) {
-            c.table[lin as u16 as usize] = entry;
-            c.filled[usize::from(global)].push((lin as u16, lin >> 12));
+        let Some(c) = self.caches.iter_mut().find(|c| c.mode == mode) else { return };
+        if c.filled[usize::from(global)].len() >= 2 * ENTRIES {
+            // Targets that share entries took turns: start over, so that the record stays bounded.
+            c.clear(self.miss);
         }
+        c.table[index(lin)] = entry;
+        c.filled[usize::from(global)].push((index(lin) as u16, lin >> 12));
     }
 
     /// Removes `entry` wherever indirect jumps to `lin` may find it.
     pub(crate) fn uncache(&mut self, lin: u64, entry: u64) {
         for c in &mut self.caches {
-            let e = &mut c.table[lin as u16 as usize];
+            let e = &mut c.table[index(lin)];
             if *e == entry {
                 *e = self.miss;
             }
@@ -155,5 +176,44 @@ impl CodePages {
         self.flush(cells, false);
         self.slots.clear();
         self.global.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MISS: u64 = 7;
+
+    #[test]
+    fn targets_that_take_turns_do_not_grow_the_record() {
+        let mut p = CodePages::new(MISS);
+        let mode = Mode(0);
+        p.jump_cache(mode);
+        let slot = p.slot(0x1000, false).expect("slot");
+        p.validated(slot, false);
+        let taking_turns = [0x1000, 0x1_0FFF];
+        assert_eq!(index(taking_turns[0]), index(taking_turns[1]));
+        for i in 0..3 * ENTRIES {
+            p.cache(mode, taking_turns[i & 1], 100, slot);
+        }
+        assert!(p.caches[0].filled.iter().map(Vec::len).sum::<usize>() <= 2 * ENTRIES);
+    }
+
+    #[test]
+    fn a_flushed_page_is_found_no_more_and_others_are() {
+        let mut p = CodePages::new(MISS);
+        let (mode, mut cells) = (Mode(0), [0u32; XSLOTS]);
+        p.jump_cache(mode);
+        for lin in [0x1000, 0x2000] {
+            let slot = p.slot(lin, false).expect("slot");
+            cells[slot as usize] = 1;
+            p.validated(slot, false);
+            p.cache(mode, lin + 4, lin, slot);
+        }
+        p.flush_page(&mut cells, 0x1000);
+        assert_eq!((p.lookup(mode, 0x1004), p.lookup(mode, 0x2004)), (MISS, 0x2000));
+        p.flush(&mut cells, false);
+        assert_eq!(p.lookup(mode, 0x2004), MISS);
     }
 }

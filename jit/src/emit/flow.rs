@@ -122,7 +122,9 @@ impl Emitter {
     pub(super) fn indirect_exit(&mut self) {
         dynasm!(self.hot
             ; .arch x64
-            ; movzx r10d, r11w
+            ; rorx r10, r11, 16
+            ; lea r10, [r10 + r11]
+            ; movzx r10d, r10w
             ; mov r13, [rsp + ctx!(jump_cache)]
             ; lea r10, [r13 + r10 * 8]
             ; lea r13, [rip - 1]
