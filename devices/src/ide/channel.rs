@@ -1,6 +1,7 @@
 //! One channel: registers, interrupt, data transfer, and the bus master half that belongs to it.
 //!
-//! The channel's mutex is its only lock; back-end completions take it on the worker thread. While the back end works
+//! The channel's mutex is its only lock; back-end completions take it on the worker thread, or
+//! come at once, on the vCPU's thread that holds it (`BlockBackend::serve_now`). While the back end works
 //! the drive is BSY. A software reset that meets such work waits for it, so that no data lands in guest memory after the
 //! guest saw the drive ready again.
 

@@ -33,8 +33,37 @@ pub struct Sample {
     pub cpu_ns: u64,
 }
 
+/// How a machine's disk is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskBus {
+    /// PIIX IDE, bus-master DMA
+    Ide,
+    /// virtio-blk on PCI
+    Virtio,
+}
+
+impl DiskBus {
+    /// As rows and `--disk` call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ide => "ide",
+            Self::Virtio => "virtio",
+        }
+    }
+
+    /// As Linux calls the first disk there.
+    pub fn device(self) -> &'static str {
+        match self {
+            Self::Ide => "sda",
+            Self::Virtio => "vda",
+        }
+    }
+}
+
 /// What a machine boots.
 pub struct Boot<'a> {
+    /// A raw image and its bus
+    pub disk: Option<(&'a Path, DiskBus)>,
     /// The bzImage
     pub kernel: &'a Path,
     /// The initramfs
@@ -61,6 +90,10 @@ impl Engine {
             Self::Paravane(binary) => {
                 let mut command = host::command(binary);
                 command.args(["run", "--memory", "512M", "--serial", "stdio", "--no-reboot"]);
+                if let Some((image, bus)) = boot.disk {
+                    let disk = format!("{},bus={}", image.display(), bus.name());
+                    command.args(["--disk", disk.as_str()]);
+                }
                 command.arg("--kernel").arg(boot.kernel).arg("--initrd").arg(boot.initrd).arg("--append");
                 command
             }
@@ -77,6 +110,15 @@ impl Engine {
                     "-no-reboot",
                 ]);
                 command.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
+                if let Some((image, bus)) = boot.disk {
+                    // The default cache mode, writeback, is what paravane does.
+                    let drive = format!("file={},format=raw,if=none,id=disk", image.display());
+                    let device = match bus {
+                        DiskBus::Ide => "ide-hd,drive=disk",
+                        DiskBus::Virtio => "virtio-blk-pci,drive=disk",
+                    };
+                    command.args(["-drive", drive.as_str(), "-device", device]);
+                }
                 command.arg("-kernel").arg(boot.kernel).arg("-initrd").arg(boot.initrd).arg("-append");
                 command
             }
@@ -184,6 +226,9 @@ impl Watch {
         } else if let Some((_, name)) = line.split_once("@@failed ") {
             let what = format!("{name} failed in the guest");
             self.problem(&what, "");
+        }
+        if let Some((_, wrong)) = line.split_once("mismatches=").filter(|(_, wrong)| *wrong != "0") {
+            self.problem(&format!("{wrong} sectors hold wrong data"), "");
         }
         self.finished |= line.contains("@@done") || line.contains("paravane: init reached");
         if !line.is_empty() {

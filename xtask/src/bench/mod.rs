@@ -13,13 +13,13 @@ mod suite;
 use crate::guests::{self, Manifest};
 use crate::host::{self, Context, Failure, Outcome};
 use clap::ValueEnum;
-use engine::{Boot, Engine, MachineRun};
+use engine::{Boot, DiskBus, Engine, MachineRun, Sample};
 use report::{Measured, Report};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use suite::{CLASSES, Program, SUITE};
+use suite::{CLASSES, DISK, DISK_MEGABYTES, DISK_OPERATIONS, Program, SUITE};
 
 /// What to measure.
 #[derive(clap::Args)]
@@ -81,6 +81,9 @@ pub fn run(options: &Options) -> Outcome<()> {
         for program in programs {
             println!("{:8} {:16} {:>6} units", program.class, program.name, program.units);
         }
+        for name in disk_rows(options) {
+            println!("{:8} {name}", "disk");
+        }
         return Ok(());
     }
     let report = measure(options, &programs)?;
@@ -98,7 +101,9 @@ pub fn run(options: &Options) -> Outcome<()> {
 }
 
 fn choose(options: &Options) -> Outcome<Vec<&'static Program>> {
-    let known = |name: &String| name == "boot" || SUITE.iter().any(|program| program.name == name);
+    let known = |name: &String| {
+        name == "boot" || DISK.contains(&name.as_str()) || SUITE.iter().any(|program| program.name == name)
+    };
     if let Some(name) = options.only.iter().find(|name| !known(name)) {
         return Err(Failure::new(format!("no program is called `{name}`; see `cargo xtask bench --list`")));
     }
@@ -115,6 +120,13 @@ fn boot_wanted(options: &Options) -> bool {
     named || (options.only.is_empty() && options.classes.is_empty())
 }
 
+/// Which disk tests are wanted.
+fn disk_rows(options: &Options) -> Vec<&'static str> {
+    let wanted = options.classes.is_empty() || options.classes.iter().any(|class| class == "disk");
+    let chosen = |name: &&&str| options.only.is_empty() || options.only.iter().any(|only| only == **name);
+    DISK.iter().filter(|_| wanted).filter(chosen).copied().collect()
+}
+
 /// All that a round needs.
 struct Session<'a> {
     programs: Vec<(&'a Program, u64)>,
@@ -124,6 +136,27 @@ struct Session<'a> {
     loaded: PathBuf,
     limit: Duration,
     boot: bool,
+    /// The disk tests, random operations of each, and the image they work on
+    disk: Vec<&'static str>,
+    operations: u64,
+    image: ScratchImage,
+}
+
+/// A raw image of zeroes, every block allocated, gone when this is dropped.
+struct ScratchImage(PathBuf);
+
+impl ScratchImage {
+    fn new() -> Outcome<Self> {
+        let image = Self(std::env::temp_dir().join(format!("paravane-bench-{}.img", std::process::id())));
+        host::write(&image.0, &vec![0; (DISK_MEGABYTES << 20) as usize])?;
+        Ok(image)
+    }
+}
+
+impl Drop for ScratchImage {
+    fn drop(&mut self) {
+        fs::remove_file(&self.0).ok();
+    }
 }
 
 fn measure(options: &Options, programs: &[&'static Program]) -> Outcome<Report> {
@@ -135,7 +168,7 @@ fn measure(options: &Options, programs: &[&'static Program]) -> Outcome<Report> 
     for round in 1..=options.runs {
         engines.retain(|engine| {
             println!("bench: round {round} of {}: {}", options.runs, engine.name());
-            let run = session.round(engine).unwrap_or_else(|failure| MachineRun {
+            let run = session.round(engine, round).unwrap_or_else(|failure| MachineRun {
                 samples: Vec::new(),
                 problems: vec![format!("{}: {failure}", engine.name())],
             });
@@ -215,6 +248,9 @@ fn prepare<'a>(options: &Options, programs: &[&'a Program]) -> Outcome<Session<'
         loaded,
         limit: Duration::from_secs(options.limit),
         boot: boot_wanted(options),
+        disk: disk_rows(options),
+        operations: ((DISK_OPERATIONS as f64 * options.scale) as u64).max(1),
+        image: ScratchImage::new()?,
     })
 }
 
@@ -224,25 +260,65 @@ fn unknown_guest(name: &str, manifest: &Manifest) -> Failure {
 }
 
 impl Session<'_> {
-    fn round(&self, engine: &Engine) -> Outcome<MachineRun> {
+    fn round(&self, engine: &Engine, round: u32) -> Outcome<MachineRun> {
         if *engine == Engine::Native {
             let samples = engine::run_native(&self.programs, &self.folder, 3)?;
             return Ok(MachineRun { samples, problems: Vec::new() });
         }
         let mut run = MachineRun::default();
         if self.boot {
-            run = self.machine(engine, &self.plain, "console=ttyS0 panic=-1 pv.run=poweroff")?;
+            run = self.machine(engine, &self.plain, "console=ttyS0 panic=-1 pv.run=poweroff", None)?;
         }
         if !self.programs.is_empty() {
-            let suite = self.machine(engine, &self.loaded, "console=ttyS0 quiet panic=-1 pv.run=bench")?;
+            let append = "console=ttyS0 quiet panic=-1 pv.run=bench";
+            let suite = self.machine(engine, &self.loaded, append, None)?;
             run.samples.extend(suite.samples.into_iter().filter(|sample| !sample.name.starts_with("boot-")));
             run.problems.extend(suite.problems);
+        }
+        for bus in [DiskBus::Ide, DiskBus::Virtio] {
+            let prefix = format!("{}/", bus.name());
+            if self.disk.iter().any(|row| row.starts_with(&prefix)) {
+                let tests = self.disk_tests(engine, bus, round)?;
+                run.samples.extend(tests.samples);
+                run.problems.extend(tests.problems);
+            }
         }
         Ok(run)
     }
 
-    fn machine(&self, engine: &Engine, initrd: &Path, append: &str) -> Outcome<MachineRun> {
-        let boot = Boot { kernel: &self.kernel, initrd, append: append.into(), limit: self.limit };
+    /// Boots once with the image behind `bus`. Every engine writes the pattern of a seed of its own.
+    fn disk_tests(&self, engine: &Engine, bus: DiskBus, round: u32) -> Outcome<MachineRun> {
+        let name = engine.name();
+        let seed = name.bytes().fold(u64::from(round), |seed, byte| seed * 31 % 1_000_003 + u64::from(byte));
+        let append = format!(
+            "console=ttyS0 quiet panic=-1 pv.run=compare pv.compare={device} pv.wait={device} \
+             pv.megabytes={DISK_MEGABYTES} pv.operations={} pv.seed={seed}",
+            self.operations,
+            device = bus.device(),
+        );
+        let mut run = self.machine(engine, &self.plain, &append, Some((&self.image.0, bus)))?;
+        let rows = run.samples.into_iter().filter_map(|sample| {
+            let row =
+                format!("{}/{}", bus.name(), sample.name.strip_prefix(bus.device())?.strip_prefix('/')?);
+            let name = self.disk.iter().find(|wanted| **wanted == row)?;
+            Some(Sample { name: (*name).into(), ..sample })
+        });
+        run.samples = rows.collect();
+        let wanted = self.disk.iter().filter(|row| row.starts_with(bus.name())).count();
+        if run.problems.is_empty() && run.samples.len() != wanted {
+            run.problems.push(format!("{name}: {} of {wanted} disk tests ended", run.samples.len()));
+        }
+        Ok(run)
+    }
+
+    fn machine(
+        &self,
+        engine: &Engine,
+        initrd: &Path,
+        append: &str,
+        disk: Option<(&Path, DiskBus)>,
+    ) -> Outcome<MachineRun> {
+        let boot = Boot { kernel: &self.kernel, initrd, append: append.into(), limit: self.limit, disk };
         engine::run_machine(engine, &boot)
     }
 }

@@ -1,7 +1,7 @@
 //! Medians, ratios, geometric means, and the table.
 
 use super::engine::Sample;
-use super::suite::{CLASSES, Program, SUITE};
+use super::suite::{CLASSES, DISK, Program, SUITE};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -21,6 +21,8 @@ pub struct Report {
     pub rows: Vec<Row>,
     /// One per class
     pub classes: Vec<ClassMean>,
+    /// Disk tests: geometric mean of paravane's time over that of the better QEMU model
+    pub disk_over_qemu: Option<f64>,
     /// Programs whose results differ, engines that failed
     pub problems: Vec<String>,
 }
@@ -80,11 +82,15 @@ impl Measured {
         problems: Vec<String>,
     ) -> Report {
         let boot = [("boot-cpu", "boot"), ("boot-wall", "boot")];
-        let programs = SUITE.iter().map(|Program { name, class, .. }| (*name, *class)).chain(boot);
+        let disk = DISK.iter().map(|name| (*name, "disk"));
+        let programs =
+            SUITE.iter().map(|Program { name, class, .. }| (*name, *class)).chain(boot).chain(disk);
         let rows: Vec<Row> = programs.filter_map(|(name, class)| self.row(name, class, &engines)).collect();
+        let over_qemu: Vec<f64> = rows.iter().filter_map(Row::over_qemu).collect();
+        let disk_over_qemu = geometric_mean(over_qemu.iter().copied());
         let problems = problems.into_iter().chain(rows.iter().filter_map(disagreement)).collect();
         let classes = CLASSES.iter().filter_map(|class| class_mean(class, &rows, &engines)).collect();
-        Report { about, engines, rows, classes, problems }
+        Report { about, engines, rows, classes, disk_over_qemu, problems }
     }
 
     fn row(&self, name: &str, class: &str, engines: &[String]) -> Option<Row> {
@@ -162,6 +168,15 @@ fn geometric_mean(values: impl Iterator<Item = f64>) -> Option<f64> {
 }
 
 impl Row {
+    /// A disk test has no native run: paravane's time over that of the better QEMU model.
+    fn over_qemu(&self) -> Option<f64> {
+        let time = |prefix: &str| {
+            let engines = self.cells.iter().filter(|(engine, _)| engine.starts_with(prefix));
+            engines.map(|(_, cell)| cell.ns_per_unit).min_by(f64::total_cmp).filter(|time| *time > 0.0)
+        };
+        (self.class == "disk").then(|| Some(time("paravane")? / time("qemu-")?)).flatten()
+    }
+
     fn best_qemu(&self) -> Option<f64> {
         let models = self.cells.iter().filter(|(engine, _)| engine.starts_with("qemu-"));
         models.filter_map(|(_, cell)| cell.ratio).min_by(f64::total_cmp)
@@ -183,6 +198,21 @@ impl Report {
         if !self.classes.is_empty() {
             writeln!(text, "\nGeometric mean of the multiples of native.\n").ok();
             text.push_str(&align(&self.class_table()));
+        }
+        if let Some(mean) = self.disk_over_qemu {
+            let each = self
+                .rows
+                .iter()
+                .filter_map(|row| Some(vec![row.name.clone(), format!("{:.2}", row.over_qemu()?)]));
+            let mut table = vec![vec!["disk test".to_owned(), "paravane / better qemu".to_owned()]];
+            table.extend(each);
+            table.push(vec!["geometric mean".into(), format!("{mean:.2}")]);
+            writeln!(
+                text,
+                "\nHost CPU time per disk operation against QEMU, same image, both with cache=writeback.\n"
+            )
+            .ok();
+            text.push_str(&align(&table));
         }
         for problem in &self.problems {
             writeln!(text, "\n**{problem}**").ok();
@@ -291,7 +321,27 @@ mod tests {
         assert_eq!((sort.ns_per_unit, sort.ratio), (420.0, Some(4.0)));
         let mean = report.classes[0].ratios["qemu-max"];
         assert!((mean - 6.0).abs() < 1e-9, "{mean}");
+        assert_eq!(report.disk_over_qemu, None);
         assert_eq!(report.problems, ["hash: results differ: native 2, qemu-max 3"]);
+    }
+
+    #[test]
+    fn disk_tests_are_held_against_the_better_qemu() {
+        let mut measured = Measured::default();
+        for (engine, one, two) in [("paravane", 100, 400), ("qemu-max", 200, 800), ("qemu-qemu64", 400, 200)]
+        {
+            measured
+                .add(engine, vec![sample("ide/randread/1", one, "0"), sample("virtio/randread/1", two, "0")]);
+        }
+        let engines = ["paravane", "qemu-max", "qemu-qemu64"].map(str::to_owned).to_vec();
+        let report = measured.report(engines, BTreeMap::new(), Vec::new());
+        assert!(report.classes.is_empty() && report.problems.is_empty());
+        assert_eq!(report.disk_over_qemu, Some(1.0), "0.5 and 2");
+        let text = report.markdown();
+        assert!(
+            text.contains("| ide/randread/1") && text.contains("| 0.50") && text.contains("| geometric mean"),
+            "{text}"
+        );
     }
 
     #[test]

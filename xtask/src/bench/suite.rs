@@ -27,7 +27,30 @@ pub enum Kind {
 }
 
 /// The classes in the order of the table.
-pub const CLASSES: &[&str] = &["integer", "memory", "fp", "kernel", "real", "cold", "boot"];
+pub const CLASSES: &[&str] = &["integer", "memory", "fp", "kernel", "real", "cold", "boot", "disk"];
+
+/// What `diskbench` measures behind each bus, in the order of the table: an operation is one transfer (128 KiB in order,
+/// 4 KiB at random) of a guest's own driver, with O_DIRECT, at this depth.
+pub const DISK: &[&str] = &[
+    "ide/seqread/1",
+    "ide/seqwrite/1",
+    "ide/randread/1",
+    "ide/randwrite/1",
+    "ide/randread/32",
+    "ide/randwrite/32",
+    "virtio/seqread/1",
+    "virtio/seqwrite/1",
+    "virtio/randread/1",
+    "virtio/randwrite/1",
+    "virtio/randread/32",
+    "virtio/randwrite/32",
+];
+
+/// Random operations of one disk test, before `--scale`.
+pub const DISK_OPERATIONS: u64 = 4_000;
+
+/// Megabytes of the disk that the tests use, and of its image.
+pub const DISK_MEGABYTES: u64 = 32;
 
 /// Functions of the generated program of class `cold`.
 pub const COLD_FUNCTIONS: u64 = 20_000;
