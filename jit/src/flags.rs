@@ -44,6 +44,19 @@ pub(crate) fn killed(instr: &Instruction) -> u32 {
                 _ => 0,
             }
         }
+        // A count of zero compares nothing and leaves the flags as they are (SDM 2B, REP).
+        Mnemonic::Cmpsb
+        | Mnemonic::Cmpsw
+        | Mnemonic::Cmpsd
+        | Mnemonic::Cmpsq
+        | Mnemonic::Scasb
+        | Mnemonic::Scasw
+        | Mnemonic::Scasd
+        | Mnemonic::Scasq
+            if instr.has_rep_prefix() || instr.has_repne_prefix() =>
+        {
+            0
+        }
         _ => modified,
     }
 }

@@ -64,8 +64,8 @@ fn conform(
     for seed in seeds() {
         let campaign = Campaign {
             seed,
-            rounds: setting("PARAVANE_FUZZ_ROUNDS", 2),
-            sequences: setting("PARAVANE_FUZZ_SEQUENCES", sequences / 2),
+            rounds: setting("PARAVANE_FUZZ_ROUNDS", 6),
+            sequences: setting("PARAVANE_FUZZ_SEQUENCES", sequences),
             length: 8,
             skip: names("PARAVANE_FUZZ_SKIP"),
             only: names("PARAVANE_FUZZ_ONLY"),

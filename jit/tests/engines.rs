@@ -390,3 +390,27 @@ program!(
 fn repeated_strings_inside_and_across_pages() {
     agree(t_rep::bytes(), flags::STATUS);
 }
+
+program!(
+    t_rep_none,
+    "mov ebx, 200",
+    "2: xor ecx, ecx",
+    "cmp rbx, 100",
+    "mov rdx, [rdi + rbx*8 + 1]",
+    "repe cmpsw",
+    "adc r8, 0",
+    "lea rax, [rbx - 50]",
+    "cmp rax, rbx",
+    "mov [rdi + rbx*8], rdx",
+    "repne scasb",
+    "adc r9, rdx",
+    "dec ebx",
+    "jnz 2b",
+);
+
+#[test]
+fn comparing_nothing_leaves_the_flags() {
+    let s = agree(t_rep_none::bytes(), flags::STATUS);
+    // CMP RBX, 100 borrows for 1 to 99.
+    assert_eq!(s.gpr[8], 99);
+}
