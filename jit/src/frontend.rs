@@ -178,7 +178,7 @@ impl Frontend {
             if ended {
                 break;
             }
-            if let Some(n) = groups::rsp_adjust(&instr) {
+            if let Some(n) = groups::rsp_adjust(&instr, code64) {
                 emitter.rsp_adjusted(n);
             }
             if plan.as_ref().is_some_and(|p| p.last == i) {

@@ -173,7 +173,7 @@ pub(crate) fn plan(
             }
             _ => {}
         }
-        let adjust = rsp_adjust(instr);
+        let adjust = rsp_adjust(instr, code64);
         if let Some(n) = adjust {
             s.region(RSP, i).moved += n;
         }
@@ -221,12 +221,11 @@ fn memory_written(instr: &Instruction, access: &[OpAccess; 5]) -> bool {
     })
 }
 
-/// `add rsp, imm`, `sub rsp, imm`, `lea rsp, [rsp + disp]`: the known change of RSP.
-pub(crate) fn rsp_adjust(instr: &Instruction) -> Option<i32> {
-    if instr.op0_kind() != OpKind::Register || instr.op0_register().full_register() != Register::RSP {
-        return None;
-    }
-    if instr.op0_register().size() < 4 {
+/// `add rsp, imm`, `sub rsp, imm`, `lea rsp, [rsp + disp]`: the known change of RSP. In 64-bit code a write to ESP is none:
+/// it clears the upper half, and what a group knew of RSP's page no longer holds.
+pub(crate) fn rsp_adjust(instr: &Instruction, code64: bool) -> Option<i32> {
+    let sp = if code64 { Register::RSP } else { Register::ESP };
+    if instr.op0_kind() != OpKind::Register || instr.op0_register() != sp {
         return None;
     }
     match instr.mnemonic() {
@@ -238,10 +237,10 @@ pub(crate) fn rsp_adjust(instr: &Instruction) -> Option<i32> {
                 u32::try_from(instr.immediate(1)).ok().map(|v| v as i32)
             })?;
             let n = if instr.mnemonic() == Mnemonic::Add { n } else { n.checked_neg()? };
-            (n.abs() <= MAX_SPAN).then_some(n)
+            (n.checked_abs()? <= MAX_SPAN).then_some(n)
         }
         Mnemonic::Lea
-            if instr.memory_base().full_register() == Register::RSP
+            if instr.memory_base() == sp
                 && instr.memory_index() == Register::None =>
         {
             let n = instr.memory_displacement64() as i32;

@@ -52,6 +52,8 @@ fn memory(program: &[u8]) -> GuestMemory {
     let m = GuestMemory::new(MemoryConfig::pc(16 << 20)).expect("memory");
     let w = |at: u64, v: u64| m.write(PhysAddr(at), &v.to_le_bytes()).expect("RAM");
     w(0x1000, 0x2000 | 7);
+    // The same once more, from FFFF_8000_0000_0000H on.
+    w(0x1000 + 256 * 8, 0x2000 | 7);
     w(0x2000, 0x3000 | 7);
     for i in 0..8 {
         w(0x3000 + i * 8, (0x4000 + i * 0x1000) | 7);
@@ -413,4 +415,29 @@ fn comparing_nothing_leaves_the_flags() {
     let s = agree(t_rep_none::bytes(), flags::STATUS);
     // CMP RBX, 100 borrows for 1 to 99.
     assert_eq!(s.gpr[8], 99);
+}
+
+program!(
+    t_esp,
+    "mov rsp, 0xFFFF800000200F00",
+    "mov ecx, 50",
+    "mov [rsp + 16], rcx",
+    "mov rax, [rsp + 16]",
+    "add esp, 8",
+    "mov rbx, [rsp + 8]",
+    "mov rdx, [rsp + 16]",
+    "add [rsp + 32], rbx",
+    "mov rsp, 0xFFFF800000200F00",
+    "mov rsi, [rsp]",
+    "lea rsp, [esp + 8]",
+    "mov r8, [rsp + 8]",
+    "mov [rsp + 40], r8",
+    "add rsp, -0x80000000",
+);
+
+#[test]
+fn writing_esp_moves_the_stack_to_another_page() {
+    let s = agree(t_esp::bytes(), flags::STATUS);
+    assert_eq!((s.gpr[3], s.gpr[8]), (50, 50));
+    assert_eq!(s.gpr[4], 0x20_0F08u64.wrapping_sub(0x8000_0000));
 }
