@@ -239,10 +239,7 @@ pub(crate) fn rsp_adjust(instr: &Instruction, code64: bool) -> Option<i32> {
             let n = if instr.mnemonic() == Mnemonic::Add { n } else { n.checked_neg()? };
             (n.checked_abs()? <= MAX_SPAN).then_some(n)
         }
-        Mnemonic::Lea
-            if instr.memory_base() == sp
-                && instr.memory_index() == Register::None =>
-        {
+        Mnemonic::Lea if instr.memory_base() == sp && instr.memory_index() == Register::None => {
             let n = instr.memory_displacement64() as i32;
             (n.checked_abs()? <= MAX_SPAN).then_some(n)
         }
