@@ -60,6 +60,8 @@ pub(crate) struct JitContext {
     /// Selectors of ES, CS, SS, DS, FS, GS.
     pub(crate) selectors: [u16; 6],
     pub(crate) flags_image: u64,
+    /// Deltas of the base groups beyond the one in r13.
+    pub(crate) group_deltas: [u64; crate::groups::SLOTS],
     /// Guest time-stamp counter minus the host's.
     pub(crate) tsc_offset: u64,
     pub(crate) tsc_aux: u32,

@@ -152,8 +152,8 @@ impl Frontend {
             entry,
             instructions: self.instrs.len() as u32,
         };
-        let plan = if source.mode.has(Mode::UNGROUPED) || crossing.is_some() {
-            None
+        let plans = if source.mode.has(Mode::UNGROUPED) || crossing.is_some() {
+            Vec::new()
         } else {
             groups::plan(&self.instrs, &self.live, forms, code64)
         };
@@ -163,7 +163,8 @@ impl Frontend {
             out.sites.push((emitter.hot_len() as u32, (instr.ip() - source.lin) as u32));
             emitter.at(instr.ip());
             let site = Site { before: self.live[i] };
-            if let Some(p) = plan.as_ref().filter(|p| p.check == i) {
+            for p in plans.iter().filter(|p| p.check == i) {
+                emitter.sync_rsp();
                 emitter.group(p, site.before);
             }
             if !emitter.tolerates_pending_rsp(&instr, forms.form(&instr).class) {
@@ -181,9 +182,9 @@ impl Frontend {
             if let Some(n) = groups::rsp_adjust(&instr, code64) {
                 emitter.rsp_adjusted(n);
             }
-            if plan.as_ref().is_some_and(|p| p.last == i) {
+            for p in plans.iter().filter(|p| p.last == i) {
                 emitter.sync_rsp();
-                emitter.end_group();
+                emitter.end_group(p);
             }
         }
         emitter.sync_rsp();

@@ -11,6 +11,10 @@ use crate::regs;
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 const RSP: u8 = 4;
+/// Groups of a block that keep their delta in the context.
+pub(crate) const SLOTS: usize = 3;
+/// Members below which a group in the context does not pay.
+const SLOT_MEMBERS: u32 = 3;
 /// Bytes a group may span.
 const MAX_SPAN: i32 = 2048;
 
@@ -28,6 +32,8 @@ pub(crate) struct Plan {
     pub(crate) check: usize,
     /// The last member.
     pub(crate) last: usize,
+    /// Where the delta is kept: in r13, or in this slot of the context.
+    pub(crate) slot: Option<usize>,
 }
 
 /// A run of instructions over which one base register is unchanged (or, for RSP, moved by known amounts).
@@ -80,7 +86,7 @@ impl Region {
     }
 
     /// The check goes where no flags are live, as late as possible, else right before the first member.
-    fn into_plan(self, live: &[FlagSet]) -> Plan {
+    fn into_plan(self, live: &[FlagSet], slot: Option<usize>) -> Plan {
         let first = self.start + self.trace.len() - 1;
         let check = (self.start..=first).rev().find(|&i| live[i].is_empty()).unwrap_or(first);
         let moved = self.trace[check - self.start];
@@ -91,14 +97,15 @@ impl Region {
             write: self.write,
             check,
             last: self.last,
+            slot,
         }
     }
 }
 
-/// Regions under construction and the best one finished.
+/// Regions under construction and those finished.
 struct Search {
     open: Vec<Region>,
-    best: Option<Region>,
+    done: Vec<Region>,
     /// First instruction at which each register has its present value.
     since: [usize; 16],
 }
@@ -121,27 +128,22 @@ impl Search {
     }
 
     fn consider(&mut self, r: Region) {
-        if r.members >= 2 && self.best.as_ref().is_none_or(|b| r.members > b.members) {
-            self.best = Some(r);
+        if r.members >= 2 {
+            self.done.push(r);
         }
     }
 }
 
-/// Finds the most useful group of a block.
-pub(crate) fn plan(
-    instrs: &[Instruction],
-    live: &[FlagSet],
-    forms: &mut Forms,
-    code64: bool,
-) -> Option<Plan> {
+/// Finds the useful groups of a block, the most useful first.
+pub(crate) fn plan(instrs: &[Instruction], live: &[FlagSet], forms: &mut Forms, code64: bool) -> Vec<Plan> {
     let stack =
         |c: Class| matches!(c, Class::Push | Class::Pop | Class::Call | Class::CallIndirect | Class::Ret);
     let memory = |i: &Instruction| i.memory_base() != Register::None;
     let candidates = instrs.iter().filter(|i| memory(i) || stack(forms.form(i).class)).count();
     if candidates < 2 {
-        return None;
+        return Vec::new();
     }
-    let mut s = Search { open: Vec::with_capacity(4), best: None, since: [0; 16] };
+    let mut s = Search { open: Vec::with_capacity(4), done: Vec::new(), since: [0; 16] };
     let word = if code64 { 8 } else { 4 };
     for (i, instr) in instrs.iter().enumerate() {
         let form = forms.form(instr);
@@ -189,7 +191,9 @@ pub(crate) fn plan(
     for r in std::mem::take(&mut s.open) {
         s.consider(r);
     }
-    s.best.map(|r| r.into_plan(live))
+    s.done.sort_by_key(|r| std::cmp::Reverse(r.members));
+    let pays = |(i, r): &(usize, Region)| *i == 0 || (*i <= SLOTS && r.members >= SLOT_MEMBERS);
+    s.done.into_iter().enumerate().filter(pays).map(|(i, r)| r.into_plan(live, i.checked_sub(1))).collect()
 }
 
 /// The base register of a memory operand that can be a member.

@@ -189,7 +189,7 @@ impl Emitter {
         } else {
             dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
         }
-        Self::save(&mut self.hot, keep, self.group.is_some());
+        Self::save(&mut self.hot, keep, self.r13_busy);
         let last = size as i32 - 1;
         match size {
             1 => {
@@ -212,7 +212,7 @@ impl Emitter {
                 self.cold.push(0);
                 dynasm!(self.cold ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
                 self.cold_jcc(4, back);
-                Self::restore(&mut self.cold, keep, self.group.is_some());
+                Self::restore(&mut self.cold, keep, self.r13_busy);
                 self.cold_interpret(self.rip);
                 self.cold.ops[js] = (self.cold.ops.len() - js - 1) as u8;
                 self.cold_miss(ea, size, write, keep, retry);
@@ -226,16 +226,16 @@ impl Emitter {
                 dynasm!(self.hot ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
                 let cross = self.cold_here();
                 self.hot_jcc(5, cross);
-                Self::restore(&mut self.cold, keep, self.group.is_some());
+                Self::restore(&mut self.cold, keep, self.r13_busy);
                 self.cold_interpret(self.rip);
             }
         }
-        Self::restore(&mut self.hot, keep, self.group.is_some());
+        Self::restore(&mut self.hot, keep, self.r13_busy);
     }
 
     /// Cold code of a poisoned access: fills the table and tries again, or leaves to interpret the instruction.
     fn cold_miss(&mut self, ea: u8, size: u32, write: bool, keep: Keep, retry: Pos) {
-        Self::restore(&mut self.cold, keep, self.group.is_some());
+        Self::restore(&mut self.cold, keep, self.r13_busy);
         if ea != R10 {
             dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea));
         }

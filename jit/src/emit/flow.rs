@@ -155,14 +155,14 @@ impl Emitter {
     /// that crosses into a page whose mapping may have changed).
     pub(crate) fn check_page(&mut self, slot: u32, page: u32, lin: u64, live: FlagSet) {
         let keep = Self::keep(live);
-        Self::save(&mut self.hot, keep, self.group.is_some());
+        Self::save(&mut self.hot, keep, self.r13_busy);
         let at = xslot_offset(slot);
         dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
         let cold = self.cold_here();
         self.hot_jcc(5, cold);
-        Self::restore(&mut self.cold, keep, self.group.is_some());
+        Self::restore(&mut self.cold, keep, self.r13_busy);
         self.cold_leave(lin, Reason::Indirect);
-        Self::restore(&mut self.hot, keep, self.group.is_some());
+        Self::restore(&mut self.hot, keep, self.r13_busy);
     }
 
     /// Adds to the retired-instruction counter.

@@ -1,16 +1,16 @@
-//! Base groups: one check, and the page's delta in r13 for all accesses off one base register (planned by
-//! [`crate::groups`]). Where the check fails the block goes on in its ungrouped copy.
+//! Base groups: one check, and the page's delta at hand for all accesses off one base register (planned by
+//! [`crate::groups`]): in r13 for the most useful group of a block, in the context for others. Where the check fails the block goes on in its ungrouped copy.
 
 use super::{Emitter, PendingLink, Pos, Target};
 use crate::context::{Reason, ctx};
 use crate::flags::FlagSet;
 use crate::groups::{self, Plan};
-use crate::regs::R10;
+use crate::regs::{self, Place, R10, R11, R13};
 use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Register};
 
-/// The base group in force: r13 holds the page's delta.
+/// A base group in force.
 #[derive(Clone, Copy)]
 pub(super) struct Group {
     base: u8,
@@ -19,6 +19,18 @@ pub(super) struct Group {
     write: bool,
     /// How far RSP moved since the check, where it is the base.
     moved: i32,
+    /// Where the page's delta is: r13, or a slot of the context.
+    slot: Option<usize>,
+    last: usize,
+}
+
+/// A memory operand that a group covers.
+#[derive(Clone, Copy)]
+pub(super) struct Member {
+    /// Guest register number.
+    pub(super) base: u8,
+    pub(super) disp: i32,
+    pub(super) slot: Option<usize>,
 }
 
 impl Group {
@@ -35,6 +47,7 @@ impl Emitter {
         let retry = self.hot_here();
         let base = self.guest(plan.base, R10);
         let lo = plan.lo;
+        let delta = if plan.slot.is_some() { R11 } else { R13 };
         dynasm!(self.hot
             ; .arch x64
             ; lea r10, [Rq(base) + lo]
@@ -42,12 +55,12 @@ impl Emitter {
             ; shrx r11, r11, r15
         );
         if plan.write {
-            dynasm!(self.hot ; .arch x64 ; mov r13, [r14 + r11 * 8 - 28]);
+            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [r14 + r11 * 8 - 28]);
         } else {
-            dynasm!(self.hot ; .arch x64 ; mov r13, [r15 + r11 * 8 - 28]);
+            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [r15 + r11 * 8 - 28]);
         }
         Self::save(&mut self.hot, keep, true);
-        dynasm!(self.hot ; .arch x64 ; test r13b, 1);
+        dynasm!(self.hot ; .arch x64 ; test Rb(delta), 1);
         let poison = self.cold_here();
         self.hot_jcc(5, poison);
         // Poison: fill the entry if that has no effect the guest did not ask for.
@@ -61,6 +74,10 @@ impl Emitter {
         self.cold_jmp(Target::Here(retry));
         debug_assert_eq!(leave, self.cold_here());
         let ungrouped = self.ungrouped_exit();
+        if let Some(slot) = plan.slot {
+            let at = delta_offset(slot);
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + at], r11);
+        }
         let last = plan.hi - plan.lo - 1;
         dynasm!(self.hot ; .arch x64 ; lea r11, [r10 + last] ; xor r11, r10 ; test r11, !0xFFF);
         let cross = self.cold_here();
@@ -68,7 +85,16 @@ impl Emitter {
         Self::restore(&mut self.cold, keep, true);
         self.cold_jmp(Target::Here(ungrouped));
         Self::restore(&mut self.hot, keep, true);
-        self.group = Some(Group { base: plan.base, lo: plan.lo, hi: plan.hi, write: plan.write, moved: 0 });
+        self.r13_busy |= plan.slot.is_none();
+        self.groups.push(Group {
+            base: plan.base,
+            lo: plan.lo,
+            hi: plan.hi,
+            write: plan.write,
+            moved: 0,
+            slot: plan.slot,
+            last: plan.last,
+        });
     }
 
     /// Cold code that leaves for the ungrouped copy at the current instruction.
@@ -86,41 +112,62 @@ impl Emitter {
         here
     }
 
-    /// No member follows: r13 is free again.
-    pub(crate) fn end_group(&mut self) {
-        self.group = None;
+    /// No member of `plan` follows.
+    pub(crate) fn end_group(&mut self, plan: &Plan) {
+        self.groups.retain(|g| (g.slot, g.last) != (plan.slot, plan.last));
+        self.r13_busy &= plan.slot.is_some();
     }
 
-    /// The base and displacement of a memory operand that the group covers.
-    pub(super) fn member(&self, instr: &Instruction, size: u32, write: bool) -> Option<(u8, i32)> {
-        let g = self.group?;
-        if groups::operand_base(instr, self.code64) != Some(g.base) {
-            return None;
-        }
+    /// The host register that holds the delta: r13, or r11, loaded here.
+    pub(super) fn delta(&mut self, slot: Option<usize>) -> u8 {
+        let Some(slot) = slot else { return R13 };
+        let at = delta_offset(slot);
+        dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + at]);
+        R11
+    }
+
+    /// The memory operand, if a group covers it.
+    pub(super) fn member(&self, instr: &Instruction, size: u32, write: bool) -> Option<Member> {
+        let base = groups::operand_base(instr, self.code64)?;
         let disp = instr.memory_displacement64() as i32;
-        g.covers(disp, size as i32, write).then_some((g.base, disp))
+        let g = self.groups.iter().find(|g| g.base == base && g.covers(disp, size as i32, write))?;
+        Some(Member { base, disp, slot: g.slot })
     }
 
-    /// Whether the word at RSP + `disp` is covered by the group.
-    pub(super) fn stack_member(&self, disp: i32, write: bool) -> bool {
-        self.group.is_some_and(|g| g.base == 4 && g.covers(disp, self.stack_size(), write))
+    /// Where the delta for the word at RSP + `disp` is, if a group covers it.
+    pub(super) fn stack_member(&self, disp: i32, write: bool) -> Option<Option<usize>> {
+        let size = self.stack_size();
+        self.groups.iter().find(|g| g.base == 4 && g.covers(disp, size, write)).map(|g| g.slot)
+    }
+
+    /// Makes the memory operand `[base + delta + disp]`; uses r11 at most.
+    pub(super) fn address_member(&mut self, instr: &mut Instruction, m: Member) {
+        let host = |n: u8| Register::RAX + u32::from(n);
+        let (base, index) = match (regs::place(m.base), m.slot) {
+            (Place::Host(h), _) => (h, Some(self.delta(m.slot))),
+            (Place::Home(_), None) => (self.guest(m.base, R11), Some(R13)),
+            (Place::Home(_), Some(_)) => {
+                let (b, d) = (self.guest(m.base, R10), self.delta(m.slot));
+                dynasm!(self.hot ; .arch x64 ; lea r11, [Rq(b) + Rq(d)]);
+                (R11, None)
+            }
+        };
+        instr.set_memory_base(host(base));
+        instr.set_memory_index(index.map_or(Register::None, host));
+        instr.set_memory_index_scale(1);
+        instr.set_memory_displacement64(i64::from(m.disp) as u64);
+        instr.set_memory_displ_size(if m.disp == 0 { 0 } else { 1 });
     }
 
     /// RSP changed by `n` with an instruction of the block.
     pub(crate) fn rsp_adjusted(&mut self, n: i32) {
-        if let Some(g) = &mut self.group
-            && g.base == 4
-        {
+        for g in self.groups.iter_mut().filter(|g| g.base == 4) {
             g.moved += n;
         }
     }
 }
 
-/// Makes the memory operand `[base + r13 + disp]`.
-pub(super) fn address_by_group(instr: &mut Instruction, base: u8, disp: i32) {
-    instr.set_memory_base(Register::RAX + u32::from(base));
-    instr.set_memory_index(Register::R13);
-    instr.set_memory_index_scale(1);
-    instr.set_memory_displacement64(i64::from(disp) as u64);
-    instr.set_memory_displ_size(if disp == 0 { 0 } else { 1 });
+/// Offset of a delta slot from host RSP.
+fn delta_offset(slot: usize) -> i32 {
+    ctx!(group_deltas) + slot as i32 * 8
 }

@@ -25,7 +25,7 @@ use crate::flags::FlagSet;
 use crate::regs::{self, Place, R10, R11, R13};
 use crate::stubs::Stubs;
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
-use group::{Group, address_by_group};
+use group::Group;
 use iced_x86::{Code, Encoder, Instruction, OpAccess, OpKind, Register};
 
 /// Where in the block's code something is.
@@ -77,7 +77,9 @@ pub(crate) struct Emitter {
     /// Linear address of the current instruction.
     rip: u64,
     page: u64,
-    group: Option<Group>,
+    groups: Vec<Group>,
+    /// A group keeps its delta in r13.
+    r13_busy: bool,
     /// How far guest RSP is ahead of its host register: runs of PUSH and POP in a group move it once.
     rsp_pending: i32,
 }
@@ -95,7 +97,8 @@ impl Emitter {
             code64: true,
             rip: 0,
             page: 0,
-            group: None,
+            groups: Vec::new(),
+            r13_busy: false,
             rsp_pending: 0,
         }
     }
@@ -110,7 +113,8 @@ impl Emitter {
         self.code64 = code64;
         self.rip = lin;
         self.page = lin >> 12;
-        self.group = None;
+        self.groups.clear();
+        self.r13_busy = false;
         self.rsp_pending = 0;
     }
 
@@ -232,7 +236,7 @@ impl Emitter {
         }
         let mut new = *instr;
         normalize(&mut new)?;
-        let grouped = self.group.is_some();
+        let grouped = self.r13_busy;
         let mut free: &[u8] = if grouped { &[R10, R11] } else { &[R10, R11, R13] };
         let mut high_byte = false;
         if let Some(op) = memory {
@@ -246,10 +250,8 @@ impl Emitter {
             );
             high_byte = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));
             new.set_segment_prefix(Register::None);
-            if let Some((base, disp)) = self.member(instr, size, write).filter(|_| !high_byte) {
-                // A group member: the page's delta is in r13, the displacement stays.
-                let base = self.guest(base, R11);
-                address_by_group(&mut new, base, disp);
+            if let Some(m) = self.member(instr, size, write).filter(|_| !high_byte) {
+                self.address_member(&mut new, m);
                 free = &[R10];
             } else {
                 let ea = self.effective_address(instr, true)?;

@@ -17,13 +17,14 @@ impl Emitter {
     /// Pushes what `value` puts into the register it returns; it may use `scratch` only.
     pub(super) fn push_word(&mut self, live: FlagSet, value: impl FnOnce(&mut Emitter, u8) -> u8) {
         let n = self.stack_size();
-        if self.stack_member(-n, true) {
+        if let Some(m) = self.stack_member(-n, true) {
             let at = self.rsp_pending - n;
             let r = value(self, R10);
+            let d = self.delta(m);
             if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; mov [r12 + r13 + at], Rq(r));
+                dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rq(r));
             } else {
-                dynasm!(self.hot ; .arch x64 ; mov [r12 + r13 + at], Rd(r));
+                dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rd(r));
             }
             self.rsp_pending -= n;
         } else {
@@ -47,12 +48,13 @@ impl Emitter {
 
     /// Loads the word at the top of the stack into host register `r`; RSP stays.
     pub(super) fn load_top(&mut self, r: u8, live: FlagSet) {
-        if self.stack_member(0, false) {
+        if let Some(m) = self.stack_member(0, false) {
             let at = self.rsp_pending;
+            let d = self.delta(m);
             if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r12 + r13 + at]);
+                dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r12 + Rq(d) + at]);
             } else {
-                dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r12 + r13 + at]);
+                dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r12 + Rq(d) + at]);
             }
         } else {
             self.sync_rsp();
@@ -72,12 +74,12 @@ impl Emitter {
     /// Loads the word-sized memory operand of PUSH, CALL or JMP into r11.
     pub(super) fn load_operand(&mut self, instr: &Instruction, live: FlagSet) -> Result<(), Unfit> {
         let n = self.stack_size();
-        if let Some((base, disp)) = self.member(instr, n as u32, false) {
-            let b = self.guest(base, R11);
+        if let Some(m) = self.member(instr, n as u32, false) {
+            let (b, d, disp) = (self.guest(m.base, R10), self.delta(m.slot), m.disp);
             if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; mov r11, [Rq(b) + r13 + disp]);
+                dynasm!(self.hot ; .arch x64 ; mov r11, [Rq(b) + Rq(d) + disp]);
             } else {
-                dynasm!(self.hot ; .arch x64 ; mov r11d, [Rq(b) + r13 + disp]);
+                dynasm!(self.hot ; .arch x64 ; mov r11d, [Rq(b) + Rq(d) + disp]);
             }
         } else {
             let ea = self.effective_address(instr, true)?;
@@ -113,10 +115,10 @@ impl Emitter {
         });
         let memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
         match class {
-            Class::Push => !names_rsp && !memory && self.stack_member(-n, true),
-            Class::Pop => !names_rsp && self.stack_member(0, false),
-            Class::Call => self.stack_member(-n, true),
-            Class::Ret => self.stack_member(0, false),
+            Class::Push => !names_rsp && !memory && self.stack_member(-n, true).is_some(),
+            Class::Pop => !names_rsp && self.stack_member(0, false).is_some(),
+            Class::Call => self.stack_member(-n, true).is_some(),
+            Class::Ret => self.stack_member(0, false).is_some(),
             Class::Nop => true,
             Class::Identity(0) => {
                 !names_rsp
@@ -175,7 +177,7 @@ impl Emitter {
             }
         }
         self.rsp_pending += word;
-        if !self.code64 || self.group.is_none() {
+        if !self.code64 || self.groups.is_empty() {
             self.sync_rsp();
         }
         self.rsp_adjusted(word);

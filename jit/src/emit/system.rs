@@ -85,7 +85,7 @@ impl Emitter {
     pub(crate) fn set_interrupt_flag(&mut self, on: bool, site: Site) {
         if on {
             let keep = Self::keep(site.before);
-            let grouped = self.group.is_some();
+            let grouped = self.r13_busy;
             Self::save(&mut self.hot, keep, grouped);
             dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + ctx!(interrupt_pending)], 0);
             let slow = self.cold_here();
