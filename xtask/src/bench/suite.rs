@@ -100,7 +100,7 @@ pub const SUITE: &[Program] = &[
     c("memory", "atomics", 30_000),
     c("fp", "nbody", 200),
     c("fp", "matmul", 50),
-    c("fp", "avx2", 400),
+    c("fp", "avx2", 4000),
     c("fp", "convert", 3_000),
     c("fp", "x87", 600),
     v("kernel", "syscall-getpid", "syscall", "getpid", 1_000),
