@@ -82,14 +82,16 @@ pub(crate) struct Block {
     pub(crate) live: bool,
     /// The second page of an instruction that crosses (backing page number).
     pub(crate) crosses_into: Option<u64>,
+    /// Instructions counted at the entry.
+    pub(crate) counted: u32,
 }
 
 impl Block {
-    /// Linear address of the instruction whose code holds `at`.
-    pub(crate) fn rip_at(&self, at: CodeOffset) -> Option<u64> {
+    /// Linear address of the instruction whose code holds `at`, and how many from it on were counted.
+    pub(crate) fn rip_at(&self, at: CodeOffset) -> Option<(u64, u32)> {
         let off = at.0 - self.start.0;
         let i = self.sites.partition_point(|s| s.0 <= off).checked_sub(1)?;
-        Some(self.key.lin + u64::from(self.sites[i].1))
+        Some((self.key.lin + u64::from(self.sites[i].1), self.counted.saturating_sub(i as u32)))
     }
 }
 

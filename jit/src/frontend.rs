@@ -36,6 +36,8 @@ pub(crate) struct Translated {
     pub(crate) entry: u32,
     /// Instructions translated.
     pub(crate) instructions: u32,
+    /// Instructions counted at the entry.
+    pub(crate) counted: u32,
 }
 
 /// An instruction that crosses into a page, with the cell and value that validate that page.
@@ -142,15 +144,17 @@ impl Frontend {
         if let Some(c) = &crossing {
             emitter.check_page(c.slot, c.page, source.lin, live_in);
         }
+        let mut counted = 0;
         if source.mode.has(Mode::COUNTED) {
-            let n = self.instrs.iter().filter(|i| forms.form(i).class != Class::Interpret).count();
-            emitter.count(n as u32);
+            counted = self.instrs.iter().filter(|i| forms.form(i).class != Class::Interpret).count() as u32;
+            emitter.count(counted);
         }
         let mut out = Translated {
             len: decoded.max(1),
             sites: Vec::with_capacity(self.instrs.len() + 1),
             entry,
             instructions: self.instrs.len() as u32,
+            counted,
         };
         let plans = if source.mode.has(Mode::UNGROUPED) || crossing.is_some() {
             Vec::new()
@@ -161,7 +165,7 @@ impl Frontend {
         for i in 0..self.instrs.len() {
             let instr = self.instrs[i];
             out.sites.push((emitter.hot_len() as u32, (instr.ip() - source.lin) as u32));
-            emitter.at(instr.ip());
+            emitter.at(instr.ip(), counted.saturating_sub(i as u32));
             let site = Site { before: self.live[i] };
             for p in plans.iter().filter(|p| p.check == i) {
                 emitter.sync_rsp();
@@ -193,7 +197,7 @@ impl Frontend {
             out.sites.push((emitter.hot_len() as u32, decoded));
             if self.instrs.len() < MAX_INSTRUCTIONS && crossing.is_none() && self.ran_out(source, decoded) {
                 // An undecodable or page-crossing instruction: a block of its own, or the interpreter's #UD or #PF.
-                emitter.at(next_rip);
+                emitter.at(next_rip, 0);
                 if self.instrs.is_empty() {
                     emitter.interpret(next_rip);
                 } else {

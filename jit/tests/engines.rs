@@ -97,11 +97,18 @@ fn agree(program: &[u8], mask: u64) -> CpuState {
     let (a, b) = (memory(program), memory(program));
     let vector = Box::new(HostVectorUnit::new().expect("vector unit"));
     let mut interp = Interpreter::new(model.clone(), vector, Attention::default(), VpIndex(0));
-    let mut jit = Translator::new(model, &b, Attention::default(), VpIndex(0), JitOptions::default())
-        .expect("translator");
+    let mut jit = Translator::new(
+        model,
+        &b,
+        Attention::default(),
+        VpIndex(0),
+        JitOptions { count_instructions: true, ..JitOptions::default() },
+    )
+    .expect("translator");
     let (x, y) = (run(&mut interp, &a), run(&mut jit, &b));
     assert_eq!(x.gpr.map(|v| format!("{v:x}")), y.gpr.map(|v| format!("{v:x}")), "registers");
     assert_eq!(x.rip, y.rip, "rip");
+    assert_eq!(x.instructions, y.instructions, "retired instructions");
     assert_eq!(x.rflags & mask, y.rflags & mask, "flags {:#x} {:#x}", x.rflags, y.rflags);
     for i in 0..256 {
         assert_eq!(x.fpu.0[160 + i], y.fpu.0[160 + i], "XMM byte {i}");

@@ -65,6 +65,7 @@ impl Emitter {
     /// Ends the block: the run loop does what `reason` says at `rip`.
     pub(crate) fn leave_for(&mut self, rip: u64, reason: Reason) {
         let cold = self.cold_here();
+        give_back(&mut self.cold, self.remaining);
         self.cold_leave(rip, reason);
         self.hot.push(0xE9);
         self.hot_rel32(Target::Here(cold));
@@ -72,6 +73,7 @@ impl Emitter {
 
     /// Leaves to interpret the instruction at `rip`.
     pub(crate) fn interpret(&mut self, rip: u64) {
+        give_back(&mut self.hot, self.remaining);
         Self::constant(&mut self.hot, R10, rip);
         dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
         self.hot.push(0xE9);
@@ -187,6 +189,7 @@ impl Emitter {
     }
 
     pub(super) fn cold_interpret(&mut self, rip: u64) {
+        give_back(&mut self.cold, self.remaining);
         Self::constant(&mut self.cold, R10, rip);
         dynasm!(self.cold ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
         self.cold_jmp(Target::Cache(self.stubs.interpret));
@@ -236,4 +239,17 @@ pub(crate) fn link_thunk(
     ops.push(0xE9);
     rel(&mut ops, target);
     ops.finalize()
+}
+
+/// Takes `n` instructions, counted when the block was entered, off the counter: they are not executed here after all.
+pub(super) fn give_back(ops: &mut SimpleAssembler, n: u32) {
+    if n > 0 {
+        let minus = -(n as i32);
+        dynasm!(ops
+            ; .arch x64
+            ; mov r10, [rsp + ctx!(instructions)]
+            ; lea r10, [r10 + minus]
+            ; mov [rsp + ctx!(instructions)], r10
+        );
+    }
 }

@@ -1,6 +1,7 @@
 //! Base groups: one check, and the page's delta at hand for all accesses off one base register (planned by
 //! [`crate::groups`]): in r13 for the most useful group of a block, in the context for others. Where the check fails the block goes on in its ungrouped copy.
 
+use super::flow::give_back;
 use super::{Emitter, PendingLink, Pos, Target};
 use crate::context::{Reason, ctx};
 use crate::flags::FlagSet;
@@ -100,6 +101,7 @@ impl Emitter {
     /// Cold code that leaves for the ungrouped copy at the current instruction.
     fn ungrouped_exit(&mut self) -> Pos {
         let here = self.cold_here();
+        give_back(&mut self.cold, self.remaining);
         let number = self.first_link + self.links.len() as u32;
         self.cold.push(0xE9);
         let site = self.cold_here();

@@ -80,6 +80,8 @@ pub(crate) struct Emitter {
     groups: Vec<Group>,
     /// A group keeps its delta in r13.
     r13_busy: bool,
+    /// Instructions from the current one on that the block counted when it was entered.
+    remaining: u32,
     /// How far guest RSP is ahead of its host register: runs of PUSH and POP in a group move it once.
     rsp_pending: i32,
 }
@@ -99,6 +101,7 @@ impl Emitter {
             page: 0,
             groups: Vec::new(),
             r13_busy: false,
+            remaining: 0,
             rsp_pending: 0,
         }
     }
@@ -115,12 +118,14 @@ impl Emitter {
         self.page = lin >> 12;
         self.groups.clear();
         self.r13_busy = false;
+        self.remaining = 0;
         self.rsp_pending = 0;
     }
 
-    /// Says which instruction comes next.
-    pub(crate) fn at(&mut self, rip: u64) {
+    /// Says which instruction comes next, and how many from it on were counted at the block's entry.
+    pub(crate) fn at(&mut self, rip: u64, remaining: u32) {
         self.rip = rip;
+        self.remaining = remaining;
     }
 
     /// Bytes of hot code so far.

@@ -119,6 +119,7 @@ impl Translator {
             cached: false,
             live: true,
             crosses_into: extra,
+            counted: t.counted,
         };
         Some(self.blocks.insert(block))
     }

@@ -29,11 +29,15 @@ unsafe fn fault_callback(data: *mut (), fault: &mut FaultContext) -> bool {
         return true;
     }
     let Some(block) = this.blocks.by_code(at) else { return false };
-    let Some(rip) = block.rip_at(at) else { return false };
+    let Some((rip, remaining)) = block.rip_at(at) else { return false };
     this.stats.host_faults += 1;
     this.poison_hit = fault.signal() == libc::SIGSEGV;
     // SAFETY: the context lives as long as the translator.
-    unsafe { (*this.context).rip = rip };
+    unsafe {
+        (*this.context).rip = rip;
+        // The block does not execute these after all.
+        (*this.context).instructions = (*this.context).instructions.wrapping_sub(u64::from(remaining));
+    }
     fault.set_rip(this.cache.address(this.stubs.interpret));
     true
 }
@@ -209,7 +213,7 @@ impl Translator {
         }
         cpu.seg[SegReg::Gs as usize].base = c.seg_base[SegReg::Gs as usize];
         cpu.msr.kernel_gs_base = c.kernel_gs_base;
-        cpu.instructions += std::mem::take(&mut c.instructions);
+        cpu.instructions = cpu.instructions.wrapping_add(std::mem::take(&mut c.instructions));
     }
 
     /// Runs translated code, chaining and caching on the way, until the interpreter or attention is needed.
@@ -315,7 +319,8 @@ impl Translator {
         let source = self.context().source;
         let Some(at) = self.cache.offset_of(source) else { return };
         let Some(block) = self.blocks.by_code(at) else { return };
-        let Some(rip) = block.rip_at(at) else { return };
+        let Some((rip, remaining)) = block.rip_at(at) else { return };
+        cpu.instructions = cpu.instructions.wrapping_sub(u64::from(remaining));
         let mut bytes = [0; 15];
         let n = (4096 - (rip & 0xFFF)).min(15) as usize;
         let Some((page, _)) = self.fetch_page(cpu, rip) else { return };
