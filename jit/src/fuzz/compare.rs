@@ -2,8 +2,9 @@
 
 use super::Outcome;
 use super::generate::Case;
+use super::vendor;
 use crate::host::NativeStop;
-use iced_x86::{Instruction, Mnemonic, OpKind, RflagsBits};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, RflagsBits};
 use paravane_cpu::flags;
 
 /// Flags compared: those that user code can see or change.
@@ -39,6 +40,10 @@ pub fn differences(case: &Case, bits: u32, leave: Leave, host: &Outcome, engine:
             return Vec::new();
         }
     }
+    let access = matches!(host.stop.vector, 12..=14);
+    if access && vendor::accesses_come_first(&case.instruction) && has_numeric_exception(engine) {
+        return Vec::new();
+    }
     let width = if bits == 64 { u64::MAX } else { 0xFFFF_FFFF };
     let registers = if bits == 64 { 16 } else { 8 };
     for (n, name) in NAMES.iter().enumerate().take(registers) {
@@ -53,14 +58,22 @@ pub fn differences(case: &Case, bits: u32, leave: Leave, host: &Outcome, engine:
         Leave::Nothing => 0,
         Leave::DeadFlags => overwritten_flags(&case.instruction),
     };
-    let open = if host.stop.vector == 3 { case.open } else { case.open_before | dead };
+    let torn = if vendor::leaves_flags_at_faults(&case.instruction) { flags::STATUS } else { 0 };
+    let open = if host.stop.vector == 3 { case.open } else { case.open_before | dead | torn };
     let (a, b) = (host.state.rflags & COMPARED & !open, engine.state.rflags & COMPARED & !open);
     if a != b {
         lines.push(format!("rflags: host {a:#x}, engine {b:#x} (before {:#x})", case.state.rflags));
     }
     extended_state(host, engine, latitude, &mut lines);
-    memory(host, engine, latitude, &mut lines);
+    if !is_open_result(&case.instruction) || case.instruction.op0_register().is_gpr() {
+        memory(host, engine, latitude, &mut lines);
+    }
     lines
+}
+
+/// Whether an unmasked x87 exception is pending (FSW.ES), or `#XM` was raised.
+fn has_numeric_exception(outcome: &Outcome) -> bool {
+    outcome.state.fpu.0[2] & 0x80 != 0 || outcome.stop.vector == 19
 }
 
 /// What processors do differently where an instruction faults half-way; architecture leaves it open.
@@ -219,14 +232,17 @@ fn operand_bits(i: &Instruction) -> u64 {
     }
 }
 
-/// Whether the manual leaves the destination undefined: BSWAP of 16 bits, double shifts that may exceed 16 bits.
+/// Whether the manual leaves the destination undefined: BSWAP of 16 bits, double shifts that may exceed 16 bits, and the
+/// upper half of what PUSH of a segment register writes with a 32-bit operand size.
 pub fn is_open_result(i: &Instruction) -> bool {
+    use Code as C;
+    if matches!(i.code(), C::Pushd_ES | C::Pushd_CS | C::Pushd_SS | C::Pushd_DS | C::Pushd_FS | C::Pushd_GS) {
+        return true;
+    }
     let listed = matches!(i.mnemonic(), Mnemonic::Bswap | Mnemonic::Shld | Mnemonic::Shrd);
     listed && operand_bits(i) == 16
 }
 
 fn is_open(i: &Instruction, register: usize) -> bool {
-    is_open_result(i)
-        && i.op0_kind() == OpKind::Register
-        && i.op0_register().full_register().number() == register
+    is_open_result(i) && i.op0_register().is_gpr() && i.op0_register().full_register().number() == register
 }

@@ -15,6 +15,8 @@ pub enum LeftOut {
     NotUser,
     /// Its result depends on time, the processor's identity or the kernel's tables.
     NotReproducible,
+    /// This host executes it differently from the manual.
+    Vendor,
 }
 
 /// A table of every form: `Ok` where it can be exercised.
@@ -39,6 +41,7 @@ pub fn admit(code: Code, bits: u32) -> Result<(), LeftOut> {
     match code.mnemonic() {
         m if enters_kernel(m) => Err(LeftOut::NotUser),
         m if is_irreproducible(m) => Err(LeftOut::NotReproducible),
+        _ if super::vendor::has_other_form(code) => Err(LeftOut::Vendor),
         m if changes_segments(code, m) => Err(LeftOut::NotUser),
         _ => Ok(()),
     }

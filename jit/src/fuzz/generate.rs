@@ -73,7 +73,8 @@ impl Generator {
         };
         let open = super::compare::undefined_flags(&decoded, state.gpr[1]);
         let case = Case { code: bytes, instruction: decoded, state, arena, open_before: 0, open };
-        (acceptable && super::safety::is_harmless(&case, self.bits)).then_some(case)
+        let differs = super::vendor::differs(&case.instruction, &case.code, &case.state);
+        (acceptable && !differs && super::safety::is_harmless(&case, self.bits)).then_some(case)
     }
 
     pub(super) fn decode(&self, bytes: &[u8], ip: u64) -> Instruction {

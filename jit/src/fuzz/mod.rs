@@ -16,6 +16,7 @@ mod guest;
 mod random;
 mod safety;
 mod sequence;
+mod vendor;
 mod watch;
 
 pub use campaign::{Campaign, Report};

@@ -1,7 +1,8 @@
 //! Which cases may run natively: those whose every access stays in the arena or hits what is surely unmapped.
 
 use super::generate::Case;
-use iced_x86::{FlowControl, InstructionInfoFactory, Mnemonic, OpKind, Register};
+use crate::host::NativeState;
+use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
 
 /// Below 4 GiB this process maps nothing but code page and arena.
 const LOW: u64 = 1 << 32;
@@ -22,7 +23,7 @@ pub fn is_harmless(case: &Case, bits: u32) -> bool {
         };
         for element in 0..elements {
             let address = memory.virtual_address(element, |register, element, element_size| {
-                register_value(case, register, element, element_size)
+                register_value(&case.state, register, element, element_size)
             });
             let harmless = address.is_some_and(|a| is_reachable(a, size, bits));
             if !harmless {
@@ -40,8 +41,18 @@ fn is_reachable(address: u64, size: u64, bits: u32) -> bool {
     (address < LOW && end < LOW) || (bits == 64 && non_canonical(address) && non_canonical(end))
 }
 
+/// The linear address of memory operand `operand` of `i`, in flat segments.
+pub fn address(i: &Instruction, operand: u32, state: &NativeState) -> Option<u64> {
+    i.virtual_address(operand, 0, |register, element, size| register_value(state, register, element, size))
+}
+
 /// Register values as address computation wants them.
-fn register_value(case: &Case, register: Register, element: usize, element_size: usize) -> Option<u64> {
+fn register_value(
+    state: &NativeState,
+    register: Register,
+    element: usize,
+    element_size: usize,
+) -> Option<u64> {
     if register.is_segment_register() {
         return Some(0);
     }
@@ -49,13 +60,13 @@ fn register_value(case: &Case, register: Register, element: usize, element_size:
         let number = register.number();
         let byte = element * element_size;
         let at = if byte < 16 { 160 + 16 * number + byte } else { 576 + 16 * number + byte - 16 };
-        let bytes = case.state.fpu.0.get(at..at + element_size)?;
+        let bytes = state.fpu.0.get(at..at + element_size)?;
         return Some(match element_size {
             4 => i64::from(i32::from_le_bytes(bytes.try_into().ok()?)) as u64,
             _ => u64::from_le_bytes(bytes.try_into().ok()?),
         });
     }
-    let value = case.state.gpr[register.full_register().number()];
+    let value = state.gpr[register.full_register().number()];
     Some(match register.size() {
         1 => value & 0xFF,
         2 => value & 0xFFFF,
@@ -79,9 +90,7 @@ fn bit_offset_is_harmless(case: &Case, bits: u32) -> bool {
         4 => i64::from(value as i32),
         _ => value as i64,
     };
-    let address =
-        i.virtual_address(0, 0, |register, element, size| register_value(case, register, element, size));
-    address.is_some_and(|a| {
+    address(i, 0, &case.state).is_some_and(|a| {
         let a = a.wrapping_add((offset >> 3) as u64 & !7);
         is_reachable(a.wrapping_sub(8), 24, bits)
     })

@@ -123,13 +123,13 @@ impl Sequence {
     /// Whether `case` depends on nothing undefined.
     fn is_determined(&self, case: &Case) -> bool {
         let i = &case.instruction;
-        let sixteen = compare::is_open_result(i);
+        let open_result = compare::is_open_result(i) || super::vendor::differs(i, &case.code, &case.state);
         // The last x87 instruction's address and opcode are not tracked by engines.
         let environment =
             matches!(i.mnemonic(), Mnemonic::Fnsave | Mnemonic::Fnstenv | Mnemonic::Fsave | Mnemonic::Fstenv);
         // TF and AC from the stack change what every later instruction does.
         let popf = matches!(i.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq);
-        !sixteen && !environment && !popf && from_iced(i.rflags_read()) & self.open() == 0
+        !open_result && !environment && !popf && from_iced(i.rflags_read()) & self.open() == 0
     }
 
     /// The whole sequence as one case.
