@@ -30,8 +30,10 @@ pub(crate) struct MissInfo;
 
 impl MissInfo {
     pub(crate) const WRITE: u64 = 1 << 8;
-    /// Only if the guest could not tell: the page is dirty already, nothing faults.
+    /// Only if the guest could not tell: the page is accessed (and dirty) already, nothing faults.
     pub(crate) const SOFT: u64 = 1 << 9;
+    /// #GP unless a multiple of its size, before its page is looked at.
+    pub(crate) const ALIGNED: u64 = 1 << 10;
 }
 
 /// Called by the miss stub: [`JMP_BYTES`] = filled, try again; 0 = for the interpreter.

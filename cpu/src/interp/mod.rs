@@ -22,6 +22,8 @@ mod xsave;
 #[cfg(test)]
 mod tests;
 
+pub use vector::operand_alignment;
+
 use crate::exec::Exec;
 use crate::fault::Fault;
 use crate::state::{SegReg, flags, gpr};

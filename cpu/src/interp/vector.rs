@@ -215,6 +215,14 @@ fn alignment(i: &Instruction, class: Class, size: usize) -> usize {
     }
 }
 
+/// Alignment in bytes without which the memory operand of `i` raises `#GP(0)`, whatever its page; one for most.
+pub fn operand_alignment(i: &Instruction) -> u64 {
+    if i.mnemonic() == Mnemonic::Cmpxchg16b {
+        return 16;
+    }
+    classify(i).map_or(1, |class| alignment(i, class, memory_bytes(i)) as u64)
+}
+
 /// Bytes of the memory operand. The environment and save images are as long as the operand size says.
 fn memory_bytes(i: &Instruction) -> usize {
     match i.memory_size() {

@@ -7,7 +7,7 @@ mod walk;
 pub use flushes::Flushes;
 pub(crate) use tlb::{Entry, Tlb};
 pub(crate) use walk::mask_a20;
-pub use walk::{PHYS_BITS, translate};
+pub use walk::{PHYS_BITS, inspect, translate};
 
 use paravane_memory::PhysAddr;
 

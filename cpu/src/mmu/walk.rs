@@ -69,7 +69,7 @@ pub fn translate(
             executable: true,
         });
     }
-    let walk = Walk { cpu, mem, lin: lin.0, access, privilege };
+    let walk = Walk { cpu, mem, lin: lin.0, access, privilege, marks: true };
     loop {
         match walk.run() {
             Ok(t) => return Ok(t),
@@ -79,12 +79,29 @@ pub fn translate(
     }
 }
 
+/// What [`translate`] would answer, where it would answer without changing any entry: the page may be accessed, and its
+/// accessed bits (and dirty bit, for a write) are set already.
+pub fn inspect(
+    cpu: &CpuState,
+    mem: &GuestMemory,
+    lin: LinAddr,
+    access: Access,
+    privilege: Privilege,
+) -> Option<Translation> {
+    if !cpu.paging() {
+        return translate(cpu, mem, lin, access, privilege).ok();
+    }
+    Walk { cpu, mem, lin: lin.0, access, privilege, marks: false }.run().ok()
+}
+
 struct Walk<'a> {
     cpu: &'a CpuState,
     mem: &'a GuestMemory,
     lin: u64,
     access: Access,
     privilege: Privilege,
+    /// Sets accessed and dirty bits.
+    marks: bool,
 }
 
 impl Walk<'_> {
@@ -239,6 +256,9 @@ impl Walk<'_> {
         if entry.value & bits == bits {
             return Ok(());
         }
+        if !self.marks {
+            return Err(self.fault(0));
+        }
         self.mem
             .ram_compare_exchange(at, entry.size, entry.value, entry.value | bits)
             .map_err(|_| Stop::Retry)?;
@@ -297,6 +317,19 @@ mod tests {
         assert_eq!(mem.read_u64(PhysAddr(0x1000)), Ok(0x2027));
         assert!(translate(&cpu, &mem, LinAddr(0), Write, User).expect("mapped").writable);
         assert_eq!(mem.read_u64(PhysAddr(0x4000)), Ok(0x5067));
+    }
+
+    #[test]
+    fn looking_changes_nothing() {
+        let (cpu, mem) = long(0x5007);
+        let look = |access| inspect(&cpu, &mem, LinAddr(0x123), access, User);
+        assert_eq!(look(Read), None);
+        assert_eq!(mem.read_u64(PhysAddr(0x1000)), Ok(0x2007));
+        assert_eq!(mem.read_u64(PhysAddr(0x4000)), Ok(0x5007));
+        translate(&cpu, &mem, LinAddr(0), Read, User).expect("mapped");
+        assert_eq!(look(Read).expect("accessed").phys, PhysAddr(0x5123));
+        assert_eq!(look(Write), None, "not dirty");
+        assert_eq!(mem.read_u64(PhysAddr(0x4000)), Ok(0x5027));
     }
 
     #[test]

@@ -172,6 +172,13 @@ impl Emitter {
     /// Turns the linear address in host register `ea` into a host address in r11 for an access of `size` bytes;
     /// keeps `live`. Uses r13 (while flags are live and no group owns it) and may overwrite r10.
     pub(super) fn access(&mut self, ea: u8, size: u32, write: bool, live: FlagSet) {
+        let info = u64::from(size) | if write { MissInfo::WRITE } else { 0 };
+        self.access_as(ea, info, live);
+    }
+
+    /// [`Self::access`] of the kind `info` says.
+    pub(super) fn access_as(&mut self, ea: u8, info: u64, live: FlagSet) {
+        let (size, write) = (info as u32 & 0xFF, info & MissInfo::WRITE != 0);
         let keep = Self::keep(live);
         let retry = self.hot_here();
         dynasm!(self.hot
@@ -196,7 +203,7 @@ impl Emitter {
                 dynasm!(self.hot ; .arch x64 ; test r11, r11);
                 let cold = self.cold_here();
                 self.hot_jcc(8, cold);
-                self.cold_miss(ea, size, write, keep, retry);
+                self.cold_miss(ea, info, keep, retry);
             }
             2..=10 => {
                 let mask = size.next_power_of_two() as i8 - 1;
@@ -215,14 +222,14 @@ impl Emitter {
                 Self::restore(&mut self.cold, keep, self.r13_busy);
                 self.cold_interpret(self.rip);
                 self.cold.ops[js] = (self.cold.ops.len() - js - 1) as u8;
-                self.cold_miss(ea, size, write, keep, retry);
+                self.cold_miss(ea, info, keep, retry);
             }
             _ => {
                 // Vectors are seldom aligned: tell poison by its sign, then whether the access leaves the page.
                 dynasm!(self.hot ; .arch x64 ; test r11, r11);
                 let cold = self.cold_here();
                 self.hot_jcc(8, cold);
-                self.cold_miss(ea, size, write, keep, retry);
+                self.cold_miss(ea, info, keep, retry);
                 dynasm!(self.hot ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
                 let cross = self.cold_here();
                 self.hot_jcc(5, cross);
@@ -234,12 +241,11 @@ impl Emitter {
     }
 
     /// Cold code of a poisoned access: fills the table and tries again, or leaves to interpret the instruction.
-    fn cold_miss(&mut self, ea: u8, size: u32, write: bool, keep: Keep, retry: Pos) {
+    fn cold_miss(&mut self, ea: u8, info: u64, keep: Keep, retry: Pos) {
         Self::restore(&mut self.cold, keep, self.r13_busy);
         if ea != R10 {
             dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea));
         }
-        let info = u64::from(size) | if write { MissInfo::WRITE } else { 0 };
         dynasm!(self.cold ; .arch x64 ; mov r11d, info as i32);
         self.cold.push(0xE8);
         self.cold_rel32(Target::Cache(self.stubs.miss));

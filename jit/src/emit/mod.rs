@@ -23,10 +23,11 @@ use crate::code_cache::CodeOffset;
 use crate::context::ctx;
 use crate::flags::FlagSet;
 use crate::regs::{self, Place, R10, R11, R13};
-use crate::stubs::Stubs;
+use crate::stubs::{MissInfo, Stubs};
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
 use group::Group;
 use iced_x86::{Code, Encoder, Instruction, OpAccess, OpKind, Register};
+use paravane_cpu::operand_alignment;
 
 /// Where in the block's code something is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -260,7 +261,10 @@ impl Emitter {
                 free = &[R10];
             } else {
                 let ea = self.effective_address(instr, true)?;
-                self.access(ea, size, write, site.before);
+                let mut info = u64::from(size);
+                info |= if write { MissInfo::WRITE } else { 0 };
+                info |= if operand_alignment(instr) > 1 { MissInfo::ALIGNED } else { 0 };
+                self.access_as(ea, info, site.before);
                 new.set_memory_base(Register::R11);
                 new.set_memory_index(Register::None);
                 new.set_memory_index_scale(1);

@@ -11,7 +11,9 @@ use crate::classify::Class;
 use crate::context::{JitContext, XSLOTS};
 use crate::stubs::{JMP_BYTES, MissInfo};
 use iced_x86::OpAccess;
-use paravane_cpu::{Access, CpuState, Flushes, LinAddr, Privilege, flags, translate};
+use paravane_cpu::{
+    Access, CpuState, Flushes, LinAddr, Privilege, flags, inspect, operand_alignment, translate,
+};
 use paravane_memory::{Mapped, PAGE_SHIFT, RamOffset};
 
 /// Which write-view entries show a RAM page: up to two linear pages (| 1), or [`MANY`].
@@ -44,10 +46,19 @@ impl Translator {
             self.stats.miss_crossing += 1;
             return false;
         }
-        // A soft write must not set the dirty bit: it asks only whether a write would be allowed as things are.
-        let access = if write && !soft { Access::Write } else { Access::Read };
+        if info & MissInfo::ALIGNED != 0 && !ea.is_multiple_of(size) {
+            self.stats.miss_fault += 1;
+            return false;
+        }
+        // A soft access must not set accessed and dirty bits: it asks only what is allowed as things are.
         let privilege = if cpu.cpl == 3 { Privilege::User } else { Privilege::Supervisor };
-        let Ok(t) = translate(cpu, &self.mem, LinAddr(ea), access, privilege) else {
+        let t = if soft {
+            inspect(cpu, &self.mem, LinAddr(ea), Access::Read, privilege)
+        } else {
+            let access = if write { Access::Write } else { Access::Read };
+            translate(cpu, &self.mem, LinAddr(ea), access, privilege).ok()
+        };
+        let Some(t) = t else {
             self.stats.miss_fault += 1;
             return false;
         };
@@ -103,6 +114,9 @@ impl Translator {
         let Some(ea) = instr.virtual_address(op, 0, register) else { return false };
         let size = instr.memory_size().size() as u64;
         if size == 0 || size > 64 {
+            return false;
+        }
+        if !ea.is_multiple_of(operand_alignment(&instr)) {
             return false;
         }
         let read = matches!(form.access[op as usize], OpAccess::Read | OpAccess::CondRead);

@@ -306,6 +306,41 @@ fn large_pages() {
     });
 }
 
+/// #GP for alignment comes before anything the page could say (SDM 3A, table 6-2: both are faults on an operand, and
+/// the walk that would set A and D is not made).
+#[test]
+fn misaligned_operands_leave_accessed_and_dirty_bits_alone() {
+    both(Start::Long, |bed| {
+        for p in [
+            program!(64: "mov esi, 0x200000"; "lock cmpxchg16b [rsi + 8]"),
+            program!(64: "mov esi, 0x200000"; "movaps [rsi + 8], xmm0"),
+            program!(64: "mov esi, 0x200000"; "movdqa xmm0, [rsi + 4]"),
+            program!(64: "mov esi, 0x200000"; "paddd xmm0, [rsi + 1]"),
+            program!(64: "mov esi, 0x200000"; "vmovaps [rsi + 16], ymm0"),
+            program!(64: "mov esi, 0x200000"; "movntps [rsi + 0xFF8], xmm0"),
+            // Several accesses off one base are checked together.
+            program!(64: "mov esi, 0x200000"; "movaps [rsi + 8], xmm0", "mov [rsi], rax", "mov [rsi + 64], rax", "mov rcx, [rsi + 32]"),
+            program!(64: "mov esi, 0x200000"; "movaps xmm1, [rsi + 8]", "mov rax, [rsi]", "mov rbx, [rsi + 64]", "mov rcx, [rsi + 32]"),
+        ] {
+            bed.map(DATA, DATA, pte::ALL);
+            bed.flush();
+            bed.faults(&p, 13, 0);
+            assert_eq!(bed.pte(DATA) & AD, 0, "{:x?}", p.bytes);
+            // A page that is not there makes no difference.
+            bed.map(DATA, DATA, 0);
+            bed.flush();
+            bed.faults(&p, 13, 0);
+        }
+        for p in [
+            program!(64: "mov esi, 0x200000"; "movups [rsi + 8], xmm0"),
+            program!(64: "mov esi, 0x200000"; "lock cmpxchg16b [rsi + 16]"),
+        ] {
+            let displacement = p.bytes[p.bytes.len() - 2];
+            bed.page_faults(&p, DATA + u64::from(displacement), pf::W);
+        }
+    });
+}
+
 #[test]
 fn two_views_of_one_page_agree() {
     both(Start::Long, |bed| {
