@@ -5,7 +5,7 @@
 
 use crate::bus::CpuBus;
 use crate::cpuid::CpuModel;
-use crate::debug::{self, dr6, dr7};
+use crate::debug::{self, debugctl, dr6, dr7};
 use crate::engine::{Attention, VectorUnit};
 use crate::exception::{self, Event, Source};
 use crate::exec::{Exec, Outcome};
@@ -14,7 +14,7 @@ use crate::fetch::{Decoded, Fetcher};
 use crate::interp;
 use crate::mmu::{Flushes, Tlb};
 use crate::state::{CpuState, LinAddr, SegReg, Shadow, flags, gpr};
-use iced_x86::Mnemonic;
+use iced_x86::{FlowControl, Mnemonic};
 use paravane_memory::{GuestMemory, RamOffset, VpIndex};
 
 /// How a step ended.
@@ -140,11 +140,14 @@ impl Core {
             next &= 0xFFFF_FFFF;
         }
         let rip = cpu.rip;
+        // Under BTF only branches trap (SDM 3B, 17.4.3).
+        let branches = trap && cpu.msr.debugctl & debugctl::BTF != 0;
+        let flow = decoded.instr.flow_control();
         let mut ex = self.unit.exec(cpu, mem, bus, next);
         let result = interp::execute(&mut ex, &decoded.instr, decoded.bytes());
         let end = End {
             rsp,
-            trap: trap && !ex.delivered,
+            trap: trap && !ex.delivered && (!branches || branched(flow, ex.next_rip != next)),
             next: ex.next_rip,
             outcome: ex.outcome,
             hits: ex.debug_hits,
@@ -157,6 +160,10 @@ impl Core {
                 if !end.transferred {
                     cpu.gpr[gpr::RSP] = rsp;
                     cpu.shadow = Shadow::None;
+                }
+                if fault.vector == Vector::DB {
+                    // General detect is a fault: RF is pushed as one, unlike for instruction breakpoints (17.3.1.1).
+                    cpu.rflags |= flags::RF;
                 }
                 self.obey();
                 self.raise(cpu, mem, bus, fault)
@@ -217,6 +224,7 @@ impl Core {
             }
             if fault.vector == Vector::DB {
                 cpu.dr[7] &= !dr7::GD;
+                cpu.msr.debugctl &= !debugctl::BTF;
             }
             let event = Event {
                 vector: fault.vector.0,
@@ -312,6 +320,15 @@ impl Core {
             ("core.tlb_misses", self.unit.tlb.misses),
             ("core.decodes", self.fetcher.decodes()),
         ]
+    }
+}
+
+/// Whether an instruction of this kind transferred control, `moved` telling whether RIP is not the next instruction's.
+fn branched(flow: FlowControl, moved: bool) -> bool {
+    match flow {
+        FlowControl::Next => false,
+        FlowControl::ConditionalBranch => moved,
+        _ => true,
     }
 }
 

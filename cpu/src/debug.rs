@@ -21,6 +21,12 @@ pub(crate) mod dr7 {
     pub const LOCAL: u64 = 0x155;
 }
 
+/// IA32_DEBUGCTL bits.
+pub(crate) mod debugctl {
+    pub const LBR: u64 = 1 << 0;
+    pub const BTF: u64 = 1 << 1;
+}
+
 fn enabled(cpu: &CpuState, i: usize) -> bool {
     cpu.dr[7] >> (2 * i) & 3 != 0
 }

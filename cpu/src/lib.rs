@@ -25,6 +25,7 @@ mod task;
 #[cfg(test)]
 mod testbed;
 mod transfer;
+mod vme;
 
 pub use self::core::{Core, Step};
 pub use bus::{CpuBus, CpuidResult, MsrFault};

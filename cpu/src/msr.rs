@@ -1,7 +1,9 @@
 //! Model-specific registers of the processor core (SDM 4, chapter 2); the rest belong to the machine.
 
+use crate::debug::debugctl;
 use crate::exec::Exec;
 use crate::fault::Fault;
+use crate::mmu::PHYS_BITS;
 use crate::segment::canonical;
 use crate::state::{SegReg, efer};
 
@@ -54,8 +56,6 @@ const MTRRCAP_VALUE: u64 = 0x508;
 const MICROCODE: u64 = 0xFFFF_FFFF << 32;
 /// IBRS, STIBP, SSBD.
 const SPEC_CTRL_BITS: u64 = 7;
-/// LBR, BTF.
-const DEBUGCTL_BITS: u64 = 3;
 
 /// Time-stamp counter as RDTSC gives it.
 pub(crate) fn tsc(ex: &Exec<'_>) -> u64 {
@@ -132,8 +132,13 @@ pub(crate) fn write(ex: &mut Exec<'_>, n: u32, v: u64) -> Result<(), Fault> {
         PRED_CMD => return check(v & !1 == 0),
         PAT => check(memory_types(v, true))?,
         MTRR_DEF_TYPE => check(v & !0xCFF == 0 && memory_types(v & 0xFF, false))?,
+        MTRR_VARIABLE..=MTRR_VARIABLE_LAST => {
+            let low =
+                if n & 1 == 0 { memory_types(v & 0xFF, false) && v & 0xF00 == 0 } else { v & 0x7FF == 0 };
+            check(low && v >> PHYS_BITS == 0)?;
+        }
         FMASK | TSC_AUX => check(v >> 32 == 0)?,
-        DEBUGCTL => check(v & !DEBUGCTL_BITS == 0)?,
+        DEBUGCTL => check(v & !(debugctl::LBR | debugctl::BTF) == 0)?,
         MTRRCAP | ARCH_CAPABILITIES | MCG_CAP | PLATFORM_ID => check(false)?,
         FEATURE_CONTROL => check(false)?,
         BIOS_SIGN_ID | BIOS_UPDT_TRIG | EBL_CR_POWERON | MCG_STATUS => return Ok(()),

@@ -7,6 +7,7 @@ use crate::mmu::Privilege;
 use crate::segment::{self, Descriptor};
 use crate::state::{CpuState, SegReg, Segment, attr, flags, gpr};
 use crate::task::{self, Reason};
+use crate::vme;
 
 /// CS after a real-mode transfer: base and selector change, the limit stays.
 pub(crate) fn real_code_segment(cpu: &CpuState, selector: u16) -> Segment {
@@ -336,7 +337,8 @@ pub(crate) fn loadable_flags(cpu: &CpuState, size: usize) -> u64 {
 /// IRET, IRETD, IRETQ.
 pub(crate) fn iret(ex: &mut Exec<'_>, size: usize) -> Result<(), Fault> {
     ex.transferred = false;
-    if ex.cpu.v8086() && ex.cpu.iopl() < 3 {
+    let virtual_if = size == 2 && vme::virtual_if(ex.cpu);
+    if ex.cpu.v8086() && ex.cpu.iopl() < 3 && !virtual_if {
         return Err(Fault::GP0);
     }
     if ex.cpu.protected() && !ex.cpu.v8086() && ex.cpu.rflags & flags::NT != 0 {
@@ -348,10 +350,14 @@ pub(crate) fn iret(ex: &mut Exec<'_>, size: usize) -> Result<(), Fault> {
     let image = frame.pop(ex, size)?;
     if unprotected(ex) {
         let cs = flat_code(ex, selector, offset)?;
+        let rflags = if virtual_if { vme::popped(ex.cpu, image)? } else { ex.cpu.rflags };
         ex.cpu.seg[SegReg::Cs as usize] = cs;
         let mask = ex.stack_mask();
         ex.set_stack_pointer(frame.sp & mask, mask);
         ex.next_rip = offset;
+        if virtual_if {
+            return finish_iret(ex, rflags, u64::MAX, 2);
+        }
         return finish_iret(ex, image, loadable_flags(ex.cpu, size), size);
     }
     if size == 4 && image & flags::VM != 0 && ex.cpu.cpl == 0 && !ex.cpu.long_mode() {

@@ -30,5 +30,7 @@ mod syscalls;
 mod tasks;
 #[path = "system/tlb.rs"]
 mod tlb;
+#[path = "system/vme.rs"]
+mod vme;
 #[path = "system/wild.rs"]
 mod wild;

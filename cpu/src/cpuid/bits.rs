@@ -48,6 +48,7 @@ features! {
     F16C = Leaf1Ecx 29;
     RDRAND = Leaf1Ecx 30;
     FPU = Leaf1Edx 0;
+    VME = Leaf1Edx 1;
     DE = Leaf1Edx 2;
     PSE = Leaf1Edx 3;
     TSC = Leaf1Edx 4;

@@ -85,6 +85,7 @@ impl CpuModel {
     /// CR4 bits that may be set.
     pub fn cr4_allowed(&self) -> u64 {
         let table = [
+            (bits::VME, cr4::VME | cr4::PVI),
             (bits::TSC, cr4::TSD),
             (bits::DE, cr4::DE),
             (bits::PSE, cr4::PSE),

@@ -43,6 +43,7 @@ pub const MODEL_NAMES: &[&str] = &["max", "x86-64-v3", "x86-64-v2", "x86-64", "p
 
 const PENTIUM3: &[Feature] = &[
     bits::FPU,
+    bits::VME,
     bits::DE,
     bits::PSE,
     bits::TSC,

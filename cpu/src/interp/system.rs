@@ -9,7 +9,7 @@ use crate::fault::{Fault, Vector};
 use crate::msr;
 use crate::segment::{self, canonical};
 use crate::state::{DescriptorTable, LinAddr, SegReg, Shadow, cr0, cr4, flags, gpr};
-use crate::{syscall, transfer};
+use crate::{syscall, transfer, vme};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 type Done = Result<(), Fault>;
@@ -270,17 +270,26 @@ fn write_base(ex: &mut Exec<'_>, i: &Instruction, seg: SegReg) -> Done {
 // ---- flags ---------------------------------------------------------------------------------------------
 
 fn pushf(ex: &mut Exec<'_>, i: &Instruction) -> Done {
+    let size = stack_size(i);
+    if size == 2 && vme::virtual_if(ex.cpu) {
+        return ex.push(2, vme::image(ex.cpu));
+    }
     if ex.cpu.v8086() && ex.cpu.iopl() < 3 {
         return Err(Fault::GP0);
     }
-    ex.push(stack_size(i), ex.cpu.rflags & !(flags::VM | flags::RF))
+    ex.push(size, ex.cpu.rflags & !(flags::VM | flags::RF))
 }
 
 fn popf(ex: &mut Exec<'_>, i: &Instruction) -> Done {
+    let size = stack_size(i);
+    if size == 2 && vme::virtual_if(ex.cpu) {
+        let image = ex.pop(2)?;
+        ex.cpu.rflags = vme::popped(ex.cpu, image)?;
+        return Ok(());
+    }
     if ex.cpu.v8086() && ex.cpu.iopl() < 3 {
         return Err(Fault::GP0);
     }
-    let size = stack_size(i);
     let image = ex.pop(size)?;
     let mask = transfer::loadable_flags(ex.cpu, size);
     let cleared = if size > 2 { flags::RF } else { 0 };
@@ -291,7 +300,7 @@ fn popf(ex: &mut Exec<'_>, i: &Instruction) -> Done {
 /// CLI and STI.
 fn interrupt_flag(ex: &mut Exec<'_>, set: bool) -> Done {
     if ex.cpu.protected() && ex.cpu.cpl > ex.cpu.iopl() {
-        return Err(Fault::GP0);
+        return vme::set_virtual_if(ex.cpu, set);
     }
     if !set {
         ex.cpu.rflags &= !flags::IF;
@@ -318,6 +327,9 @@ fn access_flag(ex: &mut Exec<'_>, set: bool) -> Done {
 // ---- transfers -----------------------------------------------------------------------------------------
 
 fn interrupt(ex: &mut Exec<'_>, vector: u8, source: Source) -> Done {
+    if source == Source::Int && vme::redirect(ex, vector, ex.next_rip)? {
+        return Ok(());
+    }
     let event = Event { vector, error: None, source, rip: ex.next_rip, resume: false };
     exception::deliver(ex, &event)
 }

@@ -144,13 +144,17 @@ fn a_bad_stack_segment_in_the_tss() {
     });
 }
 
-/// Virtual-8086 code at 9000:0 (linear 9_0000), entered by IRET.
+/// Virtual-8086 code at 9000:0 (linear 9_0000) with this IOPL, entered by IRET.
 fn v8086(bed: &mut Bed, iopl: u64, code: &[u8]) {
+    v8086_with(bed, iopl << 12, code);
+}
+
+/// The same with these bits of EFLAGS.
+pub fn v8086_with(bed: &mut Bed, eflags: u64, code: &[u8]) {
     bed.put(0x9_0000, code);
     let top = STACK;
-    for (i, v) in
-        [0, 0x9000, flags::VM | 2 | iopl << 12, 0xFFF0, 0x8000, 0x2000, 0x2000, 0, 0].into_iter().enumerate()
-    {
+    let frame = [0, 0x9000, flags::VM | 2 | eflags, 0xFFF0, 0x8000, 0x2000, 0x2000, 0, 0];
+    for (i, v) in frame.into_iter().enumerate() {
         bed.put32(top - 36 + i as u64 * 4, v as u32);
     }
     bed.cpu.gpr[gpr::RSP] = top - 36;
