@@ -10,6 +10,8 @@ mod bed;
 mod crossing;
 #[path = "system/debug.rs"]
 mod debug;
+#[path = "system/debug_registers.rs"]
+mod debug_registers;
 #[path = "system/exceptions.rs"]
 mod exceptions;
 #[path = "system/gates.rs"]

@@ -116,6 +116,10 @@ fn repeat(
         let done = step(ex, count.min(left))?;
         shape.set(ex.cpu, gpr::RCX, count - done.elements);
         left -= done.elements.min(left);
+        if ex.debug_hits != 0 {
+            // A data breakpoint traps after the iteration that hit it (SDM 3B, 17.3.1.2).
+            left = 0;
+        }
         if !done.go_on {
             return Ok(());
         }

@@ -4,7 +4,7 @@ use crate::bed::{Bed, CODE, DATA, HANDLERS, Start, both};
 use paravane_cpu::{flags, gpr};
 
 /// A #DB handler that logs the pushed RIP at [R15] and DR6 at [R15 + 8], clears DR6, sets RF and returns.
-fn log(bed: &mut Bed) {
+pub fn log(bed: &mut Bed) {
     bed.put(HANDLERS + 0x2000, program!(64: "push rax", "mov rax, [rsp + 8]", "mov [r15], rax", "mov rax, dr6", "mov [r15 + 8], rax",
         "add r15, 16", "mov eax, 0xFFFF0FF0", "mov dr6, rax", "or dword ptr [rsp + 24], 0x10000", "pop rax", "iretq").bytes);
     bed.gate(1, 14, 0, HANDLERS + 0x2000);
@@ -12,13 +12,13 @@ fn log(bed: &mut Bed) {
 }
 
 /// The logged addresses relative to the program, and causes.
-fn logged(bed: &Bed) -> Vec<(u64, u64)> {
+pub fn logged(bed: &Bed) -> Vec<(u64, u64)> {
     let n = (bed.cpu.gpr[gpr::R15] - DATA - 0x8000) / 16;
     let at = |i| DATA + 0x8000 + i * 16;
     (0..n).map(|i| (bed.get64(at(i)).wrapping_sub(CODE), bed.get64(at(i) + 8) & 0xE00F)).collect()
 }
 
-const BS: u64 = 1 << 14;
+pub const BS: u64 = 1 << 14;
 
 #[test]
 fn single_step_over_a_loop() {

@@ -4,7 +4,7 @@ use crate::bed::{Bed, CODE, DATA, GDT, HANDLERS, IDT, STACK, Start, TSS, USER_ST
 use paravane_cpu::{SegReg, flags, gpr};
 
 const CALL_GATE: u16 = 0x60;
-const TSS2: u64 = 0x3800;
+pub const TSS2: u64 = 0x3800;
 const TSS2_SEL: u16 = 0x68;
 
 #[test]
@@ -52,7 +52,7 @@ fn call_gates_of_64_bit_mode() {
     });
 }
 
-fn second_task(bed: &mut Bed) {
+pub fn second_task(bed: &mut Bed) {
     bed.gdt(TSS2_SEL, 0x0000_8900_3800_0067);
     let t = TSS2;
     bed.put(t, &[0; 104]);
