@@ -32,7 +32,7 @@ pub use bus::{CpuBus, CpuidResult, MsrFault};
 pub use cpuid::{CpuModel, HostFeatures, MODEL_NAMES, model_by_name};
 pub use engine::{Attention, Budget, Engine, Exit, VectorUnit};
 pub use fault::{Fault, Vector};
-pub use interp::operand_alignment;
+pub use interp::{operand_alignment, x87_opcode};
 pub use interpreter::Interpreter;
 pub use mmu::{Access, Flushes, Privilege, Translation, inspect, translate};
 pub use paravane_memory::{Port, VpIndex};

@@ -232,6 +232,22 @@ impl fmt::Debug for FpuState {
     }
 }
 
+/// The x87 instruction and data pointers and the last opcode, which are not in [`FpuState`]: its bytes 5 to 23 are zero.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct FpuPointers {
+    /// FIP: offset of the instruction.
+    pub ip: u64,
+    /// FDP: offset of its memory operand.
+    pub dp: u64,
+    /// FCS: selector of the instruction's segment.
+    pub cs: u16,
+    /// FDS: selector of the operand's segment.
+    pub ds: u16,
+    /// FOP: eleven bits of the opcode.
+    pub opcode: u16,
+}
+
 /// Model-specific registers that are part of the core (others belong to the machine).
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
@@ -299,6 +315,7 @@ pub struct CpuState {
     pub pdptes: [u64; 4],
     pub msr: Msrs,
     pub fpu: FpuState,
+    pub fpu_pointers: FpuPointers,
     /// Current privilege level.
     pub cpl: u8,
     pub shadow: Shadow,
@@ -345,6 +362,7 @@ impl CpuState {
             pdptes: [0; 4],
             msr: Msrs { pat: 0x0007_0406_0007_0406, misc_enable: 1, ..Msrs::default() },
             fpu: FpuState::initial(),
+            fpu_pointers: FpuPointers::default(),
             cpl: 0,
             shadow: Shadow::None,
             halted: false,

@@ -357,12 +357,16 @@ fn classify_vector(instr: &Instruction) -> Class {
     use CpuidFeature as C;
     use Mnemonic as M;
     match instr.mnemonic() {
-        // Instruction pointers in the image would be ours; masked and gathered accesses fault element by element.
+        // They move or end what the guest's FIP and FDP say; masked and gathered accesses fault element by element.
         M::Fnstenv
         | M::Fstenv
         | M::Fldenv
         | M::Fnsave
         | M::Fsave
+        | M::Fninit
+        | M::Finit
+        | M::Fnclex
+        | M::Fclex
         | M::Frstor
         | M::Fxsave
         | M::Fxsave64

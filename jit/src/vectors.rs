@@ -22,7 +22,7 @@ unsafe impl Send for LiveVectors {}
 struct Legacy([u8; 512]);
 
 /// Bytes of x87 state proper in the legacy area: control and status, then the registers.
-const X87: [std::ops::Range<usize>; 2] = [0..8, 32..160];
+const X87: [std::ops::Range<usize>; 2] = [0..6, 32..160];
 
 impl LiveVectors {
     pub(crate) fn new(context: *mut JitContext, host: HostVectorUnit) -> LiveVectors {
@@ -41,8 +41,8 @@ pub(crate) unsafe fn save(context: *const JitContext, fpu: &mut FpuState) {
     for r in X87 {
         fpu.0[r.clone()].copy_from_slice(&x.0[r]);
     }
-    // The instruction and data pointers are the host's: the guest sees none.
-    fpu.0[8..24].fill(0);
+    // The opcode and the instruction and data pointers are the host's: the guest's are in its `CpuState`.
+    fpu.0[6..24].fill(0);
     // SAFETY: the caller's promise.
     let c = unsafe { &*context };
     fpu.set_mxcsr(c.mxcsr);
@@ -64,7 +64,7 @@ pub(crate) unsafe fn load(context: *mut JitContext, fpu: &FpuState) {
     for r in X87 {
         x.0[r.clone()].copy_from_slice(&fpu.0[r]);
     }
-    x.0[8..24].fill(0);
+    x.0[6..24].fill(0);
     // SAFETY: the image is valid: MXCSR is the host's own, the rest is x87 state without reserved bits. XMM registers
     // are reloaded with what they held.
     unsafe { asm!("fxrstor64 [{}]", in(reg) &raw const x, options(nostack, preserves_flags)) };
@@ -75,6 +75,22 @@ pub(crate) unsafe fn load(context: *mut JitContext, fpu: &FpuState) {
         c.ymm[i][..16].copy_from_slice(&fpu.0[160 + i * 16..176 + i * 16]);
         c.ymm[i][16..].copy_from_slice(&fpu.0[576 + i * 16..592 + i * 16]);
     }
+}
+
+/// Where the live x87 unit stands with an unmasked error: host addresses of the instruction that raised it and of its
+/// operand. `None` if nothing is pending.
+pub(crate) fn pending_error() -> Option<(u64, u64)> {
+    let mut status: u16;
+    // SAFETY: FNSTSW reads the status word and changes nothing.
+    unsafe { asm!("fnstsw ax", out("ax") status, options(nomem, nostack, preserves_flags)) };
+    if status & 1 << 7 == 0 {
+        return None;
+    }
+    let mut x = Legacy([0; 512]);
+    // SAFETY: 512 aligned bytes.
+    unsafe { asm!("fxsave64 [{}]", in(reg) &raw mut x, options(nostack, preserves_flags)) };
+    let qword = |at: usize| u64::from_le_bytes(x.0[at..at + 8].try_into().expect("eight bytes"));
+    Some((qword(8), qword(16)))
 }
 
 impl VectorUnit for LiveVectors {

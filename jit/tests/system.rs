@@ -14,6 +14,8 @@ mod debug;
 mod debug_registers;
 #[path = "system/exceptions.rs"]
 mod exceptions;
+#[path = "system/fpu.rs"]
+mod fpu;
 #[path = "system/gates.rs"]
 mod gates;
 #[path = "system/interrupts.rs"]

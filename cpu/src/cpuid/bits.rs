@@ -74,6 +74,7 @@ features! {
     TSC_ADJUST = Leaf7Ebx 1;
     BMI1 = Leaf7Ebx 3;
     AVX2 = Leaf7Ebx 5;
+    FDP_EXCPTN_ONLY = Leaf7Ebx 6;
     SMEP = Leaf7Ebx 7;
     BMI2 = Leaf7Ebx 8;
     ERMS = Leaf7Ebx 9;

@@ -78,6 +78,7 @@ const X86_64: &[Feature] = &[
     bits::STIBP,
     bits::SSBD,
     bits::TSC_ADJUST,
+    bits::FDP_EXCPTN_ONLY,
 ];
 
 const V2: &[Feature] = &[

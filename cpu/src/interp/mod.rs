@@ -17,12 +17,14 @@ mod string;
 pub(crate) mod system;
 mod system_io;
 mod vector;
+mod x87;
 mod xsave;
 
 #[cfg(test)]
 mod tests;
 
 pub use vector::operand_alignment;
+pub use x87::opcode as x87_opcode;
 
 use crate::exec::Exec;
 use crate::fault::Fault;

@@ -18,15 +18,16 @@
 //!
 //! Memory is loaded before execution and stored after; a store is probed before, so that nothing has happened
 //! when it faults. x87 stores also load, for a masked-out store leaves memory as it was. FIP, FDP and FOP are
-//! not tracked: the instruction pointers that FSTENV, FSAVE, FXSAVE and XSAVE store are zero.
+//! kept apart ([`x87`](super::x87)).
 
 use super::alu::mask;
 use super::masked;
 use super::operand::{address, address_mask, gpr_number};
+use super::x87;
 use super::xsave;
 use crate::exec::Exec;
 use crate::fault::{Fault, Vector};
-use crate::state::{FpuState, SegReg, cr0, cr4, gpr};
+use crate::state::{FpuPointers, FpuState, SegReg, cr0, cr4, gpr};
 use iced_x86::{CodeSize, CpuidFeature, EncodingKind, Instruction, MemorySize, Mnemonic, OpKind};
 
 /// Which rules an instruction follows.
@@ -58,8 +59,33 @@ pub(super) fn execute(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8]) -> Optio
     let class = classify(i)?;
     Some(available(ex, class).and_then(|()| match masked::execute(ex, i) {
         Some(done) => done,
+        None if class == Class::X87 => x87(ex, i, bytes),
         None => on_host(ex, i, bytes, class),
     }))
+}
+
+/// An x87 instruction, and what it means for the instruction and data pointers.
+fn x87(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8]) -> Result<(), Fault> {
+    let next = ex.next_rip;
+    on_host(ex, i, bytes, Class::X87)?;
+    let frozen = ex.next_rip != next;
+    if frozen {
+        return Ok(());
+    }
+    match i.mnemonic() {
+        Mnemonic::Fninit | Mnemonic::Fnsave => ex.cpu.fpu_pointers = FpuPointers::default(),
+        m if is_control(m) => {}
+        _ if ex.cpu.fpu.0[2] & FSW_ES != 0 => x87::record(ex, i, bytes),
+        _ => {}
+    }
+    Ok(())
+}
+
+/// Control instructions do not count as the last instruction (SDM 1, 8.1.8).
+fn is_control(m: Mnemonic) -> bool {
+    use Mnemonic::*;
+    x87::moves_environment(m)
+        || matches!(m, Fnclex | Fclex | Fldcw | Fnstcw | Fstcw | Fnstsw | Fstsw | Fneni | Fndisi | Fnsetpm)
 }
 
 /// The class of `i`, by the feature that introduced it and its registers.
@@ -286,6 +312,13 @@ fn on_host(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8], class: Class) -> Re
     }
     let next = ex.next_rip;
     run_renamed(ex, &code, &mut operand)?;
+    if ex.next_rip == next && class == Class::X87 && x87::moves_environment(i.mnemonic()) {
+        let narrow = matches!(size, 14 | 94);
+        match direction {
+            Use::Load => ex.cpu.fpu_pointers = x87::load_environment(ex.cpu, &operand.0, narrow),
+            _ => x87::store_environment(ex.cpu, &mut operand.0, narrow),
+        }
+    }
     if direction != Use::Load && ex.next_rip == next {
         ex.store_bytes(seg, at, &operand.0[..size])?;
     }

@@ -1,15 +1,16 @@
 //! FXSAVE, FXRSTOR, XSAVE, XSAVEOPT, XSAVEC and XRSTOR (SDM 1, chapters 10.5 and 13).
 //!
-//! Done on [`FpuState`], whose contents always count. State components: x87 (0), SSE (1), AVX (2). FIP, FDP and
-//! FOP are not tracked, so their 32- and 64-bit forms are alike: zero.
+//! Done on [`FpuState`], whose contents always count. State components: x87 (0), SSE (1), AVX (2). The 64-bit forms
+//! (REX.W) differ in how FIP and FDP are stored ([`x87`]).
 
 use super::masked::MXCSR_MASK;
 use super::operand::address;
 use super::vector::misaligned;
+use super::x87;
 use crate::exec::Exec;
 use crate::fault::Fault;
-use crate::state::{FpuState, SegReg, cr0, cr4, gpr};
-use iced_x86::Instruction;
+use crate::state::{CpuState, FpuPointers, FpuState, SegReg, cr0, cr4, gpr};
+use iced_x86::{Instruction, Mnemonic};
 
 const X87: u64 = 1 << 0;
 const SSE: u64 = 1 << 1;
@@ -19,6 +20,8 @@ const COMPACTED: u64 = 1 << 63;
 
 /// MXCSR and MXCSR_MASK in the legacy area.
 const MXCSR: usize = 24;
+/// FOP, FIP and FDP.
+const POINTERS: std::ops::Range<usize> = 6..24;
 const MXCSR_INITIAL: u32 = 0x1F80;
 const ST: usize = 32;
 const XMM: usize = 160;
@@ -51,11 +54,12 @@ fn area(ex: &Exec<'_>, i: &Instruction, align: u64) -> Result<(SegReg, u64), Fau
 }
 
 /// The legacy region as FXSAVE and XSAVE store it.
-fn legacy_image(ex: &mut Exec<'_>) -> [u8; 512] {
+fn legacy_image(ex: &mut Exec<'_>, wide: bool) -> [u8; 512] {
     ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
     let mut image = [0; 512];
     image.copy_from_slice(&ex.cpu.fpu.0[..512]);
-    image[5..MXCSR].fill(0);
+    image[5] = 0;
+    image[POINTERS].copy_from_slice(&x87::fxsave_pointers(&ex.cpu.fpu_pointers, wide));
     image[MXCSR + 4..ST].copy_from_slice(&MXCSR_MASK.to_le_bytes());
     image
 }
@@ -69,7 +73,7 @@ pub(super) fn fxsave(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> {
     fx_available(ex)?;
     let (seg, at) = area(ex, i, 16)?;
     ex.probe_write(seg, at, 512)?;
-    let image = legacy_image(ex);
+    let image = legacy_image(ex, wide(i));
     ex.store_bytes(seg, at, &image[..XMM + register_bytes(ex)])
 }
 
@@ -84,12 +88,19 @@ pub(super) fn fxrstor(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> {
         return Err(Fault::GP0);
     }
     let bytes = register_bytes(ex);
+    ex.cpu.fpu_pointers = x87::fxrstor_pointers(&image[POINTERS], wide(i));
     change(ex, |fpu| {
         load_x87(fpu, &image);
         fpu.set_mxcsr(mxcsr);
         fpu.0[XMM..XMM + bytes].copy_from_slice(&image[XMM..XMM + bytes]);
     });
     Ok(())
+}
+
+/// REX.W: FIP and FDP have 64 bits and no selectors.
+fn wide(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    matches!(i.mnemonic(), Fxsave64 | Fxrstor64 | Xsave64 | Xsaveopt64 | Xsavec64 | Xrstor64)
 }
 
 fn change(ex: &mut Exec<'_>, f: impl FnOnce(&mut FpuState)) {
@@ -125,9 +136,12 @@ fn requested(ex: &Exec<'_>) -> Result<u64, Fault> {
 }
 
 /// XINUSE: components not in their initial configuration. A changed MXCSR counts as SSE in use.
-fn in_use(fpu: &FpuState) -> u64 {
+fn in_use(cpu: &CpuState) -> u64 {
+    let fpu = &cpu.fpu;
     let zero = |r: std::ops::Range<usize>| fpu.0[r].iter().all(|&b| b == 0);
-    let x87 = qword(&fpu.0, 0) & 0xFF_FFFF_FFFF != 0x37F || !zero(ST..XMM);
+    let x87 = qword(&fpu.0, 0) & 0xFF_FFFF_FFFF != 0x37F
+        || !zero(ST..XMM)
+        || cpu.fpu_pointers != FpuPointers::default();
     let sse = !zero(XMM..XMM + 256) || fpu.mxcsr() != MXCSR_INITIAL;
     let avx = !zero(YMM..YMM + 256);
     u64::from(x87) | u64::from(sse) << 1 | u64::from(avx) << 2
@@ -139,8 +153,8 @@ pub(super) fn xsave(ex: &mut Exec<'_>, i: &Instruction, form: Form) -> Result<()
     let (seg, at) = area(ex, i, 64)?;
     let end = if wanted & AVX != 0 { YMM + 256 } else { YMM };
     ex.probe_write(seg, at, end)?;
-    let image = legacy_image(ex);
-    let used = in_use(&ex.cpu.fpu) & wanted;
+    let image = legacy_image(ex, wide(i));
+    let used = in_use(ex.cpu) & wanted;
     let written = if form == Form::Standard { wanted } else { used };
     let bytes = register_bytes(ex);
     if written & X87 != 0 {
@@ -203,6 +217,11 @@ pub(super) fn xrstor(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> {
     };
     if mxcsr.is_some_and(|v| v & !MXCSR_MASK != 0) {
         return Err(Fault::GP0);
+    }
+    if wanted & X87 != 0 {
+        let given = loaded & X87 != 0;
+        let pointers = given.then(|| x87::fxrstor_pointers(&image[POINTERS], wide(i)));
+        ex.cpu.fpu_pointers = pointers.unwrap_or_default();
     }
     change(ex, |fpu| {
         let initial = FpuState::initial();

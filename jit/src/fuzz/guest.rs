@@ -106,7 +106,7 @@ impl Guest {
             rip: slot(first),
         };
         let mut fpu = cpu.fpu.clone();
-        fpu.0[8..24].fill(0);
+        fpu.0[6..24].fill(0);
         let mut arena = vec![0; self.layout.data_len() as usize];
         self.memory.read(PhysAddr(DATA_PHYS), &mut arena).expect("the arena is RAM");
         Outcome { stop, state: NativeState { gpr, rflags: slot(first + 2), fpu }, arena }

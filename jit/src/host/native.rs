@@ -187,7 +187,7 @@ impl Native {
         unsafe { scope.enter(|| enter(hook.frame)) };
         state.gpr = frame.gpr;
         state.rflags = frame.rflags;
-        state.fpu.0[8..24].fill(0);
+        state.fpu.0[6..24].fill(0);
         hook.stop.take().expect("the only way out is an exception")
     }
 

@@ -234,7 +234,7 @@ impl HostVectorUnit {
             return Err(fault);
         }
         if stub.components & X87 != 0 || stub.components == 0 {
-            fpu.0[8..24].fill(0);
+            fpu.0[6..24].fill(0);
         }
         if stub.memory {
             gpr[0] = rax;

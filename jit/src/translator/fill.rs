@@ -6,11 +6,10 @@
 //! * `fill` is called only while `running` points to the `CpuState` of the run.
 
 use super::{Translator, canonical};
-use crate::block::Mode;
 use crate::classify::Class;
 use crate::context::{JitContext, XSLOTS};
 use crate::stubs::{JMP_BYTES, MissInfo};
-use iced_x86::OpAccess;
+use iced_x86::{Instruction, OpAccess};
 use paravane_cpu::{
     Access, CpuState, Flushes, LinAddr, Privilege, flags, inspect, operand_alignment, translate,
 };
@@ -91,27 +90,13 @@ impl Translator {
 
     /// An unaligned address plus poison can look aligned: the access then faults on the host instead of missing. Fills
     /// the table for the memory operand of the instruction at RIP; true if it may be tried again.
-    pub(super) fn fill_operand(&mut self, cpu: &mut CpuState, mode: Mode) -> bool {
-        let Some((page, _)) = self.fetch_page(cpu, cpu.rip) else { return false };
-        let mut bytes = [0; 15];
-        let n = (4096 - (cpu.rip & 0xFFF)).min(15) as usize;
-        self.mem.ram_read(RamOffset(page.0 + (cpu.rip & 0xFFF)), &mut bytes[..n]);
-        let bits = if mode.has(Mode::CODE32) { 32 } else { 64 };
-        let options = self.core.model().decoder_options();
-        let instr = iced_x86::Decoder::with_ip(bits, &bytes[..n], cpu.rip, options).decode();
+    pub(super) fn fill_operand(&mut self, cpu: &mut CpuState) -> bool {
+        let Some((instr, _)) = self.instruction(cpu, cpu.rip) else { return false };
         let form = self.forms.form(&instr);
         let Some(op) = (0..instr.op_count()).find(|&i| instr.op_kind(i) == iced_x86::OpKind::Memory) else {
             return false;
         };
-        let register = |r: iced_x86::Register, _: usize, _: usize| {
-            if r.is_segment_register() {
-                let s = cpu.seg.get(r.number())?;
-                return Some(if r.number() >= 4 || bits == 32 { s.base } else { 0 });
-            }
-            let v = *cpu.gpr.get(r.full_register().number())?;
-            Some(if r.size() == 4 { v & 0xFFFF_FFFF } else { v })
-        };
-        let Some(ea) = instr.virtual_address(op, 0, register) else { return false };
+        let Some(ea) = operand_address(cpu, &instr) else { return false };
         let size = instr.memory_size().size() as u64;
         if size == 0 || size > 64 {
             return false;
@@ -128,6 +113,17 @@ impl Translator {
         let filled = self.fill(ea, size | if read { 0 } else { MissInfo::WRITE });
         self.running = std::ptr::null_mut();
         filled
+    }
+
+    /// The instruction at `rip`, and its bytes; what lies beyond its page is missing.
+    pub(super) fn instruction(&mut self, cpu: &CpuState, rip: u64) -> Option<(Instruction, [u8; 15])> {
+        let (page, _) = self.fetch_page(cpu, rip)?;
+        let mut bytes = [0; 15];
+        let n = (4096 - (rip & 0xFFF)).min(15) as usize;
+        self.mem.ram_read(RamOffset(page.0 + (rip & 0xFFF)), &mut bytes[..n]);
+        let options = self.core.model().decoder_options();
+        let bits = if cpu.code64() { 64 } else { 32 };
+        Some((iced_x86::Decoder::with_ip(bits, &bytes[..n], rip, options).decode(), bytes))
     }
 
     fn shows(&self, ram: RamOffset, lin: u64) -> bool {
@@ -211,4 +207,17 @@ impl Translator {
             self.core.flush_translations();
         }
     }
+}
+
+/// Linear address of the memory operand of `instr`, if it has one.
+pub(super) fn operand_address(cpu: &CpuState, instr: &Instruction) -> Option<u64> {
+    let op = (0..instr.op_count()).find(|&i| instr.op_kind(i) == iced_x86::OpKind::Memory)?;
+    instr.virtual_address(op, 0, |r, _, _| {
+        if r.is_segment_register() {
+            let s = cpu.seg.get(r.number())?;
+            return Some(if r.number() >= 4 || !cpu.code64() { s.base } else { 0 });
+        }
+        let v = *cpu.gpr.get(r.full_register().number())?;
+        Some(if r.size() == 4 { v & 0xFFFF_FFFF } else { v })
+    })
 }

@@ -5,6 +5,7 @@
 //! * the `enter` stub keeps the host's callee-saved registers and stack;
 //! * [`fault_callback`] runs only inside the [`FaultScope`] of `enter`, when nothing else borrows the translator.
 
+use super::fill::operand_address;
 use super::{Translator, canonical};
 use crate::block::Mode;
 use crate::context::{JitContext, Reason};
@@ -13,6 +14,7 @@ use crate::signal::{FaultContext, FaultScope, SignalStack};
 use crate::vectors;
 use paravane_cpu::{
     Attention, CpuBus, CpuState, Exit, SegReg, Segment, Shadow, Step, attr, cr0, cr4, efer, flags, gpr,
+    x87_opcode,
 };
 use paravane_memory::RamOffset;
 use std::io;
@@ -57,10 +59,30 @@ impl Translator {
     /// One instruction by the interpreter core.
     pub(super) fn step(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus) -> Step {
         self.stats.interpreted += 1;
+        if let Some((host_ip, host_dp)) = vectors::pending_error() {
+            self.x87_pointers(cpu, host_ip, host_dp);
+        }
         let step = self.core.step(cpu, &self.mem, bus);
         self.interpreted[self.core.last_instruction() as usize] += 1;
         self.follow_core();
         step
+    }
+
+    /// An unmasked x87 error waits: if translated code raised it, the guest's pointers are those of its instruction. The
+    /// operand's page is what the address registers say now; they may have changed since.
+    #[cold]
+    fn x87_pointers(&mut self, cpu: &mut CpuState, host_ip: u64, host_dp: u64) {
+        let Some(at) = self.cache.offset_of(host_ip) else { return };
+        let Some((rip, _)) = self.blocks.by_code(at).and_then(|block| block.rip_at(at)) else { return };
+        let Some((instr, bytes)) = self.instruction(cpu, rip) else { return };
+        let pointers = &mut cpu.fpu_pointers;
+        pointers.ip = rip;
+        pointers.cs = cpu.seg[SegReg::Cs as usize].selector;
+        pointers.opcode = x87_opcode(&bytes);
+        if let Some(ea) = operand_address(cpu, &instr) {
+            cpu.fpu_pointers.dp = (ea & !0xFFF) | (host_dp & 0xFFF);
+            cpu.fpu_pointers.ds = cpu.seg.get(instr.memory_segment().number()).map_or(0, |s| s.selector);
+        }
     }
 
     /// Deals with the attention word; `Some` ends the run.
@@ -233,7 +255,7 @@ impl Translator {
             match reason {
                 Reason::Interpret => {
                     self.store_registers(cpu);
-                    return !(std::mem::take(&mut self.poison_hit) && self.fill_operand(cpu, mode));
+                    return !(std::mem::take(&mut self.poison_hit) && self.fill_operand(cpu));
                 }
                 Reason::Attention => {
                     self.stats.attention_exits += 1;
@@ -321,11 +343,7 @@ impl Translator {
         let Some(block) = self.blocks.by_code(at) else { return };
         let Some((rip, remaining)) = block.rip_at(at) else { return };
         cpu.instructions = cpu.instructions.wrapping_sub(u64::from(remaining));
-        let mut bytes = [0; 15];
-        let n = (4096 - (rip & 0xFFF)).min(15) as usize;
-        let Some((page, _)) = self.fetch_page(cpu, rip) else { return };
-        self.mem.ram_read(RamOffset(page.0 + (rip & 0xFFF)), &mut bytes[..n]);
-        let instr = iced_x86::Decoder::with_ip(64, &bytes[..n], rip, 0).decode();
+        let Some((instr, _)) = self.instruction(cpu, rip) else { return };
         let moved = match instr.flow_control() {
             iced_x86::FlowControl::Return => {
                 8 + if instr.op_count() > 0 { u64::from(instr.immediate16()) } else { 0 }

@@ -141,7 +141,9 @@ pub struct Board {
     pub pending: Mutex<VecDeque<u8>>,
     /// Set at the first write to port 80H.
     raise: Mutex<Option<(Attention, u32, u8)>>,
+    /// How often FERR# was raised, and the interrupt that answers it.
     pub fpu_errors: Mutex<u32>,
+    on_fpu_error: Mutex<Option<(Attention, u8)>>,
 }
 
 impl CpuBus for Board {
@@ -182,6 +184,10 @@ impl CpuBus for Board {
     }
     fn fpu_error(&self, _: VpIndex) {
         *self.fpu_errors.lock().expect("count") += 1;
+        if let Some((attention, vector)) = self.on_fpu_error.lock().expect("wire").take() {
+            self.pending.lock().expect("queue").push_back(vector);
+            attention.set(Attention::INTERRUPT);
+        }
     }
 }
 
@@ -476,6 +482,11 @@ impl Bed {
     /// An NMI arrives when the guest writes port 80H.
     pub fn nmi_at_port(&self) {
         *self.board.raise.lock().expect("source") = Some((self.attention.clone(), Attention::NMI, 0));
+    }
+
+    /// FERR# is wired to interrupt `vector`.
+    pub fn interrupt_on_fpu_error(&self, vector: u8) {
+        *self.board.on_fpu_error.lock().expect("wire") = Some((self.attention.clone(), vector));
     }
 
     // ---- running ------------------------------------------------------------------------------------------
