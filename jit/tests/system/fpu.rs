@@ -126,7 +126,7 @@ fn environments_in_every_format() {
         // FDIV m32 [SI] is D8 34.
         assert_eq!([6, 8, 10, 12].map(|i| bed.get16(0x2_0100 + i)), [at as u16, 0x034, 0, 0x2000]);
         assert_eq!(
-            [12, 16, 20, 24].map(|i| bed.get32(0x2_0140 + i) & 0xFFFF_FFF),
+            [12, 16, 20, 24].map(|i| bed.get32(0x2_0140 + i) & 0x0FFF_FFFF),
             [at as u32 | 0xFFF_0000, 0x034, 0xFFF_0000, 0x2000]
         );
         assert_eq!(
