@@ -9,7 +9,7 @@ use paravane_memory::{PAGE_SHIFT, RamOffset};
 pub(crate) struct Mode(pub u32);
 
 impl Mode {
-    /// 32-bit code (64-bit otherwise).
+    /// 32-bit code.
     pub(crate) const CODE32: u32 = 1 << 0;
     /// CPL 3.
     pub(crate) const USER: u32 = 1 << 1;
@@ -19,20 +19,60 @@ impl Mode {
     pub(crate) const SSE: u32 = 1 << 3;
     /// AVX usable.
     pub(crate) const AVX: u32 = 1 << 4;
-    /// FS has a 4 GiB limit and is usable (32-bit code).
-    pub(crate) const FS_FLAT: u32 = 1 << 5;
-    /// GS likewise.
-    pub(crate) const GS_FLAT: u32 = 1 << 6;
+    /// 16-bit code.
+    pub(crate) const CODE16: u32 = 1 << 5;
+    /// DF is set.
+    pub(crate) const DOWN: u32 = 1 << 6;
     /// Count retired instructions.
     pub(crate) const COUNTED: u32 = 1 << 7;
     /// The copy of a block that uses no base group.
     pub(crate) const UNGROUPED: u32 = 1 << 8;
-
     /// CR4.SMAP.
     pub(crate) const SMAP: u32 = 1 << 9;
-
     /// RDTSC may be translated.
     pub(crate) const TSC: u32 = 1 << 10;
+    /// CPL 1 or 2.
+    pub(crate) const MIDDLE: u32 = 1 << 11;
+    /// Real-address or virtual-8086 mode.
+    pub(crate) const LEGACY: u32 = 1 << 12;
+    /// Not 64-bit code, and ES, SS or DS are not the flat, writable segments of 32-bit systems.
+    pub(crate) const SEGMENTED: u32 = 1 << 13;
+    /// The stack pointer is SP.
+    pub(crate) const STACK16: u32 = 1 << 14;
+    /// Some segment expands down.
+    pub(crate) const EXPAND_DOWN: u32 = 1 << 15;
+
+    /// Accesses through segment register `number` need few checks. 32-bit code: readable and writable up to 4 GiB. 16-bit
+    /// code: readable and writable up to 64 KiB at least, with a base that keeps the alignment of offsets. Not used for what
+    /// is flat anyway.
+    pub(crate) const fn plain(number: u8) -> u32 {
+        1 << (16 + number)
+    }
+
+    /// Operand and address size of the code.
+    pub(crate) fn bits(self) -> u32 {
+        match self.0 & (Mode::CODE16 | Mode::CODE32) {
+            0 => 64,
+            Mode::CODE16 => 16,
+            _ => 32,
+        }
+    }
+
+    /// 64-bit code.
+    pub(crate) fn code64(self) -> bool {
+        self.bits() == 64
+    }
+
+    /// The linear address of a code address (see `segments`).
+    pub(crate) fn linear(self, address: u64) -> u64 {
+        if self.code64() { address } else { address & 0xFFFF_FFFF }
+    }
+
+    /// The code address `n` bytes behind `address`; linear addresses have 32 bits outside 64-bit code.
+    pub(crate) fn advance(self, address: u64, n: u64) -> u64 {
+        let sum = address.wrapping_add(n);
+        if self.code64() { sum } else { address & !0xFFFF_FFFF | sum & 0xFFFF_FFFF }
+    }
 
     /// Whether `bit` is set.
     pub(crate) fn has(self, bit: u32) -> bool {
@@ -44,7 +84,8 @@ impl Mode {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct BlockKey {
     pub(crate) at: RamOffset,
-    pub(crate) lin: u64,
+    /// Code address (see `segments`).
+    pub(crate) address: u64,
     pub(crate) mode: Mode,
 }
 
@@ -68,12 +109,12 @@ pub(crate) struct Link {
 /// A translated block.
 pub(crate) struct Block {
     pub(crate) key: BlockKey,
-    /// Code: the indirect entry, which checks the linear address in r11.
+    /// Code: the indirect entry, which checks the code address in r11.
     pub(crate) start: CodeOffset,
     /// Code: the direct entry.
     pub(crate) entry: CodeOffset,
     pub(crate) code_len: u32,
-    /// Host offset from `start` of each instruction's code, and its offset from `key.lin`.
+    /// Host offset from `start` of each instruction's code, and its offset from the block's first byte.
     pub(crate) sites: Box<[(u32, u32)]>,
     /// Links that jump here, to be unchained when the block goes.
     pub(crate) incoming: Vec<u32>,
@@ -87,11 +128,14 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// Linear address of the instruction whose code holds `at`, and how many from it on were counted.
+    /// Code address of the instruction whose code holds `at`, and how many from it on were counted.
     pub(crate) fn rip_at(&self, at: CodeOffset) -> Option<(u64, u32)> {
         let off = at.0 - self.start.0;
         let i = self.sites.partition_point(|s| s.0 <= off).checked_sub(1)?;
-        Some((self.key.lin + u64::from(self.sites[i].1), self.counted.saturating_sub(i as u32)))
+        Some((
+            self.key.mode.advance(self.key.address, u64::from(self.sites[i].1)),
+            self.counted.saturating_sub(i as u32),
+        ))
     }
 }
 

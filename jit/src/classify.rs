@@ -22,12 +22,17 @@ pub(crate) enum Class {
     Jmp,
     JmpIndirect,
     Jcc,
+    /// LOOP, LOOPE, LOOPNE.
+    Loop,
+    /// JCXZ, JECXZ, JRCXZ.
+    JumpIfCountZero,
     /// BT, BTS, BTR, BTC of a bit string in memory.
     BitString,
     /// STOS, LODS, MOVS, SCAS or CMPS without REP.
     String,
     Pushf,
     Popf,
+    Cld,
     Cli,
     Sti,
     Stac,
@@ -54,10 +59,40 @@ impl Class {
                 | Class::Jmp
                 | Class::JmpIndirect
                 | Class::Jcc
+                | Class::Loop
+                | Class::JumpIfCountZero
                 | Class::Syscall
                 | Class::Sysret
                 | Class::Interpret
         )
+    }
+}
+
+impl Class {
+    /// Pushes or pops words.
+    pub(crate) fn uses_stack(self) -> bool {
+        matches!(
+            self,
+            Class::Push
+                | Class::Pop
+                | Class::Leave
+                | Class::Pushf
+                | Class::Popf
+                | Class::Call
+                | Class::CallIndirect
+                | Class::Ret
+        )
+    }
+}
+
+/// Bytes of the words that a stack instruction pushes or pops (without those that RET releases).
+pub(crate) fn stack_word(instr: &Instruction) -> u32 {
+    use Code as C;
+    match instr.code() {
+        C::Retnw | C::Retnw_imm16 | C::Leavew => 2,
+        C::Retnd | C::Retnd_imm16 | C::Leaved => 4,
+        C::Retnq | C::Retnq_imm16 | C::Leaveq => 8,
+        _ => instr.stack_pointer_increment().unsigned_abs(),
     }
 }
 
@@ -110,30 +145,17 @@ fn classify(instr: &Instruction) -> Class {
     }
     match instr.flow_control() {
         F::Next => classify_straight(instr),
-        F::UnconditionalBranch => match instr.code() {
-            Code::Jmp_rel8_64 | Code::Jmp_rel32_64 | Code::Jmp_rel8_32 | Code::Jmp_rel32_32 => Class::Jmp,
+        F::UnconditionalBranch if instr.is_jmp_short_or_near() => Class::Jmp,
+        F::IndirectBranch if instr.is_jmp_near_indirect() => Class::JmpIndirect,
+        F::ConditionalBranch if instr.is_jcc_short_or_near() => Class::Jcc,
+        F::ConditionalBranch => match instr.mnemonic() {
+            Mnemonic::Loop | Mnemonic::Loope | Mnemonic::Loopne => Class::Loop,
+            Mnemonic::Jcxz | Mnemonic::Jecxz | Mnemonic::Jrcxz => Class::JumpIfCountZero,
             _ => Class::Interpret,
         },
-        F::IndirectBranch => match instr.code() {
-            Code::Jmp_rm64 | Code::Jmp_rm32 => Class::JmpIndirect,
-            _ => Class::Interpret,
-        },
-        F::ConditionalBranch if instr.is_jcc_short_or_near() => match instr.code().mnemonic() {
-            _ if instr.op0_kind() == iced_x86::OpKind::NearBranch16 => Class::Interpret,
-            _ => Class::Jcc,
-        },
-        F::Return => match instr.code() {
-            Code::Retnq | Code::Retnq_imm16 | Code::Retnd | Code::Retnd_imm16 => Class::Ret,
-            _ => Class::Interpret,
-        },
-        F::Call => match instr.code() {
-            Code::Call_rel32_64 | Code::Call_rel32_32 => Class::Call,
-            _ => Class::Interpret,
-        },
-        F::IndirectCall => match instr.code() {
-            Code::Call_rm64 | Code::Call_rm32 => Class::CallIndirect,
-            _ => Class::Interpret,
-        },
+        F::Return if instr.mnemonic() == Mnemonic::Ret => Class::Ret,
+        F::Call if instr.is_call_near() => Class::Call,
+        F::IndirectCall if instr.is_call_near_indirect() => Class::CallIndirect,
         _ => Class::Interpret,
     }
 }
@@ -175,16 +197,15 @@ fn classify_straight(instr: &Instruction) -> Class {
         {
             Class::BitString
         }
-        // In translated code DF is clear (see `Mode`).
-        M::Cld => Class::Nop,
+        M::Cld => Class::Cld,
         M::Cli => Class::Cli,
         M::Sti => Class::Sti,
         M::Stac => Class::Stac,
         M::Clac => Class::Clac,
         M::Swapgs => Class::Swapgs,
         M::Rdtsc | M::Rdtscp => Class::Rdtsc,
-        M::Pushfq | M::Pushfd => Class::Pushf,
-        M::Popfq | M::Popfd => Class::Popf,
+        M::Pushfq | M::Pushfd | M::Pushf => Class::Pushf,
+        M::Popfq | M::Popfd | M::Popf => Class::Popf,
         m if general(m) => Class::Identity(0),
         _ => classify_vector(instr),
     }
@@ -223,14 +244,24 @@ fn classify_stack(instr: &Instruction) -> Class {
     match instr.code() {
         C::Push_r64
         | C::Push_r32
+        | C::Push_r16
         | C::Pushq_imm8
         | C::Pushq_imm32
         | C::Pushd_imm8
         | C::Pushd_imm32
+        | C::Pushw_imm8
+        | C::Push_imm16
         | C::Push_rm64
-        | C::Push_rm32 => Class::Push,
-        C::Pop_r64 | C::Pop_r32 => Class::Pop,
-        C::Leaveq | C::Leaved => Class::Leave,
+        | C::Push_rm32
+        | C::Push_rm16
+        | C::Pushw_ES
+        | C::Pushw_CS
+        | C::Pushw_SS
+        | C::Pushw_DS
+        | C::Pushw_FS
+        | C::Pushw_GS => Class::Push,
+        C::Pop_r64 | C::Pop_r32 | C::Pop_r16 => Class::Pop,
+        C::Leaveq | C::Leaved | C::Leavew => Class::Leave,
         _ => Class::Interpret,
     }
 }

@@ -14,6 +14,8 @@
 //!
 //! Guest R10–R15 live in [`JitContext::home`].
 
+use crate::segments::Bounds;
+
 /// Why translated code came back; in [`JitContext::reason`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
@@ -90,6 +92,8 @@ pub(crate) struct JitContext {
     pub(crate) ymm: [[u8; 32]; 16],
     /// For each linear code page in use: its backing page number + 1 while that translation is known to hold.
     pub(crate) xslots: [u32; XSLOTS],
+    /// Bounds of ES, CS, SS, DS, FS, GS (current outside 64-bit code).
+    pub(crate) bounds: [Bounds; 6],
 }
 
 /// Offset of a field from host RSP.

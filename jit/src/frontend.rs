@@ -1,12 +1,12 @@
 //! Guest bytes to a block: decodes one basic block and drives the emitter over it.
 
 use crate::block::Mode;
-use crate::classify::{Class, Forms};
+use crate::classify::{Class, Forms, stack_word};
 use crate::context::Reason;
 use crate::emit::{Emitter, Site};
 use crate::flags::{self, FlagSet};
 use crate::groups;
-use iced_x86::{Decoder, Instruction, OpKind};
+use iced_x86::{Decoder, EncodingKind, Instruction};
 
 /// Instructions in a block at most.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -19,8 +19,12 @@ pub(crate) struct Source<'a> {
     pub(crate) bytes: &'a [u8],
     /// Offset of the block in `bytes`.
     pub(crate) at: usize,
-    /// Linear address of the block.
-    pub(crate) lin: u64,
+    /// Code address of the block (see `segments`).
+    pub(crate) address: u64,
+    /// RIP at its beginning: what the decoder counts from.
+    pub(crate) rip: u64,
+    /// The largest RIP.
+    pub(crate) limit: u64,
     pub(crate) mode: Mode,
     /// Decoder options of the processor model.
     pub(crate) options: u32,
@@ -53,19 +57,32 @@ pub(crate) struct Frontend {
     live: Vec<FlagSet>,
 }
 
-fn bits(mode: Mode) -> u32 {
-    if mode.has(Mode::CODE32) { 32 } else { 64 }
+impl Source<'_> {
+    /// The code address of `rip`.
+    pub(crate) fn code_address(&self, rip: u64) -> u64 {
+        self.mode.advance(self.address, rip.wrapping_sub(self.rip))
+    }
+
+    /// A near branch may lead to `target` (SDM 2A, JMP); 64-bit branches are checked elsewhere.
+    fn reaches(&self, target: u64) -> bool {
+        target <= self.limit
+    }
+
+    /// RIP behind `instr`.
+    fn next_rip(&self, instr: &Instruction) -> u64 {
+        if self.mode.code64() { instr.next_ip() } else { instr.next_ip() & 0xFFFF_FFFF }
+    }
 }
 
 /// Status flags some instruction at `target` or after may read, as far as the page shows.
 fn live_at(source: &Source<'_>, forms: &mut Forms, target: u64) -> FlagSet {
-    let page = source.lin & !0xFFF;
-    let whole_page = source.at as u64 == source.lin & 0xFFF;
-    if target & !0xFFF != page || !whole_page {
+    let at = source.code_address(target);
+    let whole_page = source.at as u64 == source.address & 0xFFF;
+    if at & !0xFFF != source.address & !0xFFF || !whole_page {
         return FlagSet::ALL;
     }
-    let at = (target & 0xFFF) as usize;
-    let mut decoder = Decoder::with_ip(bits(source.mode), &source.bytes[at..], target, source.options);
+    let at = (at & 0xFFF) as usize;
+    let mut decoder = Decoder::with_ip(source.mode.bits(), &source.bytes[at..], target, source.options);
     let mut instr = Instruction::default();
     let (mut live, mut open) = (0, FlagSet::ALL.0);
     for _ in 0..LOOK_AHEAD {
@@ -92,7 +109,10 @@ impl Frontend {
     fn decode(&mut self, source: &Source<'_>, forms: &mut Forms, crossing: bool) -> u32 {
         self.instrs.clear();
         let bytes = &source.bytes[source.at..];
-        let mut decoder = Decoder::with_ip(bits(source.mode), bytes, source.lin, source.options);
+        // Nothing beyond the segment's limit is fetched.
+        let room = if source.reaches(source.rip) { (source.limit - source.rip).saturating_add(1) } else { 0 };
+        let bytes = &bytes[..bytes.len().min(room.min(1 << 16) as usize)];
+        let mut decoder = Decoder::with_ip(source.mode.bits(), bytes, source.rip, source.options);
         let mut len = 0;
         while self.instrs.len() < MAX_INSTRUCTIONS {
             let mut instr = Instruction::default();
@@ -133,16 +153,16 @@ impl Frontend {
         first_link: u32,
         crossing: Option<Crossing>,
     ) -> Translated {
-        let code64 = !source.mode.has(Mode::CODE32);
+        let code64 = source.mode.code64();
         let decoded = self.decode(source, forms, crossing.is_some());
-        emitter.start(source.lin, code64, first_link);
+        emitter.start(source.address, source.rip, source.mode, first_link);
         let (after, taken, next) = self.live_out(source, forms, decoded);
         self.liveness(forms, after);
         let live_in = self.live.first().copied().unwrap_or(FlagSet::ALL);
-        emitter.indirect_entry(source.lin, live_in);
+        emitter.indirect_entry(source.rip, live_in);
         let entry = emitter.hot_len() as u32;
         if let Some(c) = &crossing {
-            emitter.check_page(c.slot, c.page, source.lin, live_in);
+            emitter.check_page(c.slot, c.page, source.rip, live_in);
         }
         let mut counted = 0;
         if source.mode.has(Mode::COUNTED) {
@@ -156,7 +176,8 @@ impl Frontend {
             instructions: self.instrs.len() as u32,
             counted,
         };
-        let plans = if source.mode.has(Mode::UNGROUPED) || crossing.is_some() {
+        let ungrouped = Mode::UNGROUPED | Mode::SEGMENTED;
+        let plans = if source.mode.0 & ungrouped != 0 || crossing.is_some() {
             Vec::new()
         } else {
             groups::plan(&self.instrs, &self.live, forms, code64)
@@ -164,7 +185,7 @@ impl Frontend {
         let mut ended = false;
         for i in 0..self.instrs.len() {
             let instr = self.instrs[i];
-            out.sites.push((emitter.hot_len() as u32, (instr.ip() - source.lin) as u32));
+            out.sites.push((emitter.hot_len() as u32, (instr.ip() - source.rip) as u32));
             emitter.at(instr.ip(), counted.saturating_sub(i as u32));
             let site = Site { before: self.live[i] };
             for p in plans.iter().filter(|p| p.check == i) {
@@ -193,7 +214,7 @@ impl Frontend {
         }
         emitter.sync_rsp();
         if !ended {
-            let next_rip = source.lin + u64::from(decoded);
+            let next_rip = self.end(source, decoded);
             out.sites.push((emitter.hot_len() as u32, decoded));
             if self.instrs.len() < MAX_INSTRUCTIONS && crossing.is_none() && self.ran_out(source, decoded) {
                 // An undecodable or page-crossing instruction: a block of its own, or the interpreter's #UD or #PF.
@@ -212,6 +233,11 @@ impl Frontend {
         out
     }
 
+    /// RIP behind the last instruction.
+    fn end(&self, source: &Source<'_>, decoded: u32) -> u64 {
+        self.instrs.last().map_or(source.rip + u64::from(decoded), |i| source.next_rip(i))
+    }
+
     /// The decoder stopped although the block was not full.
     fn ran_out(&self, source: &Source<'_>, decoded: u32) -> bool {
         source.at + (decoded as usize) < source.bytes.len() || self.instrs.is_empty()
@@ -219,11 +245,11 @@ impl Frontend {
 
     /// Flags live after the last instruction, at a taken branch, and at the fall-through.
     fn live_out(&self, source: &Source<'_>, forms: &mut Forms, decoded: u32) -> (FlagSet, FlagSet, FlagSet) {
-        let next_rip = source.lin + u64::from(decoded);
+        let next_rip = self.end(source, decoded);
         let Some(last) = self.instrs.last() else { return (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL) };
         let either = |a: FlagSet, b: FlagSet| FlagSet(a.0 | b.0);
         match forms.form(last).class {
-            Class::Jcc => {
+            Class::Jcc | Class::Loop | Class::JumpIfCountZero => {
                 let (t, n) =
                     (live_at(source, forms, last.near_branch_target()), live_at(source, forms, next_rip));
                 (either(t, n), t, n)
@@ -257,34 +283,41 @@ fn emit_one(
     ended: &mut bool,
 ) -> Result<(), crate::emit::Unfit> {
     let form = forms.form(instr);
-    let next_rip = instr.next_ip();
-    let next_rip = if source.mode.has(Mode::CODE32) { next_rip & 0xFFFF_FFFF } else { next_rip };
+    let mode = source.mode;
+    let next_rip = source.next_rip(instr);
+    let unprivileged = mode.has(Mode::USER) || mode.has(Mode::MIDDLE);
+    // 16-bit words on the stack of 64-bit code are the interpreter's.
+    if mode.code64() && form.class.uses_stack() && stack_word(instr) != 8 {
+        return Err(crate::emit::Unfit);
+    }
     // What it reads and what lives on after it must both survive the checks before it executes.
     match form.class {
         Class::Identity(needs) => {
-            let missing = source.mode.0 & u32::from(needs) != u32::from(needs);
-            if missing || unusable_segment(instr, source.mode) || differs_in_32_bit(instr, source.mode) {
+            let missing = mode.0 & u32::from(needs) != u32::from(needs);
+            if missing || differs(instr, mode) {
                 return Err(crate::emit::Unfit);
             }
-            let at = (instr.ip() - source.lin) as usize + source.at;
+            let at = (instr.ip() - source.rip) as usize + source.at;
             emitter.identity(instr, &source.bytes[at..at + instr.len()], &form, site)
         }
         Class::Nop => Ok(()),
-        Class::BitString if unusable_segment(instr, source.mode) => Err(crate::emit::Unfit),
+        // In translated code DF is as the mode has it.
+        Class::Cld if mode.has(Mode::DOWN) => Err(crate::emit::Unfit),
+        Class::Cld => Ok(()),
         Class::BitString => emitter.bit_string(instr, &form, site),
         Class::String => emitter.string(instr, site),
+        // Virtual-8086 mode has its own rules for IF.
+        Class::Pushf if mode.has(Mode::LEGACY) && mode.has(Mode::USER) => Err(crate::emit::Unfit),
         Class::Pushf => {
-            emitter.pushf(site);
+            emitter.pushf(instr, site);
             Ok(())
         }
-        // CPL 3 may not change IF: the interpreter knows the rules.
-        Class::Popf | Class::Cli | Class::Sti | Class::Stac | Class::Clac | Class::Swapgs
-            if source.mode.has(Mode::USER) =>
-        {
+        // Only CPL 0 may always change IF: the interpreter knows the rules.
+        Class::Popf | Class::Cli | Class::Sti | Class::Stac | Class::Clac | Class::Swapgs if unprivileged => {
             Err(crate::emit::Unfit)
         }
         Class::Popf => {
-            emitter.popf(site);
+            emitter.popf(instr, site);
             Ok(())
         }
         Class::Cli => {
@@ -295,7 +328,7 @@ fn emit_one(
             emitter.set_interrupt_flag(true, site);
             Ok(())
         }
-        Class::Stac | Class::Clac if !source.mode.has(Mode::SMAP) => Err(crate::emit::Unfit),
+        Class::Stac | Class::Clac if !mode.has(Mode::SMAP) => Err(crate::emit::Unfit),
         Class::Stac => {
             emitter.set_access_flag(true);
             Ok(())
@@ -308,7 +341,7 @@ fn emit_one(
             emitter.swapgs();
             Ok(())
         }
-        Class::Rdtsc if !source.mode.has(Mode::TSC) => Err(crate::emit::Unfit),
+        Class::Rdtsc if !mode.has(Mode::TSC) => Err(crate::emit::Unfit),
         Class::Rdtsc => {
             emitter.rdtsc(instr, site);
             Ok(())
@@ -318,35 +351,37 @@ fn emit_one(
             Ok(())
         }
         // 64-bit SYSCALL from CPL 3 and SYSRET to it are done by the run loop; the rest is the interpreter's.
-        Class::Syscall if source.mode.has(Mode::USER) && !source.mode.has(Mode::CODE32) => {
+        Class::Syscall if mode.has(Mode::USER) && mode.code64() => {
             *ended = true;
             emitter.leave_for(instr.ip(), Reason::Syscall);
             Ok(())
         }
-        Class::Sysret if !source.mode.has(Mode::USER) && !source.mode.has(Mode::CODE32) => {
+        Class::Sysret if !unprivileged && mode.code64() => {
             *ended = true;
             emitter.leave_for(instr.ip(), Reason::Sysret);
             Ok(())
         }
         Class::Syscall | Class::Sysret => Err(crate::emit::Unfit),
         Class::Lea => emitter.lea_instruction(instr),
-        Class::Push if unusable_segment(instr, source.mode) => Err(crate::emit::Unfit),
         Class::Push => emitter.push(instr, site),
         Class::Pop => {
             emitter.pop(instr, site);
             Ok(())
         }
         Class::Leave => {
-            emitter.leave(site);
+            emitter.leave(instr, site);
             Ok(())
+        }
+        // A branch beyond the limit raises its fault in the interpreter, if it is taken.
+        Class::Call | Class::Jmp | Class::Jcc | Class::Loop | Class::JumpIfCountZero
+            if !source.reaches(instr.near_branch_target()) =>
+        {
+            Err(crate::emit::Unfit)
         }
         Class::Call => {
             *ended = true;
-            emitter.call(next_rip, instr.near_branch_target(), site, taken);
+            emitter.call(instr, next_rip, site, taken);
             Ok(())
-        }
-        Class::CallIndirect | Class::JmpIndirect if unusable_segment(instr, source.mode) => {
-            Err(crate::emit::Unfit)
         }
         Class::CallIndirect => {
             *ended = true;
@@ -358,8 +393,7 @@ fn emit_one(
         }
         Class::Ret => {
             *ended = true;
-            let extra = if instr.op_count() > 0 { u32::from(instr.immediate16()) } else { 0 };
-            emitter.ret(extra, site);
+            emitter.ret(instr, site);
             Ok(())
         }
         Class::Jmp => {
@@ -373,6 +407,16 @@ fn emit_one(
             emitter.jcc(cc, instr.near_branch_target(), next_rip, taken, next);
             Ok(())
         }
+        Class::Loop => {
+            *ended = true;
+            emitter.loop_(instr, next_rip, taken, next);
+            Ok(())
+        }
+        Class::JumpIfCountZero => {
+            *ended = true;
+            emitter.jump_if_count_zero(instr, next_rip, taken, next);
+            Ok(())
+        }
         Class::Interpret => {
             *ended = true;
             emitter.interpret(instr.ip());
@@ -381,23 +425,11 @@ fn emit_one(
     }
 }
 
-/// A memory operand through a segment the translator does not handle in this mode.
-fn unusable_segment(instr: &Instruction, mode: Mode) -> bool {
-    use iced_x86::Register as R;
-    if !(0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory) {
-        return false;
-    }
-    match instr.memory_segment() {
-        R::FS => mode.has(Mode::CODE32) && !mode.has(Mode::FS_FLAT),
-        R::GS => mode.has(Mode::CODE32) && !mode.has(Mode::GS_FLAT),
-        // A code segment is never writable and not always readable.
-        R::CS => mode.has(Mode::CODE32),
-        _ => false,
-    }
-}
-
-/// VZEROUPPER and VZEROALL leave registers 8–15 alone outside 64-bit mode; on the host they would not.
-fn differs_in_32_bit(instr: &Instruction, mode: Mode) -> bool {
+/// Instructions that are not the same here as in 64-bit code.
+fn differs(instr: &Instruction, mode: Mode) -> bool {
     use iced_x86::Mnemonic as M;
-    mode.has(Mode::CODE32) && matches!(instr.mnemonic(), M::Vzeroupper | M::Vzeroall)
+    // VZEROUPPER and VZEROALL leave registers 8–15 alone outside 64-bit mode.
+    let upper = !mode.code64() && matches!(instr.mnemonic(), M::Vzeroupper | M::Vzeroall);
+    // There is no VEX encoding in real-address and virtual-8086 mode.
+    upper || mode.has(Mode::LEGACY) && instr.encoding() == EncodingKind::VEX
 }

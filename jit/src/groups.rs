@@ -5,7 +5,7 @@
 //! delta in r13, and each member becomes a single instruction with `[base + r13 + disp]`. Where the check
 //! fails the block goes on in its ungrouped copy; a group check never raises the guest's fault.
 
-use crate::classify::{Class, Forms};
+use crate::classify::{Class, Forms, stack_word};
 use crate::flags::FlagSet;
 use crate::regs;
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
@@ -144,7 +144,6 @@ pub(crate) fn plan(instrs: &[Instruction], live: &[FlagSet], forms: &mut Forms, 
         return Vec::new();
     }
     let mut s = Search { open: Vec::with_capacity(4), done: Vec::new(), since: [0; 16] };
-    let word = if code64 { 8 } else { 4 };
     for (i, instr) in instrs.iter().enumerate() {
         let form = forms.form(instr);
         if matches!(form.class, Class::Interpret | Class::Syscall | Class::Sysret | Class::Stac | Class::Clac)
@@ -164,11 +163,13 @@ pub(crate) fn plan(instrs: &[Instruction], live: &[FlagSet], forms: &mut Forms, 
         }
         match form.class {
             Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => {
+                let word = stack_word(instr) as i32;
                 let r = s.region(RSP, i);
                 r.add(i, -word, word, true);
                 r.moved -= word;
             }
             Class::Pop | Class::Ret | Class::Popf => {
+                let word = stack_word(instr) as i32;
                 let r = s.region(RSP, i);
                 r.add(i, 0, word, false);
                 r.moved += word;
@@ -211,7 +212,11 @@ pub(crate) fn operand_base(instr: &Instruction, code64: bool) -> Option<u8> {
         return None;
     }
     let base = instr.memory_base();
-    let flat = !matches!(instr.memory_segment(), Register::FS | Register::GS);
+    let flat = match instr.memory_segment() {
+        Register::FS | Register::GS => false,
+        Register::CS => code64,
+        _ => true,
+    };
     let wide = base.size() == if code64 { 8 } else { 4 };
     let plain = base.is_gpr() && wide && instr.memory_index() == Register::None && flat;
     let high = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));

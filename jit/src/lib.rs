@@ -20,6 +20,7 @@ mod groups;
 pub mod host;
 mod pages;
 mod regs;
+mod segments;
 pub mod signal;
 mod stubs;
 mod translator;

@@ -17,7 +17,7 @@ fn index(lin: u64) -> usize {
 /// Entries of a jump cache.
 const ENTRIES: usize = 1 << 16;
 /// Jump caches kept at a time; modes beyond share by eviction.
-const MAX_CACHES: usize = 6;
+const MAX_CACHES: usize = 12;
 
 /// Blocks by the low bits of their linear address, for one mode.
 struct JumpCache {

@@ -34,6 +34,11 @@ impl MissInfo {
     pub(crate) const SOFT: u64 = 1 << 9;
     /// #GP unless a multiple of its size, before its page is looked at.
     pub(crate) const ALIGNED: u64 = 1 << 10;
+
+    /// An access of `size` bytes.
+    pub(crate) fn of(size: u32, write: bool) -> u64 {
+        u64::from(size) | if write { MissInfo::WRITE } else { 0 }
+    }
 }
 
 /// Called by the miss stub: [`JMP_BYTES`] = filled, try again; 0 = for the interpreter.

@@ -26,6 +26,8 @@ mod modes;
 mod modified;
 #[path = "system/paging.rs"]
 mod paging;
+#[path = "system/segmented.rs"]
+mod segmented;
 #[path = "system/segments.rs"]
 mod segments;
 #[path = "system/syscalls.rs"]

@@ -1,6 +1,7 @@
 //! Memory operands: effective addresses (SDM vol. 1, 3.7.5), and the delta-table access that turns a linear address
 //! into a host address or leaves for the miss stub.
 
+use super::segment::Bound;
 use super::{Emitter, Pos, Target, Unfit};
 use crate::context::ctx;
 use crate::flags::FlagSet;
@@ -10,6 +11,28 @@ use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
 use iced_x86::{Code, Instruction, OpKind, Register};
 
 pub(super) const NEED_FS_GS: [Register; 2] = [Register::FS, Register::GS];
+
+/// Whether the memory operand of an instruction outside 64-bit code has 16-bit address size.
+pub(super) fn address16(instr: &Instruction) -> bool {
+    let (base, index) = (instr.memory_base(), instr.memory_index());
+    match (base, index) {
+        (Register::None, Register::None) => instr.memory_displ_size() == 2,
+        (Register::None, r) | (r, _) => r.size() == 2,
+    }
+}
+
+/// An access to a linear address.
+#[derive(Clone, Copy)]
+pub(super) struct Access {
+    /// Size and kind (see [`MissInfo`]).
+    pub(super) info: u64,
+    /// Flags to keep.
+    pub(super) keep: Keep,
+    /// They are saved already.
+    pub(super) saved: bool,
+    /// Where misaligned accesses must end.
+    pub(super) bound: Option<Bound>,
+}
 
 /// How live flags are kept over a check that destroys them.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -21,8 +44,44 @@ pub(super) enum Keep {
 }
 
 impl Emitter {
-    /// Computes the linear address of the memory operand; returns the host register that holds it.
+    /// Turns the memory operand into a host address in r11 for an access of the kind `info` says, as [`Self::access`] does.
+    pub(super) fn address(&mut self, instr: &Instruction, info: u64, live: FlagSet) -> Result<(), Unfit> {
+        let segment = instr.memory_segment();
+        if self.code64 || self.is_flat(segment) {
+            let ea = self.effective_address(instr, true)?;
+            self.access_as(ea, info, live);
+            return Ok(());
+        }
+        let ea = self.effective_address(instr, false)?;
+        if ea != R10 {
+            dynasm!(self.hot ; .arch x64 ; mov r10d, Rd(ea));
+        }
+        self.access_segment(segment, address16(instr), info, live);
+        Ok(())
+    }
+
+    /// Effective address of an operand with 16-bit address size, in r10.
+    fn effective_address_16(&mut self, instr: &Instruction) -> u8 {
+        let register = |r: Register| (r != Register::None).then(|| regs::number(r));
+        let (base, index) = (register(instr.memory_base()), register(instr.memory_index()));
+        let disp = instr.memory_displacement64() as i16;
+        match (base, index, disp) {
+            (None, None, _) => Self::constant(&mut self.hot, R10, u64::from(disp as u16)),
+            (Some(r), None, 0) => dynasm!(self.hot ; .arch x64 ; movzx r10d, Rw(r)),
+            _ => {
+                self.lea(R10, base, index, 1, i32::from(disp), true);
+                dynasm!(self.hot ; .arch x64 ; movzx r10d, r10w);
+            }
+        }
+        R10
+    }
+
+    /// Computes the linear address of the memory operand, or its offset in the segment; returns the host register that
+    /// holds it.
     pub(super) fn effective_address(&mut self, instr: &Instruction, linear: bool) -> Result<u8, Unfit> {
+        if !self.code64 && address16(instr) {
+            return Ok(self.effective_address_16(instr));
+        }
         let base = instr.memory_base();
         let index = instr.memory_index();
         let wanted = if self.code64 { 8 } else { 4 };
@@ -172,14 +231,18 @@ impl Emitter {
     /// Turns the linear address in host register `ea` into a host address in r11 for an access of `size` bytes;
     /// keeps `live`. Uses r13 (while flags are live and no group owns it) and may overwrite r10.
     pub(super) fn access(&mut self, ea: u8, size: u32, write: bool, live: FlagSet) {
-        let info = u64::from(size) | if write { MissInfo::WRITE } else { 0 };
-        self.access_as(ea, info, live);
+        self.access_as(ea, MissInfo::of(size, write), live);
     }
 
     /// [`Self::access`] of the kind `info` says.
     pub(super) fn access_as(&mut self, ea: u8, info: u64, live: FlagSet) {
+        self.access_linear(ea, Access { info, keep: Self::keep(live), saved: false, bound: None });
+    }
+
+    /// [`Self::access`] with the flags saved already if `access.saved`, and a limit to look at if the access is misaligned.
+    pub(super) fn access_linear(&mut self, ea: u8, access: Access) {
+        let Access { info, keep, saved, bound } = access;
         let (size, write) = (info as u32 & 0xFF, info & MissInfo::WRITE != 0);
-        let keep = Self::keep(live);
         let retry = self.hot_here();
         dynasm!(self.hot
             ; .arch x64
@@ -191,19 +254,21 @@ impl Emitter {
         } else {
             dynasm!(self.hot ; .arch x64 ; mov r11, [r15 + r11 * 8 - 28]);
         }
-        if keep == Keep::Nothing {
+        if saved || keep == Keep::Nothing {
             dynasm!(self.hot ; .arch x64 ; add r11, Rq(ea));
         } else {
             dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
         }
-        Self::save(&mut self.hot, keep, self.r13_busy);
+        if !saved {
+            Self::save(&mut self.hot, keep, self.r13_busy);
+        }
         let last = size as i32 - 1;
         match size {
             1 => {
                 dynasm!(self.hot ; .arch x64 ; test r11, r11);
                 let cold = self.cold_here();
                 self.hot_jcc(8, cold);
-                self.cold_miss(ea, info, keep, retry);
+                self.cold_miss(ea, access, retry);
             }
             2..=10 => {
                 let mask = size.next_power_of_two() as i8 - 1;
@@ -214,22 +279,27 @@ impl Emitter {
                 // Unaligned but inside the page is common: back to the access unless it is poison or crosses. EA may
                 // be overwritten now: an access that crosses goes to the interpreter.
                 dynasm!(self.cold ; .arch x64 ; test r11, r11);
-                self.cold.push(0x78);
-                let js = self.cold.ops.len();
-                self.cold.push(0);
+                let miss = self.cold_js(bound.is_none());
+                let outside = bound.map(|b| self.cold_check_bound(b, last));
                 dynasm!(self.cold ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
                 self.cold_jcc(4, back);
+                if let Some(site) = outside {
+                    self.cold_land(site);
+                }
                 Self::restore(&mut self.cold, keep, self.r13_busy);
                 self.cold_interpret(self.rip);
-                self.cold.ops[js] = (self.cold.ops.len() - js - 1) as u8;
-                self.cold_miss(ea, info, keep, retry);
+                match miss {
+                    Ok(short) => self.cold.ops[short] = (self.cold.ops.len() - short - 1) as u8,
+                    Err(site) => self.cold_land(site),
+                }
+                self.cold_miss(ea, access, retry);
             }
             _ => {
                 // Vectors are seldom aligned: tell poison by its sign, then whether the access leaves the page.
                 dynasm!(self.hot ; .arch x64 ; test r11, r11);
                 let cold = self.cold_here();
                 self.hot_jcc(8, cold);
-                self.cold_miss(ea, info, keep, retry);
+                self.cold_miss(ea, access, retry);
                 dynasm!(self.hot ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
                 let cross = self.cold_here();
                 self.hot_jcc(5, cross);
@@ -240,8 +310,21 @@ impl Emitter {
         Self::restore(&mut self.hot, keep, self.r13_busy);
     }
 
+    /// JS in cold code: the position of its displacement, of one byte if `short`.
+    fn cold_js(&mut self, short: bool) -> Result<usize, Pos> {
+        if short {
+            self.cold.push(0x78);
+            self.cold.push(0);
+            return Ok(self.cold.ops.len() - 1);
+        }
+        self.cold.push(0x0F);
+        self.cold.push(0x88);
+        Err(self.cold_site())
+    }
+
     /// Cold code of a poisoned access: fills the table and tries again, or leaves to interpret the instruction.
-    fn cold_miss(&mut self, ea: u8, info: u64, keep: Keep, retry: Pos) {
+    fn cold_miss(&mut self, ea: u8, access: Access, retry: Pos) {
+        let Access { info, keep, saved, .. } = access;
         Self::restore(&mut self.cold, keep, self.r13_busy);
         if ea != R10 {
             dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea));
@@ -250,9 +333,13 @@ impl Emitter {
         self.cold.push(0xE8);
         self.cold_rel32(Target::Cache(self.stubs.miss));
         // After the call: this jump for the interpreter, behind it the way back.
-        let fail = Pos::Cold(self.cold.ops.len() + 10);
-        self.cold_jmp(Target::Here(fail));
+        self.cold.push(0xE9);
+        let fail = self.cold_site();
+        if saved {
+            Self::save(&mut self.cold, keep, self.r13_busy);
+        }
         self.cold_jmp(Target::Here(retry));
+        self.cold_land(fail);
         self.cold_interpret(self.rip);
     }
 

@@ -1,16 +1,17 @@
 //! Ways into and out of a block: direct exits that are chained later, indirect jumps through the jump cache, exits to
 //! the run loop and the interpreter, and the checks at the entries.
 
-use super::{Emitter, PendingLink, Site, Target, Unfit};
+use super::{Emitter, PendingLink, Pos, Site, Target, Unfit};
+use crate::classify::stack_word;
 use crate::code_cache::CodeOffset;
 use crate::context::{JitContext, Reason, ctx};
 use crate::flags::FlagSet;
 use crate::regs::{self, R10, R11};
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
-use iced_x86::{Instruction, OpKind};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 impl Emitter {
-    /// Jumps to linear address `target`; polls for attention first when it may close a loop.
+    /// Jumps to `target`; polls for attention first when it may close a loop.
     pub(crate) fn direct_exit(&mut self, target: u64, live: FlagSet, polled: bool) {
         if polled || target <= self.rip {
             self.poll(target, live);
@@ -37,6 +38,68 @@ impl Emitter {
         self.direct_exit(next, live_next, false);
     }
 
+    /// LOOP, LOOPE, LOOPNE: two exits.
+    pub(crate) fn loop_(&mut self, instr: &Instruction, next: u64, live_taken: FlagSet, live_next: FlagSet) {
+        match count_size(instr) {
+            2 => dynasm!(self.hot ; .arch x64 ; lea r10d, [rcx - 1] ; mov cx, r10w),
+            4 => dynasm!(self.hot ; .arch x64 ; lea ecx, [rcx - 1]),
+            _ => dynasm!(self.hot ; .arch x64 ; lea rcx, [rcx - 1]),
+        }
+        let mut over = vec![self.jump_if_zero(instr)];
+        let opposite = match instr.mnemonic() {
+            Mnemonic::Loope => Some(5),
+            Mnemonic::Loopne => Some(4),
+            _ => None,
+        };
+        if let Some(cc) = opposite {
+            self.hot.push(0x0F);
+            self.hot.push(0x80 | cc);
+            over.push(self.hot_here());
+            self.hot.push_i32(0);
+        }
+        self.direct_exit(instr.near_branch_target(), live_taken, true);
+        let here = self.hot_here();
+        self.fixups.extend(over.into_iter().map(|site| (site, Target::Here(here))));
+        self.direct_exit(next, live_next, false);
+    }
+
+    /// JCXZ, JECXZ, JRCXZ: two exits.
+    pub(crate) fn jump_if_count_zero(
+        &mut self,
+        instr: &Instruction,
+        next: u64,
+        live_taken: FlagSet,
+        live_next: FlagSet,
+    ) {
+        let site = self.jump_if_zero(instr);
+        self.direct_exit(next, live_next, false);
+        let here = self.hot_here();
+        self.fixups.push((site, Target::Here(here)));
+        self.direct_exit(instr.near_branch_target(), live_taken, false);
+    }
+
+    /// A jump that is taken if the count register of `instr` is zero; keeps flags. Returns where its displacement is.
+    fn jump_if_zero(&mut self, instr: &Instruction) -> Pos {
+        match count_size(instr) {
+            // CX alone: the host tests ECX, so with the count there for a moment.
+            2 => dynasm!(self.hot
+                ; .arch x64
+                ; mov r10, rcx
+                ; movzx ecx, cx
+                ; .u8 0xE3, 5 // to the jump: over the next two
+                ; mov rcx, r10
+                ; .u8 0xEB, 8
+                ; mov rcx, r10
+            ),
+            4 => dynasm!(self.hot ; .arch x64 ; .u8 0x67, 0xE3, 2, 0xEB, 5),
+            _ => dynasm!(self.hot ; .arch x64 ; .u8 0xE3, 2, 0xEB, 5),
+        }
+        self.hot.push(0xE9);
+        let site = self.hot_here();
+        self.hot.push_i32(0);
+        site
+    }
+
     /// Near JMP or CALL through a register or memory.
     pub(crate) fn jump_indirect(
         &mut self,
@@ -44,17 +107,21 @@ impl Emitter {
         call: Option<u64>,
         site: Site,
     ) -> Result<(), Unfit> {
+        let target = instr.op0_register();
         if instr.op0_kind() == OpKind::Memory {
-            self.load_operand(instr, site.before)?;
+            self.load_operand(instr, instr.memory_size().size() as i32, site.before)?;
         } else {
-            let r = self.guest(regs::number(instr.op0_register()), R11);
-            if r != R11 {
-                dynasm!(self.hot ; .arch x64 ; mov r11, Rq(r));
+            let r = self.guest(regs::number(target), R11);
+            match target.size() {
+                2 => dynasm!(self.hot ; .arch x64 ; movzx r11d, Rw(r)),
+                4 => dynasm!(self.hot ; .arch x64 ; mov r11d, Rd(r)),
+                _ if r != R11 => dynasm!(self.hot ; .arch x64 ; mov r11, Rq(r)),
+                _ => {}
             }
         }
         if let Some(next) = call {
             dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
-            self.push_return(next, site.before);
+            self.push_return(next, stack_word(instr) as i32, site.before);
             self.sync_rsp();
             dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp)]);
         }
@@ -74,7 +141,8 @@ impl Emitter {
     /// Leaves to interpret the instruction at `rip`.
     pub(crate) fn interpret(&mut self, rip: u64) {
         give_back(&mut self.hot, self.remaining);
-        Self::constant(&mut self.hot, R10, rip);
+        let address = self.code_address(rip);
+        Self::constant(&mut self.hot, R10, address);
         dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
         self.hot.push(0xE9);
         self.hot_rel32(Target::Cache(self.stubs.interpret));
@@ -91,7 +159,7 @@ impl Emitter {
             site,
             stub,
             flags_live: !live.is_empty(),
-            same_page: target >> 12 == self.page,
+            same_page: self.code_address(target) >> 12 == self.address >> 12,
             ungrouped: false,
         });
     }
@@ -120,8 +188,18 @@ impl Emitter {
         dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
     }
 
-    /// Jumps to the linear address in r11 through the jump cache; r13 tells where from.
+    /// Jumps to the offset in r11 through the jump cache; r13 tells where from.
     pub(super) fn indirect_exit(&mut self) {
+        let start = self.code_address(0);
+        if !self.code64 && start != 0 {
+            // The code address: base added, and the number of the code segment.
+            let (base, number) = (start as i32, start & !0xFFFF_FFFF);
+            dynasm!(self.hot ; .arch x64 ; lea r11d, [r11 + base]);
+            if number != 0 {
+                Self::constant(&mut self.hot, R10, number);
+                dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + r10]);
+            }
+        }
         dynasm!(self.hot
             ; .arch x64
             ; rorx r10, r11, 16
@@ -134,12 +212,13 @@ impl Emitter {
         );
     }
 
-    /// The indirect entry: checks that r11 is this block's address and polls, then falls into the direct entry.
-    pub(crate) fn indirect_entry(&mut self, lin: u64, live: FlagSet) {
+    /// The indirect entry: checks that r11 is this block's code address and polls, then falls into the direct entry.
+    pub(crate) fn indirect_entry(&mut self, rip: u64, live: FlagSet) {
         // r13 names the source of the jump: flags are kept in memory.
         let keep = Self::keep(live);
         Self::save(&mut self.hot, keep, true);
-        Self::constant(&mut self.hot, R10, lin);
+        let address = self.code_address(rip);
+        Self::constant(&mut self.hot, R10, address);
         dynasm!(self.hot ; .arch x64 ; cmp r10, r11);
         let miss = self.cold_here();
         self.hot_jcc(5, miss);
@@ -149,13 +228,13 @@ impl Emitter {
         let attention = self.cold_here();
         self.hot_jcc(5, attention);
         Self::restore(&mut self.cold, keep, true);
-        self.cold_leave(lin, Reason::Attention);
+        self.cold_leave(rip, Reason::Attention);
         Self::restore(&mut self.hot, keep, true);
     }
 
     /// At the direct entry: leaves to look the block up again unless cell `slot` holds `page` (for an instruction
     /// that crosses into a page whose mapping may have changed).
-    pub(crate) fn check_page(&mut self, slot: u32, page: u32, lin: u64, live: FlagSet) {
+    pub(crate) fn check_page(&mut self, slot: u32, page: u32, rip: u64, live: FlagSet) {
         let keep = Self::keep(live);
         Self::save(&mut self.hot, keep, self.r13_busy);
         let at = xslot_offset(slot);
@@ -163,7 +242,7 @@ impl Emitter {
         let cold = self.cold_here();
         self.hot_jcc(5, cold);
         Self::restore(&mut self.cold, keep, self.r13_busy);
-        self.cold_leave(lin, Reason::Indirect);
+        self.cold_leave(rip, Reason::Indirect);
         Self::restore(&mut self.hot, keep, self.r13_busy);
     }
 
@@ -179,7 +258,8 @@ impl Emitter {
     }
 
     pub(super) fn cold_leave(&mut self, rip: u64, reason: Reason) {
-        Self::constant(&mut self.cold, R10, rip);
+        let address = self.code_address(rip);
+        Self::constant(&mut self.cold, R10, address);
         dynasm!(self.cold
             ; .arch x64
             ; mov [rsp + ctx!(rip)], r10
@@ -190,9 +270,22 @@ impl Emitter {
 
     pub(super) fn cold_interpret(&mut self, rip: u64) {
         give_back(&mut self.cold, self.remaining);
-        Self::constant(&mut self.cold, R10, rip);
+        let address = self.code_address(rip);
+        Self::constant(&mut self.cold, R10, address);
         dynasm!(self.cold ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
         self.cold_jmp(Target::Cache(self.stubs.interpret));
+    }
+}
+
+/// Bytes of the count register of LOOP and JCXZ.
+fn count_size(instr: &Instruction) -> u32 {
+    use Code::*;
+    match instr.code() {
+        Loop_rel8_16_CX | Loop_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loopne_rel8_16_CX
+        | Loopne_rel8_32_CX | Jcxz_rel8_16 | Jcxz_rel8_32 => 2,
+        Loop_rel8_16_RCX | Loop_rel8_64_RCX | Loope_rel8_16_RCX | Loope_rel8_64_RCX | Loopne_rel8_16_RCX
+        | Loopne_rel8_64_RCX | Jrcxz_rel8_16 | Jrcxz_rel8_64 => 8,
+        _ => 4,
     }
 }
 

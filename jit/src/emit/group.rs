@@ -137,8 +137,7 @@ impl Emitter {
     }
 
     /// Where the delta for the word at RSP + `disp` is, if a group covers it.
-    pub(super) fn stack_member(&self, disp: i32, write: bool) -> Option<Option<usize>> {
-        let size = self.stack_size();
+    pub(super) fn stack_member(&self, disp: i32, size: i32, write: bool) -> Option<Option<usize>> {
         self.groups.iter().find(|g| g.base == 4 && g.covers(disp, size, write)).map(|g| g.slot)
     }
 

@@ -6,18 +6,20 @@
 //! to the interpreter at any faulting point.
 //!
 //! Here are the buffers and what every instruction needs; [`access`] turns guest addresses into host addresses, [`group`]
-//! shares one check among accesses, [`stack`], [`string`] and [`system`] emit instructions that are not identities,
+//! shares one check among accesses, [`segment`] applies bases and limits, [`stack`], [`string`] and [`system`] emit instructions that are not identities,
 //! and [`flow`] leaves the block.
 
 mod access;
 mod flow;
 mod group;
+mod segment;
 mod stack;
 mod string;
 mod system;
 
 pub(crate) use flow::link_thunk;
 
+use crate::block::Mode;
 use crate::classify::Form;
 use crate::code_cache::CodeOffset;
 use crate::context::ctx;
@@ -73,11 +75,14 @@ pub(crate) struct Emitter {
     first_link: u32,
     encoder: Encoder,
     stubs: Stubs,
-    /// 64-bit code (32-bit otherwise).
+    mode: Mode,
+    /// 64-bit code.
     code64: bool,
-    /// Linear address of the current instruction.
+    /// Code address and RIP of the block's beginning.
+    address: u64,
+    start_rip: u64,
+    /// RIP of the current instruction.
     rip: u64,
-    page: u64,
     groups: Vec<Group>,
     /// A group keeps its delta in r13.
     r13_busy: bool,
@@ -97,9 +102,11 @@ impl Emitter {
             first_link: 0,
             encoder: Encoder::new(64),
             stubs,
+            mode: Mode::default(),
             code64: true,
+            address: 0,
+            start_rip: 0,
             rip: 0,
-            page: 0,
             groups: Vec::new(),
             r13_busy: false,
             remaining: 0,
@@ -107,16 +114,18 @@ impl Emitter {
         }
     }
 
-    /// Starts a block at linear address `lin`; its first link will have number `first_link`.
-    pub(crate) fn start(&mut self, lin: u64, code64: bool, first_link: u32) {
+    /// Starts a block at code address `address`, where RIP is `rip`; its first link will have number `first_link`.
+    pub(crate) fn start(&mut self, address: u64, rip: u64, mode: Mode, first_link: u32) {
         self.hot.ops.clear();
         self.cold.ops.clear();
         self.fixups.clear();
         self.links.clear();
         self.first_link = first_link;
-        self.code64 = code64;
-        self.rip = lin;
-        self.page = lin >> 12;
+        self.mode = mode;
+        self.code64 = mode.code64();
+        self.address = address;
+        self.start_rip = rip;
+        self.rip = rip;
         self.groups.clear();
         self.r13_busy = false;
         self.remaining = 0;
@@ -127,6 +136,11 @@ impl Emitter {
     pub(crate) fn at(&mut self, rip: u64, remaining: u32) {
         self.rip = rip;
         self.remaining = remaining;
+    }
+
+    /// The code address of `rip`.
+    fn code_address(&self, rip: u64) -> u64 {
+        self.mode.advance(self.address, rip.wrapping_sub(self.start_rip))
     }
 
     /// Bytes of hot code so far.
@@ -260,11 +274,9 @@ impl Emitter {
                 self.address_member(&mut new, m);
                 free = &[R10];
             } else {
-                let ea = self.effective_address(instr, true)?;
-                let mut info = u64::from(size);
-                info |= if write { MissInfo::WRITE } else { 0 };
+                let mut info = MissInfo::of(size, write);
                 info |= if operand_alignment(instr) > 1 { MissInfo::ALIGNED } else { 0 };
-                self.access_as(ea, info, site.before);
+                self.address(instr, info, site.before)?;
                 new.set_memory_base(Register::R11);
                 new.set_memory_index(Register::None);
                 new.set_memory_index_scale(1);
@@ -328,8 +340,11 @@ impl Emitter {
                 return false;
             }
         }
-        // In 32-bit code 40–4F are INC and DEC, and VEX prefixes ignore bits that matter in 64-bit code.
-        self.code64 || !raw.iter().any(|b| matches!(b, 0x40..=0x4F | 0xC4 | 0xC5 | 0x62 | 0x67))
+        // In 32-bit code 40–4F are INC and DEC, and VEX prefixes ignore bits that matter in 64-bit code. In 16-bit code 66H
+        // means the opposite.
+        self.code64
+            || self.mode.has(Mode::CODE32)
+                && !raw.iter().any(|b| matches!(b, 0x40..=0x4F | 0xC4 | 0xC5 | 0x62 | 0x67))
     }
 
     /// Drops hot code from `len` on (an instruction turned out not to fit). Cold code of it stays, unreachable.

@@ -2,96 +2,118 @@
 //! a base group.
 
 use super::{Emitter, Site, Unfit};
-use crate::classify::Class;
+use crate::block::Mode;
+use crate::classify::{Class, stack_word};
 use crate::context::ctx;
 use crate::flags::FlagSet;
-use crate::regs::{self, Place, R10, R11};
+use crate::regs::{self, HOST_RSP, Place, R10, R11};
+use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Instruction, Mnemonic as M, OpKind};
+use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
+
+/// Guest RBP.
+const RBP: u8 = 5;
 
 impl Emitter {
-    pub(super) fn stack_size(&self) -> i32 {
-        if self.code64 { 8 } else { 4 }
+    /// Turns the stack address `disp` behind host register `from` (RSP, RBP) into a host address in r11.
+    fn access_stack(&mut self, from: u8, disp: i32, size: i32, write: bool, live: FlagSet) {
+        let size = size as u32;
+        if !self.mode.has(Mode::SEGMENTED) {
+            if disp == 0 {
+                return self.access(from, size, write, live);
+            }
+            if self.code64 {
+                dynasm!(self.hot ; .arch x64 ; lea r10, [Rq(from) + disp]);
+            } else {
+                dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + disp]);
+            }
+            return self.access(R10, size, write, live);
+        }
+        let narrow = self.mode.has(Mode::STACK16);
+        match (disp, narrow) {
+            (0, true) => dynasm!(self.hot ; .arch x64 ; movzx r10d, Rw(from)),
+            (_, true) => dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + disp] ; movzx r10d, r10w),
+            _ => dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + disp]),
+        }
+        self.access_segment(Register::SS, narrow, MissInfo::of(size, write), live);
     }
 
-    /// Pushes what `value` puts into the register it returns; it may use `scratch` only.
-    pub(super) fn push_word(&mut self, live: FlagSet, value: impl FnOnce(&mut Emitter, u8) -> u8) {
-        let n = self.stack_size();
-        if let Some(m) = self.stack_member(-n, true) {
+    /// Pushes `n` bytes of what `value` puts into the register it returns; it may use `scratch` only.
+    pub(super) fn push_word(&mut self, n: i32, live: FlagSet, value: impl FnOnce(&mut Emitter, u8) -> u8) {
+        if let Some(m) = self.stack_member(-n, n, true) {
             let at = self.rsp_pending - n;
             let r = value(self, R10);
             let d = self.delta(m);
-            if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rq(r));
-            } else {
-                dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rd(r));
+            match n {
+                2 => dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rw(r)),
+                4 => dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rd(r)),
+                _ => dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rq(r)),
             }
             self.rsp_pending -= n;
         } else {
             self.sync_rsp();
-            if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; lea r10, [r12 - n]);
-            } else {
-                dynasm!(self.hot ; .arch x64 ; lea r10d, [r12 - n]);
-            }
-            self.access(R10, n as u32, true, live);
+            self.access_stack(HOST_RSP, -n, n, true, live);
             let r = value(self, R10);
-            if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; mov [r11], Rq(r));
-            } else {
-                dynasm!(self.hot ; .arch x64 ; mov [r11], Rd(r));
+            match n {
+                2 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rw(r)),
+                4 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rd(r)),
+                _ => dynasm!(self.hot ; .arch x64 ; mov [r11], Rq(r)),
             }
-            self.add_rsp(regs::HOST_RSP, -n);
+            self.add_rsp(HOST_RSP, -n);
         }
         self.rsp_adjusted(-n);
     }
 
-    /// Loads the word at the top of the stack into host register `r`; RSP stays.
-    pub(super) fn load_top(&mut self, r: u8, live: FlagSet) {
-        if let Some(m) = self.stack_member(0, false) {
+    /// Loads the `n` bytes at the top of the stack into host register `r`; RSP stays. A word of 16 bits is zero-extended
+    /// in r11 and leaves the rest of other registers alone.
+    pub(super) fn load_top(&mut self, r: u8, n: i32, live: FlagSet) {
+        if let Some(m) = self.stack_member(0, n, false) {
             let at = self.rsp_pending;
             let d = self.delta(m);
-            if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r12 + Rq(d) + at]);
-            } else {
-                dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r12 + Rq(d) + at]);
+            match n {
+                2 if r == R11 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [r12 + Rq(d) + at]),
+                2 => dynasm!(self.hot ; .arch x64 ; mov Rw(r), [r12 + Rq(d) + at]),
+                4 => dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r12 + Rq(d) + at]),
+                _ => dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r12 + Rq(d) + at]),
             }
         } else {
             self.sync_rsp();
-            self.access(regs::HOST_RSP, self.stack_size() as u32, false, live);
-            self.load_stack(r);
+            self.access_stack(HOST_RSP, 0, n, false, live);
+            self.load_stack(r, n);
         }
     }
 
-    fn load_stack(&mut self, r: u8) {
-        if self.code64 {
-            dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r11]);
-        } else {
-            dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r11]);
+    fn load_stack(&mut self, r: u8, n: i32) {
+        match n {
+            2 if r == R11 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [r11]),
+            2 => dynasm!(self.hot ; .arch x64 ; mov Rw(r), [r11]),
+            4 => dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r11]),
+            _ => dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r11]),
         }
     }
 
-    /// Loads the word-sized memory operand of PUSH, CALL or JMP into r11.
-    pub(super) fn load_operand(&mut self, instr: &Instruction, live: FlagSet) -> Result<(), Unfit> {
-        let n = self.stack_size();
+    /// Loads the `n` bytes of the memory operand of PUSH, CALL or JMP into r11.
+    pub(super) fn load_operand(&mut self, instr: &Instruction, n: i32, live: FlagSet) -> Result<(), Unfit> {
         if let Some(m) = self.member(instr, n as u32, false) {
             let (b, d, disp) = (self.guest(m.base, R10), self.delta(m.slot), m.disp);
-            if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; mov r11, [Rq(b) + Rq(d) + disp]);
-            } else {
-                dynasm!(self.hot ; .arch x64 ; mov r11d, [Rq(b) + Rq(d) + disp]);
+            match n {
+                2 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [Rq(b) + Rq(d) + disp]),
+                4 => dynasm!(self.hot ; .arch x64 ; mov r11d, [Rq(b) + Rq(d) + disp]),
+                _ => dynasm!(self.hot ; .arch x64 ; mov r11, [Rq(b) + Rq(d) + disp]),
             }
         } else {
-            let ea = self.effective_address(instr, true)?;
-            self.access(ea, n as u32, false, live);
-            self.load_stack(R11);
+            self.address(instr, MissInfo::of(n as u32, false), live)?;
+            self.load_stack(R11, n);
         }
         Ok(())
     }
 
+    /// Sets guest RSP, under the stack's address size, to host register `from` plus `n`. May overwrite r10.
     pub(super) fn add_rsp(&mut self, from: u8, n: i32) {
         if self.code64 {
             dynasm!(self.hot ; .arch x64 ; lea r12, [Rq(from) + n]);
+        } else if self.mode.has(Mode::STACK16) {
+            dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + n] ; mov r12w, r10w);
         } else {
             dynasm!(self.hot ; .arch x64 ; lea r12d, [Rq(from) + n]);
         }
@@ -101,25 +123,25 @@ impl Emitter {
     pub(crate) fn sync_rsp(&mut self) {
         let n = std::mem::take(&mut self.rsp_pending);
         if n != 0 {
-            self.add_rsp(regs::HOST_RSP, n);
+            self.add_rsp(HOST_RSP, n);
         }
     }
 
     /// Whether the instruction can be emitted while RSP is behind: a grouped PUSH or POP of another register, or a plain
     /// register operation that can neither fault nor name RSP.
     pub(crate) fn tolerates_pending_rsp(&self, instr: &Instruction, class: Class) -> bool {
-        let n = self.stack_size();
         let names_rsp = (0..instr.op_count()).any(|i| {
             let r = instr.op_register(i);
             r.is_gpr() && regs::number(r) == 4
         });
         let memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
+        let n = stack_word(instr) as i32;
         match class {
-            Class::Push => !names_rsp && !memory && self.stack_member(-n, true).is_some(),
-            Class::Pop => !names_rsp && self.stack_member(0, false).is_some(),
-            Class::Call => self.stack_member(-n, true).is_some(),
-            Class::Ret => self.stack_member(0, false).is_some(),
-            Class::Nop => true,
+            Class::Push => !names_rsp && !memory && self.stack_member(-n, n, true).is_some(),
+            Class::Pop => !names_rsp && self.stack_member(0, n, false).is_some(),
+            Class::Call => self.stack_member(-n, n, true).is_some(),
+            Class::Ret => self.stack_member(0, n, false).is_some(),
+            Class::Nop | Class::Cld => true,
             Class::Identity(0) => {
                 !names_rsp
                     && !memory
@@ -132,15 +154,23 @@ impl Emitter {
 
     /// PUSH of a register, immediate or memory.
     pub(crate) fn push(&mut self, instr: &Instruction, site: Site) -> Result<(), Unfit> {
+        let word = stack_word(instr) as i32;
         match instr.op0_kind() {
+            OpKind::Register if instr.op0_register().is_segment_register() => {
+                let at = ctx!(selectors) + instr.op0_register().number() as i32 * 2;
+                self.push_word(word, site.before, |e, scratch| {
+                    dynasm!(e.hot ; .arch x64 ; movzx Rd(scratch), WORD [rsp + at]);
+                    scratch
+                });
+            }
             OpKind::Register => {
                 let n = regs::number(instr.op0_register());
-                self.push_word(site.before, |e, scratch| e.guest(n, scratch));
+                self.push_word(word, site.before, |e, scratch| e.guest(n, scratch));
             }
             OpKind::Memory => {
-                self.load_operand(instr, site.before)?;
+                self.load_operand(instr, word, site.before)?;
                 dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
-                self.push_word(site.before, |e, scratch| {
+                self.push_word(word, site.before, |e, scratch| {
                     dynasm!(e.hot ; .arch x64 ; mov Rq(scratch), [rsp + ctx!(tmp)]);
                     scratch
                 });
@@ -148,7 +178,7 @@ impl Emitter {
             _ => {
                 let value = instr.immediate(0);
                 let value = if self.code64 { value } else { value & 0xFFFF_FFFF };
-                self.push_word(site.before, |e, scratch| {
+                self.push_word(word, site.before, |e, scratch| {
                     Self::constant(&mut e.hot, scratch, value);
                     scratch
                 });
@@ -157,8 +187,8 @@ impl Emitter {
         Ok(())
     }
 
-    pub(super) fn push_return(&mut self, next: u64, live: FlagSet) {
-        self.push_word(live, |e, scratch| {
+    pub(super) fn push_return(&mut self, next: u64, word: i32, live: FlagSet) {
+        self.push_word(word, live, |e, scratch| {
             Self::constant(&mut e.hot, scratch, next);
             scratch
         });
@@ -167,12 +197,20 @@ impl Emitter {
     /// POP into a register.
     pub(crate) fn pop(&mut self, instr: &Instruction, site: Site) {
         let n = regs::number(instr.op0_register());
-        let word = self.stack_size();
+        let word = stack_word(instr) as i32;
         match regs::place(n) {
-            Place::Host(regs::HOST_RSP) => return self.load_top(regs::HOST_RSP, site.before),
-            Place::Host(h) => self.load_top(h, site.before),
+            Place::Host(HOST_RSP) if word == 2 => {
+                // The upper half of ESP is that of the incremented one.
+                self.load_top(R11, word, site.before);
+                self.rsp_pending += word;
+                self.sync_rsp();
+                dynasm!(self.hot ; .arch x64 ; mov r12w, r11w);
+                return;
+            }
+            Place::Host(HOST_RSP) => return self.load_top(HOST_RSP, word, site.before),
+            Place::Host(h) => self.load_top(h, word, site.before),
             Place::Home(_) => {
-                self.load_top(R11, site.before);
+                self.load_top(R11, word, site.before);
                 self.set_guest(n, R11);
             }
         }
@@ -184,24 +222,31 @@ impl Emitter {
     }
 
     /// LEAVE.
-    pub(crate) fn leave(&mut self, site: Site) {
-        self.access(5, self.stack_size() as u32, false, site.before);
-        self.load_stack(R11);
-        self.add_rsp(5, self.stack_size());
-        self.set_guest(5, R11);
+    pub(crate) fn leave(&mut self, instr: &Instruction, site: Site) {
+        let word = stack_word(instr) as i32;
+        self.access_stack(RBP, 0, word, false, site.before);
+        self.load_stack(R11, word);
+        self.add_rsp(RBP, word);
+        if word == 2 {
+            dynasm!(self.hot ; .arch x64 ; mov bp, r11w);
+        } else {
+            self.set_guest(RBP, R11);
+        }
     }
 
-    /// Near CALL to a constant: pushes `next`, exits to `target`.
-    pub(crate) fn call(&mut self, next: u64, target: u64, site: Site, live_out: FlagSet) {
-        self.push_return(next, site.before);
+    /// Near CALL to a constant: pushes `next`, exits to the target.
+    pub(crate) fn call(&mut self, instr: &Instruction, next: u64, site: Site, live_out: FlagSet) {
+        self.push_return(next, stack_word(instr) as i32, site.before);
         self.sync_rsp();
-        self.direct_exit(target, live_out, false);
+        self.direct_exit(instr.near_branch_target(), live_out, false);
     }
 
-    /// Near RET, popping `extra` bytes of arguments.
-    pub(crate) fn ret(&mut self, extra: u32, site: Site) {
-        self.load_top(R11, site.before);
-        self.rsp_pending += self.stack_size() + extra as i32;
+    /// Near RET.
+    pub(crate) fn ret(&mut self, instr: &Instruction, site: Site) {
+        let released = if instr.op_count() > 0 { i32::from(instr.immediate16()) } else { 0 };
+        let word = stack_word(instr) as i32;
+        self.load_top(R11, word, site.before);
+        self.rsp_pending += word + released;
         self.sync_rsp();
         self.indirect_exit();
     }

@@ -1,73 +1,111 @@
-//! String instructions with DF clear, REP STOS and REP MOVS inside pages (SDM vol. 1, 7.3.9), and bit strings.
+//! String instructions, REP STOS and REP MOVS inside pages (SDM vol. 1, 7.3.9), and bit strings.
 
-use super::access::{Keep, NEED_FS_GS};
+use super::access::{Keep, NEED_FS_GS, address16};
 use super::{Emitter, Site, Target, Unfit};
+use crate::block::Mode;
 use crate::classify::Form;
 use crate::context::ctx;
 use crate::flags::FlagSet;
 use crate::regs::{self, R10, R11};
+use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Mnemonic as M, OpAccess, OpKind, Register};
 
+/// RSI or RDI as a string instruction uses it.
+#[derive(Clone, Copy)]
+struct Index {
+    register: u8,
+    /// Bytes of it.
+    width: u32,
+    segment: Register,
+}
+
+impl Index {
+    /// The operand read through RSI.
+    fn source(instr: &Instruction) -> Option<Index> {
+        let width = Index::width(instr, [OpKind::MemorySegSI, OpKind::MemorySegESI, OpKind::MemorySegRSI])?;
+        Some(Index { register: 6, width, segment: instr.memory_segment() })
+    }
+
+    /// The operand at RDI.
+    fn destination(instr: &Instruction) -> Option<Index> {
+        let width = Index::width(instr, [OpKind::MemoryESDI, OpKind::MemoryESEDI, OpKind::MemoryESRDI])?;
+        Some(Index { register: 7, width, segment: Register::ES })
+    }
+
+    fn width(instr: &Instruction, kinds: [OpKind; 3]) -> Option<u32> {
+        let kind = (0..instr.op_count()).find_map(|i| kinds.iter().position(|&k| k == instr.op_kind(i)))?;
+        Some(2 << kind)
+    }
+}
+
 impl Emitter {
-    /// A string instruction without REP, DF clear.
+    /// A string instruction.
     pub(crate) fn string(&mut self, instr: &Instruction, site: Site) -> Result<(), Unfit> {
-        let override_ = instr.has_segment_prefix() && NEED_FS_GS.contains(&instr.segment_prefix());
-        let wide = if self.code64 { OpKind::MemoryESRDI } else { OpKind::MemoryESEDI };
-        let wide_source = if self.code64 { OpKind::MemorySegRSI } else { OpKind::MemorySegESI };
-        let fits = |k: OpKind| k == OpKind::Register || k == wide || k == wide_source;
-        if override_ {
-            return Err(Unfit);
-        }
-        if !(0..instr.op_count()).all(|i| fits(instr.op_kind(i))) {
-            return Err(Unfit);
-        }
         let size = instr.memory_size().size() as u32;
-        if instr.has_rep_prefix() || instr.has_repne_prefix() {
-            return self.repeated(instr, size, site);
+        let (rsi, rdi) = (Index::source(instr), Index::destination(instr));
+        if self.code64
+            && [rsi, rdi].into_iter().flatten().any(|i| i.width != 8 || NEED_FS_GS.contains(&i.segment))
+        {
+            return Err(Unfit);
         }
-        const RSI: u8 = 6;
-        const RDI: u8 = 7;
-        let (source, destination) = match instr.mnemonic() {
-            M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
-                self.access(RDI, size, true, site.before);
+        if instr.has_rep_prefix() || instr.has_repne_prefix() {
+            let flat = !self.mode.has(Mode::DOWN)
+                && [rsi, rdi].into_iter().flatten().all(|i| {
+                    self.code64 || i.width == 4 && self.is_flat(i.segment) && !NEED_FS_GS.contains(&i.segment)
+                });
+            return if flat { self.repeated(instr, size, site) } else { Err(Unfit) };
+        }
+        match (instr.mnemonic(), rsi, rdi) {
+            (M::Stosb | M::Stosw | M::Stosd | M::Stosq, _, Some(to)) => {
+                self.access_index(to, size, true, site.before);
                 self.sized_store(0, size);
-                (false, true)
             }
-            M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => {
-                self.access(RSI, size, false, site.before);
+            (M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq, Some(from), _) => {
+                self.access_index(from, size, false, site.before);
                 self.sized_load(0, size);
-                (true, false)
             }
-            M::Scasb | M::Scasw | M::Scasd | M::Scasq => {
-                self.access(RDI, size, false, site.before);
+            (M::Scasb | M::Scasw | M::Scasd | M::Scasq, _, Some(at)) => {
+                self.access_index(at, size, false, site.before);
                 self.sized_compare(0, size);
-                (false, true)
             }
-            M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
-                self.load_to_tmp(RSI, size, site.before);
-                self.access(RDI, size, true, site.before);
+            (M::Movsb | M::Movsw | M::Movsd | M::Movsq, Some(from), Some(to)) => {
+                self.load_to_tmp(from, size, site.before);
+                self.access_index(to, size, true, site.before);
                 dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(tmp)]);
                 self.sized_store(R10, size);
-                (true, true)
             }
-            _ => {
-                self.load_to_tmp(RSI, size, site.before);
-                self.access(RDI, size, false, site.before);
+            (_, Some(from), Some(at)) => {
+                self.load_to_tmp(from, size, site.before);
+                self.access_index(at, size, false, site.before);
                 dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(tmp)]);
                 self.sized_compare(R10, size);
-                (true, true)
             }
-        };
-        for (r, moves) in [(RSI, source), (RDI, destination)] {
-            let n = size as i32;
-            match (moves, self.code64) {
-                (true, true) => dynasm!(self.hot ; .arch x64 ; lea Rq(r), [Rq(r) + n]),
-                (true, false) => dynasm!(self.hot ; .arch x64 ; lea Rd(r), [Rq(r) + n]),
-                _ => {}
+            _ => return Err(Unfit),
+        }
+        let n = if self.mode.has(Mode::DOWN) { -(size as i32) } else { size as i32 };
+        for Index { register: r, width, .. } in [rsi, rdi].into_iter().flatten() {
+            match width {
+                2 => dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(r) + n] ; mov Rw(r), r10w),
+                4 => dynasm!(self.hot ; .arch x64 ; lea Rd(r), [Rq(r) + n]),
+                _ => dynasm!(self.hot ; .arch x64 ; lea Rq(r), [Rq(r) + n]),
             }
         }
         Ok(())
+    }
+
+    /// Turns what `index` points to into a host address in r11.
+    fn access_index(&mut self, index: Index, size: u32, write: bool, live: FlagSet) {
+        let r = index.register;
+        match index.width {
+            8 => return self.access(r, size, write, live),
+            4 if self.is_flat(index.segment) && !NEED_FS_GS.contains(&index.segment) => {
+                return self.access(r, size, write, live);
+            }
+            4 => dynasm!(self.hot ; .arch x64 ; mov r10d, Rd(r)),
+            _ => dynasm!(self.hot ; .arch x64 ; movzx r10d, Rw(r)),
+        }
+        self.access_segment(index.segment, index.width == 2, MissInfo::of(size, write), live);
     }
 
     /// REP STOS and REP MOVS whose operands stay inside a page each: the host's own, on host addresses. Longer ones are
@@ -150,6 +188,10 @@ impl Emitter {
         if size < 4 || (atomic && !site.before.is_empty()) {
             return Err(Unfit);
         }
+        let segment = instr.memory_segment();
+        if !self.code64 && (!self.is_flat(segment) || address16(instr)) {
+            return Err(Unfit);
+        }
         let write = form.access[0] != OpAccess::Read;
         let ea = self.effective_address(instr, true)?;
         if ea != R10 {
@@ -208,8 +250,8 @@ impl Emitter {
         Ok(())
     }
 
-    fn load_to_tmp(&mut self, ea: u8, size: u32, live: FlagSet) {
-        self.access(ea, size, false, live);
+    fn load_to_tmp(&mut self, from: Index, size: u32, live: FlagSet) {
+        self.access_index(from, size, false, live);
         self.sized_load(R10, size);
         dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r10);
     }

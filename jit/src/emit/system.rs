@@ -3,14 +3,15 @@
 
 use super::access::Keep;
 use super::{Emitter, Site};
+use crate::classify::stack_word;
 use crate::context::ctx;
 use crate::regs::{self, Place, R10, R11};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::Instruction;
 
 impl Emitter {
-    /// PUSHFQ, PUSHFD.
-    pub(crate) fn pushf(&mut self, site: Site) {
+    /// PUSHFQ, PUSHFD, PUSHF.
+    pub(crate) fn pushf(&mut self, instr: &Instruction, site: Site) {
         dynasm!(self.hot
             ; .arch x64
             ; mov [rsp + ctx!(tmp)], rax
@@ -38,15 +39,17 @@ impl Emitter {
             ; sahf
             ; mov rax, [rsp + ctx!(tmp)]
         );
-        self.push_word(site.before, |e, scratch| {
+        self.push_word(stack_word(instr) as i32, site.before, |e, scratch| {
             dynasm!(e.hot ; .arch x64 ; mov Rq(scratch), [rsp + ctx!(flags_image)]);
             scratch
         });
     }
 
-    /// POPFQ, POPFD at CPL 0, where only IF and the status flags change; else the interpreter.
-    pub(crate) fn popf(&mut self, site: Site) {
-        self.load_top(R11, site.before);
+    /// POPFQ, POPFD, POPF at CPL 0, where only IF and the status flags change; else the interpreter.
+    pub(crate) fn popf(&mut self, instr: &Instruction, site: Site) {
+        let word = stack_word(instr) as i32;
+        let others = if word == 2 { 0x7500 } else { 0x3F_7500 };
+        self.load_top(R11, word, site.before);
         let slow = self.cold_here();
         self.cold_interpret(self.rip);
         // IF may become set while an interrupt waits: the interpreter takes it at the right moment.
@@ -56,7 +59,7 @@ impl Emitter {
             ; shl r10d, 18
             ; or r10d, [rsp + ctx!(system_flags)]
             ; xor r10d, r11d
-            ; and r10d, 0x3F_7500
+            ; and r10d, others
             ; or r10d, [rsp + ctx!(interrupt_pending)]
         );
         self.hot_jcc(5, slow);
@@ -76,7 +79,6 @@ impl Emitter {
             ; sahf
             ; mov rax, [rsp + ctx!(tmp)]
         );
-        let word = self.stack_size();
         self.add_rsp(regs::HOST_RSP, word);
         self.rsp_adjusted(word);
     }

@@ -11,6 +11,7 @@ use crate::code_cache::CodeOffset;
 use crate::emit;
 use crate::frontend::{Crossing, Source};
 use crate::stubs;
+use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 use paravane_cpu::{Access, CpuState, LinAddr, Privilege, translate};
 use paravane_memory::{Mapped, PAGE_SHIFT, RamOffset};
 
@@ -45,14 +46,15 @@ impl Translator {
         Some((o, slot))
     }
 
-    /// The block at `lin`, translated if need be, and the validation cell of its page.
-    pub(super) fn block_at(&mut self, cpu: &CpuState, lin: u64, mode: Mode) -> Option<(BlockId, u32)> {
+    /// The block at code address `address`, translated if need be, and the validation cell of its page.
+    pub(super) fn block_at(&mut self, cpu: &CpuState, address: u64, mode: Mode) -> Option<(BlockId, u32)> {
+        let lin = mode.linear(address);
         let (page, slot) = self.fetch_page(cpu, lin)?;
-        let key = BlockKey { at: RamOffset(page.0 + (lin & 0xFFF)), lin, mode };
+        let key = BlockKey { at: RamOffset(page.0 + (lin & 0xFFF)), address, mode };
         if let Some(id) = self.blocks.find(&key) {
             let Some(second) = self.blocks.blocks[id as usize].crosses_into else { return Some((id, slot)) };
             // An instruction on two pages: the second must still be what it was.
-            let (next, _) = self.fetch_page(cpu, (lin & !0xFFF).wrapping_add(4096))?;
+            let (next, _) = self.fetch_page(cpu, mode.advance(lin & !0xFFF, 4096))?;
             if next.0 >> PAGE_SHIFT == second {
                 return Some((id, slot));
             }
@@ -60,7 +62,7 @@ impl Translator {
         }
         if self.cache.free() < BLOCK_RESERVE || self.blocks.blocks.len() >= MAX_BLOCKS {
             self.reset_cache();
-            return self.block_at(cpu, lin, mode);
+            return self.block_at(cpu, address, mode);
         }
         self.translate_block(cpu, key, page).map(|id| (id, slot))
     }
@@ -68,14 +70,14 @@ impl Translator {
     fn translate_block(&mut self, cpu: &CpuState, key: BlockKey, page: RamOffset) -> Option<BlockId> {
         self.protect(page);
         self.mem.ram_read(page, &mut self.page_bytes[..]);
-        let at = (key.lin & 0xFFF) as usize;
+        let at = (key.address & 0xFFF) as usize;
         let mut crossing = None;
         let mut extra = None;
         let mut joined = [0u8; 32];
         let mut bytes = &self.page_bytes[..];
         let mut source_at = at;
         if at > 4096 - 15 && !complete(&bytes[at..], key.mode) {
-            let next_lin = (key.lin & !0xFFF).wrapping_add(4096);
+            let next_lin = key.mode.advance(key.mode.linear(key.address) & !0xFFF, 4096);
             let (next, slot) = self.fetch_page(cpu, next_lin)?;
             self.protect(next);
             let head = 4096 - at;
@@ -87,7 +89,9 @@ impl Translator {
             extra = Some(next.0 >> PAGE_SHIFT);
         }
         let options = self.core.model().decoder_options();
-        let source = Source { bytes, at: source_at, lin: key.lin, mode: key.mode, options };
+        let (rip, limit) = self.place(&key);
+        let source =
+            Source { bytes, at: source_at, address: key.address, rip, limit, mode: key.mode, options };
         let first_link = self.blocks.links.len() as u32;
         let t = self.frontend.translate(&source, &mut self.forms, &mut self.emitter, first_link, crossing);
         let start = self.cache.next();
@@ -124,6 +128,37 @@ impl Translator {
         Some(self.blocks.insert(block))
     }
 
+    /// The instruction at code address `address`, and its bytes, if fetching it does not fault.
+    pub(super) fn instruction_at(
+        &mut self,
+        cpu: &CpuState,
+        mode: Mode,
+        address: u64,
+    ) -> Option<(Instruction, [u8; 15])> {
+        let lin = mode.linear(address);
+        let mut bytes = [0; 15];
+        let mut have = 0;
+        while have < bytes.len() {
+            let at = mode.advance(lin, have as u64);
+            let Some((page, _)) = self.fetch_page(cpu, at) else { break };
+            let n = (4096 - (at & 0xFFF) as usize).min(bytes.len() - have);
+            self.mem.ram_read(RamOffset(page.0 + (at & 0xFFF)), &mut bytes[have..have + n]);
+            have += n;
+        }
+        let options = self.core.model().decoder_options();
+        let instr = Decoder::with_ip(mode.bits(), &bytes[..have], lin, options).decode();
+        (!instr.is_invalid()).then_some((instr, bytes))
+    }
+
+    /// RIP at the beginning of a block, and the largest it may become.
+    fn place(&self, key: &BlockKey) -> (u64, u64) {
+        if key.mode.code64() {
+            return (key.address, u64::MAX);
+        }
+        let segment = self.segments.of(key.address);
+        (u64::from((key.address as u32).wrapping_sub(segment.base)), u64::from(segment.limit))
+    }
+
     /// Chains link `number` to block `to`.
     pub(super) fn chain(&mut self, number: u32, to: BlockId, slot: u32, page: RamOffset) {
         let link = &self.blocks.links[number as usize];
@@ -152,7 +187,8 @@ impl Translator {
             return;
         }
         let incoming = std::mem::take(&mut block.incoming);
-        let (lin, start, cached) = (block.key.lin, block.start, block.cached);
+        let lin = block.key.mode.linear(block.key.address);
+        let (start, cached) = (block.start, block.cached);
         for number in incoming {
             let link = &self.blocks.links[number as usize];
             self.cache.patch_rel32(link.site, link.stub);
@@ -176,7 +212,7 @@ impl Translator {
     }
 
     /// Starts over with an empty code cache.
-    fn reset_cache(&mut self) {
+    pub(super) fn reset_cache(&mut self) {
         let pages: Vec<u64> = self.blocks.pages().collect();
         for p in pages {
             self.mem.set_code(RamOffset(p << PAGE_SHIFT), false);
@@ -193,8 +229,7 @@ impl Translator {
 
 /// Whether the first instruction in `bytes` is whole.
 fn complete(bytes: &[u8], mode: Mode) -> bool {
-    let bits = if mode.has(Mode::CODE32) { 32 } else { 64 };
-    let mut d = iced_x86::Decoder::new(bits, bytes, iced_x86::DecoderOptions::NONE);
+    let mut d = Decoder::new(mode.bits(), bytes, DecoderOptions::NONE);
     let _ = d.decode();
-    d.last_error() != iced_x86::DecoderError::NoMoreBytes
+    d.last_error() != DecoderError::NoMoreBytes
 }

@@ -6,12 +6,13 @@
 //! * `fill` is called only while `running` points to the `CpuState` of the run.
 
 use super::{Translator, canonical};
+use crate::block::Mode;
 use crate::classify::Class;
 use crate::context::{JitContext, XSLOTS};
 use crate::stubs::{JMP_BYTES, MissInfo};
-use iced_x86::{Instruction, OpAccess};
+use iced_x86::{Instruction, OpAccess, Register};
 use paravane_cpu::{
-    Access, CpuState, Flushes, LinAddr, Privilege, flags, inspect, operand_alignment, translate,
+    Access, CpuState, Flushes, LinAddr, Privilege, SegReg, flags, inspect, operand_alignment, translate,
 };
 use paravane_memory::{Mapped, PAGE_SHIFT, RamOffset};
 
@@ -90,8 +91,11 @@ impl Translator {
 
     /// An unaligned address plus poison can look aligned: the access then faults on the host instead of missing. Fills
     /// the table for the memory operand of the instruction at RIP; true if it may be tried again.
-    pub(super) fn fill_operand(&mut self, cpu: &mut CpuState) -> bool {
-        let Some((instr, _)) = self.instruction(cpu, cpu.rip) else { return false };
+    pub(super) fn fill_operand(&mut self, cpu: &mut CpuState, mode: Mode) -> bool {
+        let base = if mode.code64() { 0 } else { cpu.segment(SegReg::Cs).base };
+        let Some((instr, _)) = self.instruction_at(cpu, mode, base.wrapping_add(cpu.rip)) else {
+            return false;
+        };
         let form = self.forms.form(&instr);
         let Some(op) = (0..instr.op_count()).find(|&i| instr.op_kind(i) == iced_x86::OpKind::Memory) else {
             return false;
@@ -113,17 +117,6 @@ impl Translator {
         let filled = self.fill(ea, size | if read { 0 } else { MissInfo::WRITE });
         self.running = std::ptr::null_mut();
         filled
-    }
-
-    /// The instruction at `rip`, and its bytes; what lies beyond its page is missing.
-    pub(super) fn instruction(&mut self, cpu: &CpuState, rip: u64) -> Option<(Instruction, [u8; 15])> {
-        let (page, _) = self.fetch_page(cpu, rip)?;
-        let mut bytes = [0; 15];
-        let n = (4096 - (rip & 0xFFF)).min(15) as usize;
-        self.mem.ram_read(RamOffset(page.0 + (rip & 0xFFF)), &mut bytes[..n]);
-        let options = self.core.model().decoder_options();
-        let bits = if cpu.code64() { 64 } else { 32 };
-        Some((iced_x86::Decoder::with_ip(bits, &bytes[..n], rip, options).decode(), bytes))
     }
 
     fn shows(&self, ram: RamOffset, lin: u64) -> bool {
@@ -212,12 +205,24 @@ impl Translator {
 /// Linear address of the memory operand of `instr`, if it has one.
 pub(super) fn operand_address(cpu: &CpuState, instr: &Instruction) -> Option<u64> {
     let op = (0..instr.op_count()).find(|&i| instr.op_kind(i) == iced_x86::OpKind::Memory)?;
-    instr.virtual_address(op, 0, |r, _, _| {
+    let ea = instr.virtual_address(op, 0, |r, _, _| {
         if r.is_segment_register() {
-            let s = cpu.seg.get(r.number())?;
-            return Some(if r.number() >= 4 || !cpu.code64() { s.base } else { 0 });
+            return Some(applied_base(cpu, r));
         }
         let v = *cpu.gpr.get(r.full_register().number())?;
-        Some(if r.size() == 4 { v & 0xFFFF_FFFF } else { v })
-    })
+        Some(match r.size() {
+            2 => v & 0xFFFF,
+            4 => v & 0xFFFF_FFFF,
+            _ => v,
+        })
+    })?;
+    Some(if cpu.code64() { ea } else { ea & 0xFFFF_FFFF })
+}
+
+/// The base that segment register `r` adds to offsets.
+pub(super) fn applied_base(cpu: &CpuState, r: Register) -> u64 {
+    match cpu.seg.get(r.number()) {
+        Some(s) if r.number() >= 4 || !cpu.code64() => s.base,
+        _ => 0,
+    }
 }

@@ -23,6 +23,7 @@ use crate::emit::Emitter;
 use crate::frontend::Frontend;
 use crate::host::HostVectorUnit;
 use crate::pages::CodePages;
+use crate::segments::CodeSegments;
 use crate::signal::{self, SignalStack};
 use crate::stubs::{self, Stubs};
 use crate::vectors::{self, LiveVectors};
@@ -65,6 +66,7 @@ pub struct Translator {
     frontend: Frontend,
     blocks: BlockTable,
     pages: CodePages,
+    segments: CodeSegments,
     writers: Vec<Writers>,
     options: JitOptions,
     stats: Stats,
@@ -124,6 +126,7 @@ impl Translator {
             frontend: Frontend::default(),
             blocks: BlockTable::default(),
             pages,
+            segments: CodeSegments::new(),
             writers: vec![[0; 2]; (mem.backing_len() >> PAGE_SHIFT) as usize],
             options,
             stats: Stats::default(),

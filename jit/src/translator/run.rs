@@ -5,11 +5,12 @@
 //! * the `enter` stub keeps the host's callee-saved registers and stack;
 //! * [`fault_callback`] runs only inside the [`FaultScope`] of `enter`, when nothing else borrows the translator.
 
-use super::fill::operand_address;
+use super::fill::{applied_base, operand_address};
 use super::{Translator, canonical};
 use crate::block::Mode;
 use crate::context::{JitContext, Reason};
 use crate::delta::View;
+use crate::segments::{self, Bounds, CodeSegment, CodeSegments};
 use crate::signal::{FaultContext, FaultScope, SignalStack};
 use crate::vectors;
 use paravane_cpu::{
@@ -73,14 +74,18 @@ impl Translator {
     #[cold]
     fn x87_pointers(&mut self, cpu: &mut CpuState, host_ip: u64, host_dp: u64) {
         let Some(at) = self.cache.offset_of(host_ip) else { return };
-        let Some((rip, _)) = self.blocks.by_code(at).and_then(|block| block.rip_at(at)) else { return };
-        let Some((instr, bytes)) = self.instruction(cpu, rip) else { return };
+        let Some(block) = self.blocks.by_code(at) else { return };
+        let Some((address, _)) = block.rip_at(at) else { return };
+        let mode = block.key.mode;
+        let Some((instr, bytes)) = self.instruction_at(cpu, mode, address) else { return };
+        let ip = self.rip_of(cpu, address);
         let pointers = &mut cpu.fpu_pointers;
-        pointers.ip = rip;
+        pointers.ip = ip;
         pointers.cs = cpu.seg[SegReg::Cs as usize].selector;
         pointers.opcode = x87_opcode(&bytes);
         if let Some(ea) = operand_address(cpu, &instr) {
-            cpu.fpu_pointers.dp = (ea & !0xFFF) | (host_dp & 0xFFF);
+            let base = applied_base(cpu, instr.memory_segment());
+            cpu.fpu_pointers.dp = mode.linear(((ea & !0xFFF) | (host_dp & 0xFFF)).wrapping_sub(base));
             cpu.fpu_pointers.ds = cpu.seg.get(instr.memory_segment().number()).map_or(0, |s| s.selector);
         }
     }
@@ -121,9 +126,7 @@ impl Translator {
 
     /// The mode bits of `cpu`, or `None` where the interpreter must run.
     pub(super) fn mode(&self, cpu: &CpuState) -> Option<Mode> {
-        const AWKWARD: u64 = flags::TF | flags::VM | flags::DF;
-        if cpu.rflags & AWKWARD != 0
-            || !cpu.protected()
+        if cpu.rflags & flags::TF != 0
             || cpu.dr[7] & 0xFF != 0
             || cpu.shadow != Shadow::None
             || !cpu.a20
@@ -131,31 +134,14 @@ impl Translator {
         {
             return None;
         }
-        let mut m = 0;
-        if !cpu.code64() {
-            let flat = |s: SegReg| {
-                let s = cpu.segment(s);
-                s.base == 0 && s.limit == u32::MAX && s.present()
-            };
-            let writable = |s: SegReg| cpu.segment(s).attributes & 0xE == 0x2;
-            if cpu.code_bits() != 32
-                || ![SegReg::Cs, SegReg::Ss, SegReg::Ds, SegReg::Es].into_iter().all(flat)
-                || ![SegReg::Ss, SegReg::Ds, SegReg::Es].into_iter().all(writable)
-                || !cpu.segment(SegReg::Ss).big()
-            {
-                return None;
-            }
-            m |= Mode::CODE32;
-            for (s, bit) in [(SegReg::Fs, Mode::FS_FLAT), (SegReg::Gs, Mode::GS_FLAT)] {
-                if cpu.segment(s).limit == u32::MAX && cpu.segment(s).present() && writable(s) {
-                    m |= bit;
-                }
-            }
-        }
-        match cpu.cpl {
-            0 => {}
-            3 => m |= Mode::USER,
-            _ => return None,
+        let mut m = if cpu.code64() { 0 } else { segments::mode_bits(cpu) };
+        m |= match cpu.cpl {
+            0 => 0,
+            3 => Mode::USER,
+            _ => Mode::MIDDLE,
+        };
+        if cpu.rflags & flags::DF != 0 {
+            m |= Mode::DOWN;
         }
         if cpu.cr4 & cr4::SMAP != 0 {
             m |= Mode::SMAP;
@@ -188,7 +174,36 @@ impl Translator {
         }
     }
 
-    fn load_registers(&mut self, cpu: &CpuState, mode: Mode) {
+    /// The code address of CS:RIP.
+    fn code_address(&mut self, cpu: &CpuState) -> u64 {
+        if cpu.code64() {
+            return cpu.rip;
+        }
+        let segment = CodeSegment::of(cpu);
+        let number = self.segments.number(segment).unwrap_or_else(|| {
+            // No block may outlive the numbers.
+            self.reset_cache();
+            self.segments = CodeSegments::new();
+            self.segments.number(segment).unwrap_or(0)
+        });
+        u64::from(segment.base.wrapping_add(cpu.rip as u32)) | u64::from(number) << 32
+    }
+
+    /// RIP at code address `at`.
+    fn rip_of(&self, cpu: &CpuState, at: u64) -> u64 {
+        if cpu.code64() { at } else { u64::from((at as u32).wrapping_sub(self.segments.of(at).base)) }
+    }
+
+    /// Whether a near branch may lead to code address `at` (SDM 2A, JMP).
+    fn reachable(&self, mode: Mode, at: u64) -> bool {
+        if mode.code64() {
+            return canonical(at);
+        }
+        let segment = self.segments.of(at);
+        (at as u32).wrapping_sub(segment.base) <= segment.limit
+    }
+
+    fn load_registers(&mut self, cpu: &CpuState, mode: Mode, address: u64) {
         let view = self.view(cpu);
         let (read_base, write_base) = (self.delta.read_base(view), self.delta.write_base(view));
         let jump_cache = self.pages.jump_cache(mode);
@@ -211,8 +226,14 @@ impl Translator {
         c.kernel_gs_base = cpu.msr.kernel_gs_base;
         c.spill[..10].copy_from_slice(&cpu.gpr[..10]);
         c.home.copy_from_slice(&cpu.gpr[10..]);
-        c.rip = cpu.rip;
+        c.rip = address;
         c.status = cpu.rflags & flags::STATUS;
+        if !mode.code64() {
+            let protected = cpu.protected();
+            for (bounds, seg) in c.bounds.iter_mut().zip(&cpu.seg) {
+                *bounds = Bounds::new(seg, protected);
+            }
+        }
         for (base, seg) in c.seg_base.iter_mut().zip(&cpu.seg) {
             *base = seg.base;
         }
@@ -222,10 +243,11 @@ impl Translator {
     }
 
     fn store_registers(&mut self, cpu: &mut CpuState) {
+        let rip = self.context().rip;
+        cpu.rip = self.rip_of(cpu, rip);
         let c = self.context();
         cpu.gpr[..10].copy_from_slice(&c.spill[..10]);
         cpu.gpr[10..].copy_from_slice(&c.home);
-        cpu.rip = c.rip;
         cpu.rflags = c.system_flags | (c.status & flags::STATUS);
         if c.interrupt_flag != 0 {
             cpu.rflags |= flags::IF;
@@ -241,21 +263,22 @@ impl Translator {
     /// Runs translated code, chaining and caching on the way, until the interpreter or attention is needed.
     /// On return all registers are in `cpu`.
     pub(super) fn run_translated(&mut self, cpu: &mut CpuState, mode: Mode) -> bool {
-        self.load_registers(cpu, mode);
+        let address = self.code_address(cpu);
+        self.load_registers(cpu, mode, address);
         // The jump cache holds the indirect entry, which checks the address, or the way to `Reason::Indirect`.
-        let mut entry = self.pages.lookup(mode, cpu.rip);
+        let mut entry = self.pages.lookup(mode, address);
         loop {
             let reason = self.enter(cpu, entry);
             if self.attention.get() != 0 && matches!(reason, Reason::Link | Reason::Indirect) {
                 self.store_registers(cpu);
                 return false;
             }
-            let rip = self.context().rip;
+            let address = self.context().rip;
             let resets = self.stats.cache_flushes;
             match reason {
                 Reason::Interpret => {
                     self.store_registers(cpu);
-                    return !(std::mem::take(&mut self.poison_hit) && self.fill_operand(cpu));
+                    return !(std::mem::take(&mut self.poison_hit) && self.fill_operand(cpu, mode));
                 }
                 Reason::Attention => {
                     self.stats.attention_exits += 1;
@@ -267,7 +290,7 @@ impl Translator {
                     let number = self.context().link;
                     let ungrouped = self.blocks.links[number as usize].ungrouped;
                     let to_mode = if ungrouped { Mode(mode.0 | Mode::UNGROUPED) } else { mode };
-                    let Some((to, slot)) = self.block_at(cpu, rip, to_mode) else {
+                    let Some((to, slot)) = self.block_at(cpu, address, to_mode) else {
                         self.store_registers(cpu);
                         return true;
                     };
@@ -283,21 +306,21 @@ impl Translator {
                     cpu.instructions += u64::from(done);
                     return !done;
                 }
-                Reason::Indirect if !mode.has(Mode::CODE32) && !canonical(rip) => {
+                Reason::Indirect if !self.reachable(mode, address) => {
                     self.store_registers(cpu);
-                    self.undo_branch(cpu);
+                    self.undo_branch(cpu, mode);
                     return true;
                 }
                 Reason::Indirect => {
                     self.stats.indirect_exits += 1;
-                    let Some((to, slot)) = self.block_at(cpu, rip, mode) else {
+                    let Some((to, slot)) = self.block_at(cpu, address, mode) else {
                         self.store_registers(cpu);
                         return true;
                     };
                     let block = &mut self.blocks.blocks[to as usize];
                     block.cached = true;
                     let start = self.cache.address(block.start);
-                    self.pages.cache(mode, rip, start, slot);
+                    self.pages.cache(mode, mode.linear(address), start, slot);
                     entry = self.cache.address(self.blocks.blocks[to as usize].entry);
                 }
             }
@@ -335,24 +358,24 @@ impl Translator {
         }
     }
 
-    /// A near branch led to a non-canonical address: #GP at the branch itself, with the stack as before it. Goes back
-    /// to the branch, which the interpreter then executes.
-    fn undo_branch(&mut self, cpu: &mut CpuState) {
+    /// A near branch led to a non-canonical address or beyond the segment's limit: #GP at the branch itself, with the
+    /// stack as before it. Goes back to the branch, which the interpreter then executes.
+    fn undo_branch(&mut self, cpu: &mut CpuState, mode: Mode) {
         let source = self.context().source;
         let Some(at) = self.cache.offset_of(source) else { return };
         let Some(block) = self.blocks.by_code(at) else { return };
-        let Some((rip, remaining)) = block.rip_at(at) else { return };
+        let Some((address, remaining)) = block.rip_at(at) else { return };
         cpu.instructions = cpu.instructions.wrapping_sub(u64::from(remaining));
-        let Some((instr, _)) = self.instruction(cpu, rip) else { return };
-        let moved = match instr.flow_control() {
-            iced_x86::FlowControl::Return => {
-                8 + if instr.op_count() > 0 { u64::from(instr.immediate16()) } else { 0 }
-            }
-            iced_x86::FlowControl::IndirectCall => 8u64.wrapping_neg(),
-            _ => 0,
+        let Some((instr, _)) = self.instruction_at(cpu, mode, address) else { return };
+        let moved = i64::from(instr.stack_pointer_increment()) as u64;
+        let used = match mode.0 & (Mode::STACK16 | Mode::CODE32 | Mode::CODE16) {
+            0 => u64::MAX,
+            m if m & Mode::STACK16 != 0 => 0xFFFF,
+            _ => 0xFFFF_FFFF,
         };
-        cpu.gpr[gpr::RSP] = cpu.gpr[gpr::RSP].wrapping_sub(moved);
-        cpu.rip = rip;
+        let rsp = &mut cpu.gpr[gpr::RSP];
+        *rsp = *rsp & !used | rsp.wrapping_sub(moved) & used;
+        cpu.rip = self.rip_of(cpu, address);
     }
 }
 
