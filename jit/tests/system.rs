@@ -28,6 +28,8 @@ mod modified;
 mod paging;
 #[path = "system/segmented.rs"]
 mod segmented;
+#[path = "system/registers.rs"]
+mod registers;
 #[path = "system/segments.rs"]
 mod segments;
 #[path = "system/syscalls.rs"]
@@ -40,3 +42,5 @@ mod tlb;
 mod vme;
 #[path = "system/wild.rs"]
 mod wild;
+#[path = "system/xsave.rs"]
+mod xsave;
