@@ -150,7 +150,7 @@ pub(crate) fn write_cr4(ex: &mut Exec<'_>, value: u64) -> Result<(), Fault> {
     Ok(())
 }
 
-/// MOV to a control register by number.
+/// MOV to a control register by number; which exist is checked before.
 pub(crate) fn write_cr(ex: &mut Exec<'_>, n: u32, value: u64) -> Result<(), Fault> {
     match n {
         0 => write_cr0(ex, value),
@@ -160,7 +160,7 @@ pub(crate) fn write_cr(ex: &mut Exec<'_>, n: u32, value: u64) -> Result<(), Faul
         }
         3 => write_cr3(ex, value),
         4 => write_cr4(ex, value),
-        8 if ex.cpu.code64() || ex.model.has_long_mode() => {
+        8 => {
             if value > 15 {
                 return Err(Fault::GP0);
             }
@@ -171,14 +171,14 @@ pub(crate) fn write_cr(ex: &mut Exec<'_>, n: u32, value: u64) -> Result<(), Faul
     }
 }
 
-/// MOV from a control register by number.
+/// MOV from a control register by number, likewise.
 pub(crate) fn read_cr(ex: &Exec<'_>, n: u32) -> Result<u64, Fault> {
     match n {
         0 => Ok(ex.cpu.cr0),
         2 => Ok(ex.cpu.cr2),
         3 => Ok(ex.cpu.cr3),
         4 => Ok(ex.cpu.cr4),
-        8 if ex.cpu.code64() || ex.model.has_long_mode() => Ok(ex.bus.read_cr8(ex.vp)),
+        8 => Ok(ex.bus.read_cr8(ex.vp)),
         _ => Err(Fault::UD),
     }
 }

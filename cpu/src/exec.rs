@@ -77,18 +77,21 @@ impl Exec<'_> {
         if self.cpu.cpl == 3 { Privilege::User } else { Privilege::Supervisor }
     }
 
+    /// `#AC` if alignment is checked and `lin` is no multiple of `align`, a power of two (SDM 3A, 6.15, interrupt 17).
+    #[inline]
+    pub fn check_alignment(&self, lin: LinAddr, align: u64) -> Result<(), Fault> {
+        let cpu = &self.cpu;
+        let misaligned = lin.0 & (align - 1) != 0;
+        if misaligned && cpu.cpl == 3 && cpu.rflags & flags::AC != 0 && cpu.cr0 & cr0::AM != 0 {
+            return Err(Fault::with_code(Vector::AC, 0));
+        }
+        Ok(())
+    }
+
     /// `#AC` and data breakpoints.
     #[inline]
     fn watch(&mut self, lin: LinAddr, size: usize, write: bool) -> Result<(), Fault> {
-        let misaligned = lin.0 & (size as u64 - 1) != 0;
-        if misaligned
-            && self.cpu.cpl == 3
-            && self.cpu.rflags & flags::AC != 0
-            && self.cpu.cr0 & cr0::AM != 0
-            && size <= 8
-        {
-            return Err(Fault::with_code(Vector::AC, 0));
-        }
+        self.check_alignment(lin, size as u64)?;
         if self.cpu.dr[7] & 0xFF != 0 {
             self.debug_hits |= debug::data_hits(self.cpu, lin, size as u64, write);
         }

@@ -6,6 +6,8 @@
 #[path = "system/bed.rs"]
 #[macro_use]
 mod bed;
+#[path = "system/alignment.rs"]
+mod alignment;
 #[path = "system/crossing.rs"]
 mod crossing;
 #[path = "system/debug.rs"]
@@ -18,6 +20,8 @@ mod exceptions;
 mod fpu;
 #[path = "system/gates.rs"]
 mod gates;
+#[path = "system/illegal.rs"]
+mod illegal;
 #[path = "system/interrupts.rs"]
 mod interrupts;
 #[path = "system/modes.rs"]

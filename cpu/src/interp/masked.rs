@@ -122,7 +122,14 @@ fn gather_element(
 ) -> Result<u64, Fault> {
     let (seg, at) = (memory_segment(i), vector_base(ex, i));
     let offset = sign_extend(index, index_size).wrapping_mul(u64::from(i.memory_index_scale()));
-    ex.load(seg, at.wrapping_add(offset) & address_mask(i), size)
+    load_unchecked(ex, seg, at.wrapping_add(offset) & address_mask(i), size)
+}
+
+/// An element's load: gathers and masked moves are exempt from alignment checking (SDM 2C, VPGATHER, VMASKMOV).
+fn load_unchecked(ex: &mut Exec<'_>, seg: SegReg, at: u64, size: usize) -> Result<u64, Fault> {
+    let mut buf = [0; 8];
+    ex.load_bytes(seg, at, &mut buf[..size])?;
+    Ok(u64::from_le_bytes(buf))
 }
 
 /// Base and displacement of a VSIB operand.
@@ -147,13 +154,13 @@ fn maskmov(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault>
             ex.probe_write(seg, at(k), size)?;
         }
         for k in wanted {
-            ex.store(seg, at(k), size, element(&v, k, size))?;
+            ex.store_bytes(seg, at(k), &element(&v, k, size).to_le_bytes()[..size])?;
         }
         return Ok(());
     }
     let mut v = [0; 32];
     for k in wanted {
-        let value = ex.load(seg, at(k), size)?;
+        let value = load_unchecked(ex, seg, at(k), size)?;
         set_element(&mut v, k, size, value);
     }
     set_lanes(&mut ex.cpu.fpu, i.op0_register(), v, by.size());
@@ -187,6 +194,9 @@ fn store_bytes_by_mask(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Resul
         _ => u64::MAX,
     };
     let (seg, base): (SegReg, u64) = (memory_segment(i), ex.cpu.gpr[gpr::RDI]);
+    if let Ok(lin) = ex.linear(seg, base & wrap, size, true) {
+        ex.check_alignment(lin, size as u64)?;
+    }
     let wanted = (0..size).filter(|&k| mask[k] & 0x80 != 0);
     // The whole operand is probed, whatever the mask (SDM 2B leaves that to the implementation), its upper half first.
     for half in (0..size / 8).rev() {

@@ -173,6 +173,7 @@ fn to_segment(ex: &mut Exec<'_>, i: &Instruction, seg: SegReg) -> Done {
 }
 
 fn to_special(ex: &mut Exec<'_>, to: Register, from: Register) -> Done {
+    control_exists(ex, to)?;
     privileged(ex)?;
     let value = read_gpr(ex.cpu, from);
     if to.is_cr() {
@@ -184,7 +185,18 @@ fn to_special(ex: &mut Exec<'_>, to: Register, from: Register) -> Done {
     }
 }
 
+/// `#UD` for control registers that do not exist, whatever the privilege.
+fn control_exists(ex: &Exec<'_>, r: Register) -> Done {
+    let known = match r {
+        Register::CR0 | Register::CR2 | Register::CR3 | Register::CR4 => true,
+        Register::CR8 => ex.cpu.code64() || ex.model.has_long_mode(),
+        _ => !r.is_cr(),
+    };
+    if known { Ok(()) } else { Err(Fault::UD) }
+}
+
 fn from_special(ex: &mut Exec<'_>, to: Register, from: Register) -> Done {
+    control_exists(ex, from)?;
     privileged(ex)?;
     let value = if from.is_cr() {
         control::read_cr(ex, from as u32 - Register::CR0 as u32)?
@@ -226,6 +238,8 @@ fn load_far(ex: &mut Exec<'_>, i: &Instruction, seg: SegReg) -> Done {
     let size = operand_size(i, 0);
     let (from, at) = address(ex.cpu, i);
     let mut buf = [0; 10];
+    let lin = ex.linear(from, at, size + 2, false)?;
+    ex.check_alignment(lin, size as u64)?;
     ex.load_bytes(from, at, &mut buf[..size + 2])?;
     let selector = u16::from_le_bytes([buf[size], buf[size + 1]]);
     segment::load(ex, seg, selector)?;

@@ -249,6 +249,17 @@ pub fn operand_alignment(i: &Instruction) -> u64 {
     classify(i).map_or(1, |class| alignment(i, class, memory_bytes(i)) as u64)
 }
 
+/// Alignment that a memory operand of `size` bytes needs under alignment checking (SDM 3A, table 6-7).
+fn checked_alignment(size: usize) -> u64 {
+    match size {
+        10 => 8,
+        14 | 94 => 2,
+        28 | 108 => 4,
+        _ if size.is_power_of_two() => size as u64,
+        _ => 1,
+    }
+}
+
 /// Bytes of the memory operand. The environment and save images are as long as the operand size says.
 fn memory_bytes(i: &Instruction) -> usize {
     match i.memory_size() {
@@ -290,6 +301,10 @@ fn on_host(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8], class: Class) -> Re
     let align = alignment(i, class, size) as u64;
     if align > 1 && misaligned(ex, seg, at, align) {
         return Err(Fault::GP0);
+    }
+    let lin = ex.linear(seg, at, size, direction != Use::Load);
+    if let Ok(lin) = lin {
+        ex.check_alignment(lin, checked_alignment(size))?;
     }
     if direction != Use::Load
         && let Err(fault) = ex.probe_write(seg, at, size)
@@ -419,6 +434,8 @@ fn run_renamed(ex: &mut Exec<'_>, code: &Encoded, operand: &mut Operand) -> Resu
 /// PCMPESTRI and PCMPESTRM with a memory operand, which is brought into an XMM register they do not name.
 fn compare_strings(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8]) -> Result<(), Fault> {
     let (seg, at) = address(ex.cpu, i);
+    let lin = ex.linear(seg, at, 16, false)?;
+    ex.check_alignment(lin, 16)?;
     let mut value = [0; 16];
     ex.load_bytes(seg, at, &mut value)?;
     let first = i.op0_register().number();
