@@ -30,10 +30,10 @@ mod modes;
 mod modified;
 #[path = "system/paging.rs"]
 mod paging;
-#[path = "system/segmented.rs"]
-mod segmented;
 #[path = "system/registers.rs"]
 mod registers;
+#[path = "system/segmented.rs"]
+mod segmented;
 #[path = "system/segments.rs"]
 mod segments;
 #[path = "system/syscalls.rs"]
