@@ -540,6 +540,11 @@ struct Parts {
     immediate: Option<u8>,
 }
 
+/// Legacy prefixes and REX.
+fn is_prefix(byte: u8) -> bool {
+    matches!(byte, 0x26 | 0x2E | 0x36 | 0x3E | 0x40..=0x4F | 0x64..=0x67 | 0xF0 | 0xF2 | 0xF3)
+}
+
 impl Parts {
     /// Takes `bytes` apart; `None` if it has no ModRM byte where it must.
     fn parse(i: &Instruction, bytes: &[u8]) -> Option<Parts> {
@@ -551,6 +556,8 @@ impl Parts {
                 0x66 => operand = Some(0x66),
                 b @ (0xF2 | 0xF3) => repeat = Some(b),
                 0x26 | 0x2E | 0x36 | 0x3E | 0x64 | 0x65 | 0x67 | 0xF0 => {}
+                // REX that is not the last prefix counts for nothing (SDM 2A, 2.2.1).
+                0x40..=0x4F if code64 && bytes.get(at + 1).is_some_and(|&b| is_prefix(b)) => {}
                 _ => break,
             }
             at += 1;

@@ -340,11 +340,11 @@ impl Emitter {
                 return false;
             }
         }
-        // In 32-bit code 40–4F are INC and DEC, and VEX prefixes ignore bits that matter in 64-bit code. In 16-bit code 66H
-        // means the opposite.
+        // In 32-bit code 40–4F are INC and DEC, 82 is another 80, and VEX prefixes ignore bits that matter in 64-bit
+        // code. In 16-bit code 66H means the opposite.
         self.code64
             || self.mode.has(Mode::CODE32)
-                && !raw.iter().any(|b| matches!(b, 0x40..=0x4F | 0xC4 | 0xC5 | 0x62 | 0x67))
+                && !raw.iter().any(|b| matches!(b, 0x40..=0x4F | 0x82 | 0xC4 | 0xC5 | 0x62 | 0x67))
     }
 
     /// Drops hot code from `len` on (an instruction turned out not to fit). Cold code of it stays, unreachable.
@@ -385,6 +385,14 @@ fn normalize(instr: &mut Instruction) -> Result<(), Unfit> {
         Code::Dec_r32 => Code::Dec_rm32,
         Code::Inc_r16 => Code::Inc_rm16,
         Code::Dec_r16 => Code::Dec_rm16,
+        Code::Add_rm8_imm8_82 => Code::Add_rm8_imm8,
+        Code::Or_rm8_imm8_82 => Code::Or_rm8_imm8,
+        Code::Adc_rm8_imm8_82 => Code::Adc_rm8_imm8,
+        Code::Sbb_rm8_imm8_82 => Code::Sbb_rm8_imm8,
+        Code::And_rm8_imm8_82 => Code::And_rm8_imm8,
+        Code::Sub_rm8_imm8_82 => Code::Sub_rm8_imm8,
+        Code::Xor_rm8_imm8_82 => Code::Xor_rm8_imm8,
+        Code::Cmp_rm8_imm8_82 => Code::Cmp_rm8_imm8,
         Code::Mov_AL_moffs8 => Code::Mov_r8_rm8,
         Code::Mov_AX_moffs16 => Code::Mov_r16_rm16,
         Code::Mov_EAX_moffs32 => Code::Mov_r32_rm32,

@@ -1,9 +1,8 @@
-//! Many cases: every form in turn, then sequences, and a report of what was covered.
+//! Many cases: every form in turn, then programs, and a report of what was covered.
 
-use super::forms::{LeftOut, forms};
-use super::{Bench, Failure, Verdict};
+use super::forms::forms;
+use super::{Bench, Failure, Pools, Verdict};
 use iced_x86::{Code, Formatter, IntelFormatter};
-use paravane_cpu::Engine;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::time::{Duration, Instant};
@@ -15,9 +14,9 @@ pub struct Campaign {
     pub seed: u64,
     /// Cases per form.
     pub rounds: u64,
-    /// Sequences, after the single instructions.
-    pub sequences: u64,
-    /// Steps of a sequence.
+    /// Programs, after the single instructions.
+    pub programs: u64,
+    /// Steps of the longest program; at least two.
     pub length: usize,
     /// Stop starting new rounds after this long.
     pub time: Duration,
@@ -28,22 +27,26 @@ pub struct Campaign {
 }
 
 /// What came of it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Report {
-    /// Cases run by form; a form that was never exercised has zero.
-    pub exercised: BTreeMap<String, u64>,
-    /// Forms left out, by reason.
-    pub left_out: BTreeMap<LeftOut, Vec<Code>>,
-    /// Sequences run.
-    pub sequences: u64,
-    /// At most one failure for each form, and a few of sequences.
+    /// Times executed, by form: alone, and in programs.
+    pub exercised: Vec<u64>,
+    /// The forms that could be drawn.
+    pub admitted: Vec<Code>,
+    /// Cases of one instruction.
+    pub cases: u64,
+    /// Programs run.
+    pub programs: u64,
+    /// At most one failure for each form, and a few of programs.
     pub failures: Vec<Failure>,
     /// Failing cases, by form.
     pub failing: BTreeMap<String, u64>,
+    /// How long it took.
+    pub time: Duration,
 }
 
-/// Failing sequences shown at most.
-const SEQUENCES_SHOWN: usize = 20;
+/// Failing programs shown at most.
+const PROGRAMS_SHOWN: usize = 20;
 
 impl Campaign {
     fn skips(&self, form: Code) -> bool {
@@ -52,17 +55,14 @@ impl Campaign {
         listed(&self.skip) || !(self.only.is_empty() || listed(&self.only))
     }
 
-    /// Runs the campaign on `engine`.
-    pub fn run(&self, bench: &mut Bench, engine: &mut dyn Engine) -> Report {
-        let mut report = Report::default();
-        let mut admitted = Vec::new();
-        for (form, verdict) in forms(bench.bits()) {
-            match verdict {
-                Ok(()) if self.skips(form) => {}
-                Ok(()) => admitted.push(form),
-                Err(reason) => report.left_out.entry(reason).or_default().push(form),
-            }
+    /// Runs the campaign.
+    pub fn run(&self, bench: &mut Bench) -> Report {
+        let admitted = forms(bench.bits()).into_iter().filter(|(form, v)| v.is_ok() && !self.skips(*form));
+        let mut admitted: Vec<Code> = admitted.map(|(form, _)| form).collect();
+        if !self.skips(Code::INVALID) {
+            admitted.push(Code::INVALID);
         }
+        let mut report = Report::new(admitted.clone());
         let start = Instant::now();
         for seed in (self.seed..).take(self.rounds as usize) {
             if start.elapsed() > self.time {
@@ -73,38 +73,63 @@ impl Campaign {
                 if start.elapsed() > self.time * 3 {
                     break;
                 }
-                report.count(form, bench.check(engine, form, seed));
+                report.count(form, bench.check(form, seed));
             }
         }
+        let pools = Pools::new(admitted);
         let mut shown = 0;
-        for seed in (self.seed..).take(self.sequences as usize) {
-            if start.elapsed() > self.time || shown >= SEQUENCES_SHOWN {
+        for seed in (self.seed..).take(self.programs as usize) {
+            if start.elapsed() > self.time || shown >= PROGRAMS_SHOWN {
                 break;
             }
-            match bench.check_sequence(engine, &admitted, self.length, seed) {
+            let length = 2 + (seed % (self.length as u64 - 1)) as usize;
+            match bench.check_program(&pools, length, seed) {
                 Verdict::Nothing => {}
-                Verdict::Same => report.sequences += 1,
+                Verdict::Same(executed) => {
+                    report.programs += 1;
+                    report.add(&executed);
+                }
                 Verdict::Different(failure) => {
-                    report.sequences += 1;
+                    report.programs += 1;
                     report.failures.push(*failure);
                     shown += 1;
                 }
             }
         }
+        report.time = start.elapsed();
         report
     }
 }
 
 impl Report {
+    fn new(admitted: Vec<Code>) -> Report {
+        Report {
+            exercised: vec![0; Code::values().len()],
+            admitted,
+            cases: 0,
+            programs: 0,
+            failures: Vec::new(),
+            failing: BTreeMap::new(),
+            time: Duration::ZERO,
+        }
+    }
+
+    fn add(&mut self, executed: &[Code]) {
+        for &form in executed {
+            self.exercised[form as usize] += 1;
+        }
+    }
+
     fn count(&mut self, form: Code, verdict: Verdict) {
-        let name = format!("{form:?}");
-        let count = self.exercised.entry(name.clone()).or_default();
         match verdict {
             Verdict::Nothing => {}
-            Verdict::Same => *count += 1,
+            Verdict::Same(executed) => {
+                self.cases += 1;
+                self.add(&executed);
+            }
             Verdict::Different(failure) => {
-                *count += 1;
-                let failing = self.failing.entry(name).or_default();
+                self.cases += 1;
+                let failing = self.failing.entry(format!("{form:?}")).or_default();
                 *failing += 1;
                 if *failing == 1 {
                     self.failures.push(*failure);
@@ -113,22 +138,26 @@ impl Report {
         }
     }
 
+    /// Instructions executed, on the host and in each engine.
+    pub fn instructions(&self) -> u64 {
+        self.exercised.iter().sum()
+    }
+
     /// Forms, cases and what was not covered, in a few lines.
     pub fn summary(&self) -> String {
-        let cases: u64 = self.exercised.values().sum();
-        let never: Vec<&str> =
-            self.exercised.iter().filter(|(_, n)| **n == 0).map(|(form, _)| form.as_str()).collect();
-        let mut text = format!(
-            "{} forms, {cases} cases, {} sequences, {} forms fail\n",
-            self.exercised.len() - never.len(),
-            self.sequences,
-            self.failing.len()
-        );
-        let _ = writeln!(text, "never exercised: {never:?}");
-        for (reason, forms) in &self.left_out {
-            let _ = writeln!(text, "left out, {reason:?}: {} forms", forms.len());
-        }
-        text
+        let never = self.admitted.iter().filter(|&&c| self.exercised[c as usize] == 0);
+        let never: Vec<String> = never.map(|c| format!("{c:?}")).collect();
+        let seconds = self.time.as_secs_f64();
+        format!(
+            "{} instructions of {} forms in {seconds:.1} s ({:.0}/s): {} alone, {} programs; {} forms fail; \
+             never drawn: {never:?}",
+            self.instructions(),
+            self.exercised.iter().filter(|&&n| n > 0).count(),
+            self.instructions() as f64 / seconds.max(0.001),
+            self.cases,
+            self.programs,
+            self.failing.len(),
+        )
     }
 }
 
@@ -136,18 +165,21 @@ impl Failure {
     /// Bytes, disassembly, state and differences.
     pub fn text(&self, bits: u32) -> String {
         let mut text = format!("seed {} form {:?}\n", self.seed, self.form);
-        let ip = self.case.instruction.ip();
-        let length = self.case.code.len() as u64;
-        let start = if length > 15 { ip & !4095 | super::OFFSET } else { ip };
+        let start = (self.case.instruction.ip() & !0xFFF) + super::OFFSET;
         let mut decoder = iced_x86::Decoder::with_ip(bits, &self.case.code, start, 0);
         while decoder.can_decode() {
             let at = decoder.position();
             let instruction = decoder.decode();
+            if matches!(instruction.code(), Code::Int3 | Code::Nopd | Code::Nopw) && self.case.code.len() > 15
+            {
+                // A gap in a program, or what remains of a step that does not matter.
+                continue;
+            }
             let bytes = &self.case.code[at..decoder.position()];
             let bytes: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
             let mut line = String::new();
             IntelFormatter::new().format(&instruction, &mut line);
-            let _ = writeln!(text, "    {bytes:<24} {line}");
+            let _ = writeln!(text, "    {:x} {bytes:<24} {line}", instruction.ip());
         }
         for difference in &self.differences {
             let _ = writeln!(text, "  {difference}");

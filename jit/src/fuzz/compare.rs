@@ -21,13 +21,14 @@ const NAMES: [&str; 16] = [
 pub enum Leave {
     /// Nothing.
     Nothing,
-    /// A faulting instruction shows flags it would have overwritten: liveness analysis takes them for dead.
+    /// A faulting instruction shows flags that it, or code behind it, overwrites unread: liveness analysis takes them for
+    /// dead.
     DeadFlags,
 }
 
 /// Status flags that `i` writes without reading them.
 fn overwritten_flags(i: &Instruction) -> u64 {
-    super::sequence::from_iced(i.rflags_modified() & !i.rflags_read())
+    from_iced(i.rflags_modified() & !i.rflags_read())
 }
 
 /// One line per difference between what the host did and what an engine did.
@@ -56,6 +57,7 @@ pub fn differences(case: &Case, bits: u32, leave: Leave, host: &Outcome, engine:
     }
     let dead = match leave {
         Leave::Nothing => 0,
+        Leave::DeadFlags if case.followed => flags::STATUS,
         Leave::DeadFlags => overwritten_flags(&case.instruction),
     };
     let torn = if vendor::leaves_flags_at_faults(&case.instruction) { flags::STATUS } else { 0 };
@@ -180,17 +182,7 @@ fn hex(bytes: &[u8]) -> String {
 
 /// Status flags that the manual leaves undefined after `i`.
 pub fn undefined_flags(i: &Instruction, rcx: u64) -> u64 {
-    let bits = i.rflags_undefined();
-    let table = [
-        (RflagsBits::OF, flags::OF),
-        (RflagsBits::SF, flags::SF),
-        (RflagsBits::ZF, flags::ZF),
-        (RflagsBits::AF, flags::AF),
-        (RflagsBits::CF, flags::CF),
-        (RflagsBits::PF, flags::PF),
-    ];
-    let listed = table.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, flag)| flag).sum::<u64>();
-    listed | undefined_by_count(i, rcx)
+    from_iced(i.rflags_undefined()) | undefined_by_count(i, rcx)
 }
 
 /// Shifts and rotates: OF after counts other than 1, AF after shifts, CF after counts beyond the operand.
@@ -245,4 +237,20 @@ pub fn is_open_result(i: &Instruction) -> bool {
 
 fn is_open(i: &Instruction, register: usize) -> bool {
     is_open_result(i) && i.op0_register().is_gpr() && i.op0_register().full_register().number() == register
+}
+
+/// iced-x86's flag bits as EFLAGS bits.
+pub fn from_iced(bits: u32) -> u64 {
+    [
+        (RflagsBits::OF, flags::OF),
+        (RflagsBits::SF, flags::SF),
+        (RflagsBits::ZF, flags::ZF),
+        (RflagsBits::AF, flags::AF),
+        (RflagsBits::CF, flags::CF),
+        (RflagsBits::PF, flags::PF),
+    ]
+    .iter()
+    .filter(|(bit, _)| bits & bit != 0)
+    .map(|(_, flag)| flag)
+    .sum()
 }

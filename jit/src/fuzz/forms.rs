@@ -24,11 +24,14 @@ pub fn forms(bits: u32) -> Vec<(Code, Result<(), LeftOut>)> {
     Code::values().filter(|c| c.op_code().is_instruction()).map(|c| (c, admit(c, bits))).collect()
 }
 
-/// Whether `code` can be exercised in 32- or 64-bit mode.
+/// Whether `code` can be exercised in code of `bits`.
 pub fn admit(code: Code, bits: u32) -> Result<(), LeftOut> {
     let op = code.op_code();
-    let mode =
-        if bits == 64 { op.mode64() && op.intel_decoder64() } else { op.mode32() && op.intel_decoder32() };
+    let mode = match bits {
+        64 => op.mode64() && op.intel_decoder64(),
+        32 => op.mode32() && op.intel_decoder32(),
+        _ => op.mode16() && op.intel_decoder16(),
+    };
     if !mode || op.op_kinds().iter().any(|&k| bits == 64 && is_sixteen_bit_branch(k)) {
         return Err(LeftOut::Mode);
     }

@@ -2,7 +2,10 @@
 //! segments with Linux's selectors, long mode, and an IDT whose handlers halt.
 
 use super::Outcome;
-use crate::host::{NativeLayout, NativeMode, NativeState, NativeStop};
+use crate::host::{
+    CODE_LIMIT_16, DATA_BASE_16, DATA_LIMIT_16, NativeLayout, NativeMode, NativeState, NativeStop,
+    SELECTORS_16,
+};
 use paravane_cpu::{
     Budget, CpuBus, CpuState, CpuidResult, Engine, Exit, MsrFault, SegReg, Segment, attr, cr0, cr4, efer,
     flags,
@@ -63,32 +66,62 @@ impl Guest {
         &self.memory
     }
 
-    /// Runs `code_page` from `rip` with `state` and `arena` until the exception that ends it.
+    /// Runs `case` until the exception that ends it, and puts into `outcome` where that was.
     pub fn run(
         &self,
         engine: &mut dyn Engine,
         mode: NativeMode,
         case: &GuestCase<'_>,
-    ) -> Result<Outcome, Exit> {
+        outcome: &mut Outcome,
+    ) -> Result<(), Exit> {
         self.write(CODE_PHYS, case.code_page);
         self.write(DATA_PHYS, case.arena);
         engine.invalidate(RamOffset(CODE_PHYS));
         let mut cpu = self.template.clone();
-        if mode == NativeMode::Protected32 {
-            cpu.seg[SegReg::Cs as usize] = Segment::flat(0x23, 0xFB | attr::DB | attr::G);
-        }
+        self.set_segments(&mut cpu, mode);
         cpu.gpr = case.state.gpr;
         cpu.rflags = case.state.rflags | flags::FIXED | flags::IF;
-        cpu.fpu = case.state.fpu.clone();
+        cpu.fpu.clone_from(&case.state.fpu);
         cpu.rip = case.rip;
         match engine.run(&mut cpu, &self.memory, &Nothing, Budget::UNLIMITED) {
-            Exit::Halt => Ok(self.outcome(&cpu)),
+            Exit::Halt => {
+                self.outcome(&cpu, outcome);
+                Ok(())
+            }
             other => Err(other),
         }
     }
 
+    /// What Linux's GDT, or our LDT, describes.
+    fn set_segments(&self, cpu: &mut CpuState, mode: NativeMode) {
+        match mode {
+            NativeMode::Long => {}
+            NativeMode::Protected32 => {
+                cpu.seg[SegReg::Cs as usize] = Segment::flat(0x23, 0xFB | attr::DB | attr::G);
+            }
+            NativeMode::Protected16 => {
+                let base = self.layout.data - DATA_BASE_16;
+                let data = Segment {
+                    base,
+                    limit: u32::from(DATA_LIMIT_16),
+                    attributes: 0xF3,
+                    selector: SELECTORS_16.1,
+                };
+                for register in [SegReg::Ds, SegReg::Es, SegReg::Ss] {
+                    cpu.seg[register as usize] = data;
+                }
+                cpu.seg[SegReg::Cs as usize] = Segment {
+                    base: self.layout.code,
+                    limit: u32::from(CODE_LIMIT_16),
+                    attributes: 0xFB,
+                    selector: SELECTORS_16.0,
+                };
+            }
+        }
+    }
+
     /// What the handler finds: the vector by its address, the interrupted context in its stack frame.
-    fn outcome(&self, cpu: &CpuState) -> Outcome {
+    fn outcome(&self, cpu: &CpuState, outcome: &mut Outcome) {
         let vector = (cpu.rip.wrapping_sub(HANDLERS) / 16) as u8;
         let has_code = matches!(vector, 8 | 10..=14 | 17 | 21);
         let frame = cpu.gpr[4];
@@ -97,19 +130,19 @@ impl Guest {
             self.memory.read_u64(PhysAddr(at)).unwrap_or(0)
         };
         let first = u64::from(has_code);
-        let mut gpr = cpu.gpr;
-        gpr[4] = slot(first + 3);
-        let stop = NativeStop {
+        outcome.stop = NativeStop {
             vector,
             error_code: if has_code { slot(0) as u32 } else { 0 },
             address: if vector == 14 { cpu.cr2 } else { 0 },
             rip: slot(first),
         };
-        let mut fpu = cpu.fpu.clone();
-        fpu.0[6..24].fill(0);
-        let mut arena = vec![0; self.layout.data_len() as usize];
-        self.memory.read(PhysAddr(DATA_PHYS), &mut arena).expect("the arena is RAM");
-        Outcome { stop, state: NativeState { gpr, rflags: slot(first + 2), fpu }, arena }
+        outcome.state.gpr = cpu.gpr;
+        outcome.state.gpr[4] = slot(first + 3);
+        outcome.state.rflags = slot(first + 2);
+        outcome.state.fpu.clone_from(&cpu.fpu);
+        outcome.state.fpu.0[6..24].fill(0);
+        outcome.arena.resize(self.layout.data_len() as usize, 0);
+        self.memory.read(PhysAddr(DATA_PHYS), &mut outcome.arena).expect("the arena is RAM");
     }
 
     fn write(&self, at: u64, bytes: &[u8]) {

@@ -1,21 +1,27 @@
-//! Conformance with the host CPU: random user-mode instructions of every form, run natively and in an engine.
+//! Conformance with the host CPU: random user-mode instructions of every form, run natively and in the engines.
 //!
-//! A case is one instruction with random registers, flags and memory, all derived from a 64-bit seed; it runs in
-//! [`Native`] and, at the same linear addresses, in a guest ([`Guest`]) under any [`Engine`]. What the manual
-//! leaves undefined (SDM 2, each instruction's "Flags Affected") is masked; everything else must be equal:
-//! registers, flags, x87, SSE and AVX state, the arena, the exception with error code and address.
+//! A case is one instruction ([`generate`], [`place`], [`encode`]) or a program of some thirty ([`program`]) with random
+//! registers, flags and memory, all derived from a 64-bit seed; it runs in [`Native`] and, at the same addresses, in a guest
+//! ([`Guest`]) under each [`Engine`]. What the manual leaves undefined (SDM 2, each instruction's "Flags Affected") is
+//! masked; everything else must be equal: registers, flags, x87, SSE and AVX state, the arena, the exception with error
+//! code and address. What AMD's processors do differently from that manual is listed in [`vendor`].
 //!
-//! Invariant of the one unsafe call: what runs natively passed [`safety`], so it stays in user mode, and its
+//! Invariant of the unsafe calls: what runs natively passed [`safety`], so it stays in user mode, and its
 //! accesses and branches end inside the arena and the code page, or in a fault that [`Native`] catches.
 
 mod campaign;
 mod compare;
+mod encode;
+mod flow;
 mod forms;
 mod generate;
 mod guest;
+mod place;
+mod program;
 mod random;
 mod safety;
-mod sequence;
+mod state;
+mod trace;
 mod vendor;
 mod watch;
 
@@ -24,14 +30,15 @@ pub use compare::Leave;
 pub use forms::{LeftOut, admit, forms};
 pub use generate::{Case, Generator, OFFSET};
 pub use guest::{Guest, GuestCase};
+pub use program::{Pools, Program};
 pub use random::Random;
+pub use safety::Situation;
 
-use sequence::Sequence;
 use watch::Watch;
 
 use crate::host::{Native, NativeLayout, NativeMode, NativeState, NativeStop};
 use iced_x86::Code;
-use paravane_cpu::{Attention, Engine, Exit};
+use paravane_cpu::{Attention, Engine, Exit, FpuState};
 use std::io;
 
 /// Where a case ended.
@@ -45,28 +52,42 @@ pub struct Outcome {
     pub arena: Vec<u8>,
 }
 
+impl Outcome {
+    fn empty() -> Outcome {
+        let state = NativeState { gpr: [0; 16], rflags: 0, fpu: FpuState::initial() };
+        Outcome { stop: NativeStop::default(), state, arena: Vec::new() }
+    }
+}
+
 /// A case in which engine and host disagree.
 #[derive(Clone, Debug)]
 pub struct Failure {
-    /// The form and the seed that make the case again.
+    /// The seed that makes the case again.
     pub seed: u64,
-    /// The form it was drawn for.
+    /// The form it was drawn for; of a program the one that it ends with.
     pub form: Code,
     /// The case, reduced.
     pub case: Case,
-    /// What differs, one line each: host's value, engine's value.
+    /// What differs, one line each: the engine, host's value, engine's value.
     pub differences: Vec<String>,
 }
 
 /// How one case went.
 #[derive(Debug)]
 pub enum Verdict {
-    /// Host and engine agree.
-    Same,
+    /// Host and engines agree; what was executed.
+    Same(Vec<Code>),
     /// The dice produced nothing that may run.
     Nothing,
     /// They disagree.
     Different(Box<Failure>),
+}
+
+/// An engine under test.
+struct Subject {
+    name: &'static str,
+    engine: Box<dyn Engine>,
+    leave: Leave,
 }
 
 /// Host and guest side by side.
@@ -75,8 +96,11 @@ pub struct Bench {
     guest: Guest,
     mode: NativeMode,
     generator: Generator,
-    leave: Leave,
+    subjects: Vec<Subject>,
     watch: Option<Watch>,
+    /// Where the last case ended, natively and in the last engine.
+    host: Outcome,
+    guests: Outcome,
 }
 
 /// The only difference of a case that the watch had to end.
@@ -84,18 +108,28 @@ const HANG: &str = "the engine does not come to an end";
 
 impl Bench {
     /// Maps code and arena here and lays out the same in a guest. One at a time per process: see [`Native::new`].
-    pub fn new(mode: NativeMode, leave: Leave) -> io::Result<Bench> {
+    pub fn new(mode: NativeMode) -> io::Result<Bench> {
         let layout =
             NativeLayout { code: 0x4000_0000, data: 0x5000_0000, writable_pages: 2, read_only_pages: 1 };
-        let bits = if mode == NativeMode::Long { 64 } else { 32 };
+        let mut native = Native::new(layout)?;
+        if mode == NativeMode::Protected16 {
+            native.allow_sixteen_bits()?;
+        }
         Ok(Bench {
-            native: Native::new(layout)?,
+            native,
             guest: Guest::new(layout)?,
             mode,
-            generator: Generator { bits, layout },
-            leave,
+            generator: Generator::new(mode.bits(), mode.seen(layout)),
+            subjects: Vec::new(),
             watch: None,
+            host: Outcome::empty(),
+            guests: Outcome::empty(),
         })
+    }
+
+    /// Adds an engine, built on the memory of [`Self::guest`]; every case runs in all of them.
+    pub fn add(&mut self, name: &'static str, engine: Box<dyn Engine>, leave: Leave) {
+        self.subjects.push(Subject { name, engine, leave });
     }
 
     /// From now on, an engine that listens to `attention` and does not end a case is stopped, and that is a finding.
@@ -108,88 +142,96 @@ impl Bench {
         &self.guest
     }
 
-    /// 32 or 64.
+    /// 16, 32 or 64.
     pub fn bits(&self) -> u32 {
         self.generator.bits
     }
 
-    /// Draws the case of `form` and `seed` and runs it on both sides.
-    pub fn check(&mut self, engine: &mut dyn Engine, form: Code, seed: u64) -> Verdict {
+    /// Draws the case of `form` and `seed` and runs it on all sides.
+    pub fn check(&mut self, form: Code, seed: u64) -> Verdict {
         let mut random = Random::new(seed ^ ((form as u64) << 40));
         let Some(case) = (0..16).find_map(|_| self.generator.case(form, &mut random)) else {
             return Verdict::Nothing;
         };
-        let differences = self.differences(engine, &case);
+        let differences = self.differences(&case);
         if differences.is_empty() {
-            return Verdict::Same;
+            return Verdict::Same(case.executed);
         }
-        if differences == [HANG] {
+        if is_hang(&differences) {
             // Every try would take as long again.
             return Verdict::Different(Box::new(Failure { seed, form, case, differences }));
         }
-        let case = self.reduce(engine, case);
-        let differences = self.differences(engine, &case);
+        let case = self.reduce(case);
+        let differences = self.differences(&case);
         Verdict::Different(Box::new(Failure { seed, form, case, differences }))
     }
 
-    /// Draws a sequence of up to `length` instructions from `forms` and runs it on both sides.
-    pub fn check_sequence(
-        &mut self,
-        engine: &mut dyn Engine,
-        forms: &[Code],
-        length: usize,
-        seed: u64,
-    ) -> Verdict {
+    /// Draws a program of up to `length` steps from `pools` and runs it on all sides.
+    pub fn check_program(&mut self, pools: &Pools, length: usize, seed: u64) -> Verdict {
         let mut random = Random::new(seed);
-        let Some(sequence) = Sequence::draw(self, forms, length, &mut random) else {
+        let Some(program) = Program::draw(self, pools, length, &mut random) else {
             return Verdict::Nothing;
         };
-        if self.differences(engine, &sequence.case()).is_empty() {
-            return Verdict::Same;
+        let differences = self.differences(program.case());
+        if differences.is_empty() {
+            return Verdict::Same(program.case().executed.clone());
         }
-        let sequence = sequence.shorten(self, engine);
-        let case = sequence.case();
-        let differences = self.differences(engine, &case);
-        let form = case.instruction.code();
-        Verdict::Different(Box::new(Failure { seed, form, case, differences }))
+        let program = if is_hang(&differences) { program } else { program.shorten(self) };
+        let case = program.case().clone();
+        let differences = self.differences(&case);
+        Verdict::Different(Box::new(Failure { seed, form: case.instruction.code(), case, differences }))
     }
 
-    /// What differs between host and engine; empty if nothing does.
-    pub fn differences(&mut self, engine: &mut dyn Engine, case: &Case) -> Vec<String> {
-        let host = self.on_host(case);
-        let guest_case = GuestCase {
-            code_page: self.native.code_page(),
-            arena: &case.arena,
-            state: &case.state,
-            rip: self.generator.layout.code + OFFSET,
-        };
-        if let Some(watch) = &self.watch {
-            watch.next_case();
+    /// What differs between host and engines; empty if nothing does.
+    pub fn differences(&mut self, case: &Case) -> Vec<String> {
+        self.run_on_host(case);
+        let mut all = Vec::new();
+        for number in 0..self.subjects.len() {
+            if let Some(watch) = &self.watch {
+                watch.next_case();
+            }
+            let guest_case = GuestCase {
+                code_page: self.native.code_page(),
+                arena: &case.arena,
+                state: &case.state,
+                rip: self.generator.layout.code + OFFSET,
+            };
+            let subject = &mut self.subjects[number];
+            let ended = self.guest.run(&mut *subject.engine, self.mode, &guest_case, &mut self.guests);
+            let lines = match ended {
+                Ok(()) => {
+                    compare::differences(case, self.generator.bits, subject.leave, &self.host, &self.guests)
+                }
+                Err(Exit::Stop) => vec![HANG.into()],
+                Err(Exit::Unsupported) => vec!["the engine does not support it".into()],
+                Err(exit) => vec![format!("the engine stopped with {exit:?}")],
+            };
+            all.extend(lines.into_iter().map(|line| format!("{}: {line}", subject.name)));
         }
-        match self.guest.run(engine, self.mode, &guest_case) {
-            Ok(engine) => compare::differences(case, self.generator.bits, self.leave, &host, &engine),
-            Err(Exit::Stop) => vec![HANG.into()],
-            Err(Exit::Unsupported) => vec!["the engine does not support it".into()],
-            Err(exit) => vec![format!("the engine stopped with {exit:?}")],
-        }
+        all
     }
 
     /// Runs `case` natively.
     pub fn on_host(&mut self, case: &Case) -> Outcome {
+        self.run_on_host(case);
+        self.host.clone()
+    }
+
+    fn run_on_host(&mut self, case: &Case) {
         self.native.set_code(OFFSET as usize, &case.code);
         self.native.arena().copy_from_slice(&case.arena);
-        let mut state = case.state.clone();
+        self.host.state.clone_from(&case.state);
         // SAFETY: the generator lets only forms pass that stay in user mode, and cases whose accesses and branches
-        // cannot reach anything of this process but the arena (`safety`).
-        let stop = unsafe { self.native.run(self.mode, OFFSET as usize, &mut state) };
-        Outcome { stop, state, arena: self.native.arena().to_vec() }
+        // cannot reach anything of this process but the arena (`safety`); programs were traced.
+        self.host.stop = unsafe { self.native.run(self.mode, OFFSET as usize, &mut self.host.state) };
+        self.host.arena.clear();
+        self.host.arena.extend_from_slice(self.native.arena_bytes());
     }
 
     /// Zeroes everything the disagreement does not need.
-    fn reduce(&mut self, engine: &mut dyn Engine, mut case: Case) -> Case {
-        let mut keep = |bench: &mut Bench, smaller: Case, case: &mut Case| {
-            let harmless = safety::is_harmless(&smaller, bench.generator.bits);
-            if harmless && !bench.differences(engine, &smaller).is_empty() {
+    fn reduce(&mut self, mut case: Case) -> Case {
+        let keep = |bench: &mut Bench, smaller: Case, case: &mut Case| {
+            if bench.generator.is_acceptable(&smaller) && !bench.differences(&smaller).is_empty() {
                 *case = smaller;
             }
         };
@@ -213,6 +255,11 @@ impl Bench {
     }
 }
 
+/// Whether an engine had to be stopped.
+fn is_hang(differences: &[String]) -> bool {
+    differences.iter().any(|d| d.ends_with(HANG))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -220,21 +267,29 @@ mod tests {
     /// Benches map the same addresses.
     static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
+    fn compare_twice(bench: &mut Bench, case: &Case) {
+        let bits = bench.bits();
+        let (first, second) = (bench.on_host(case), bench.on_host(case));
+        let differences = compare::differences(case, bits, Leave::Nothing, &first, &second);
+        assert!(differences.is_empty(), "{:?} {:x?} {differences:?}", case.instruction.code(), case.code);
+    }
+
+    fn admitted(bits: u32) -> Vec<Code> {
+        forms(bits).into_iter().filter(|(_, v)| v.is_ok()).map(|(c, _)| c).collect()
+    }
+
     /// The oracle answers the same question twice alike, for every form, and survives all of them.
     #[test]
     fn the_host_is_repeatable() {
         let _guard = ONE_AT_A_TIME.lock();
         for mode in [NativeMode::Long, NativeMode::Protected32] {
-            let mut bench = Bench::new(mode, Leave::Nothing).unwrap();
-            let bits = bench.bits();
+            let mut bench = Bench::new(mode).unwrap();
             let mut ran = 0;
-            for (form, admitted) in forms(bits) {
-                for seed in 0..if admitted.is_ok() { 20 } else { 0 } {
+            for form in admitted(bench.bits()) {
+                for seed in 0..20 {
                     let mut random = Random::new(seed);
                     let Some(case) = bench.generator.case(form, &mut random) else { continue };
-                    let (first, second) = (bench.on_host(&case), bench.on_host(&case));
-                    let differences = compare::differences(&case, bits, Leave::Nothing, &first, &second);
-                    assert!(differences.is_empty(), "{form:?} {:x?} {differences:?}", case.code);
+                    compare_twice(&mut bench, &case);
                     ran += 1;
                 }
             }
@@ -242,23 +297,29 @@ mod tests {
         }
     }
 
+    /// Programs are what was asked for, and run in one piece as they did step by step.
     #[test]
-    fn sequences_grow_and_are_repeatable() {
+    fn programs_grow_and_are_repeatable() {
         let _guard = ONE_AT_A_TIME.lock();
-        let mut bench = Bench::new(NativeMode::Long, Leave::Nothing).unwrap();
-        let admitted: Vec<Code> = forms(64).into_iter().filter(|(_, v)| v.is_ok()).map(|(c, _)| c).collect();
-        let mut bytes = 0;
-        for seed in 0..200 {
-            let mut random = Random::new(seed);
-            let sequence = Sequence::draw(&mut bench, &admitted, 8, &mut random).unwrap();
-            let case = sequence.case();
-            let (first, second) = (bench.on_host(&case), bench.on_host(&case));
-            assert_eq!(
-                compare::differences(&case, 64, Leave::Nothing, &first, &second),
-                Vec::<String>::new()
-            );
-            bytes += case.code.len();
+        for mode in [NativeMode::Long, NativeMode::Protected32] {
+            let mut bench = Bench::new(mode).unwrap();
+            let pools = Pools::new(admitted(bench.bits()));
+            let (mut steps, mut executed, mut through, mut loops) = (0, 0, 0, 0);
+            for seed in 0..300 {
+                let mut random = Random::new(seed);
+                let program = Program::draw(&mut bench, &pools, 20, &mut random).unwrap();
+                let case = program.case();
+                compare_twice(&mut bench, case);
+                program.expect(&bench.on_host(case));
+                steps += program.steps.len();
+                executed += case.executed.len();
+                through += usize::from(bench.on_host(case).stop.vector == 3);
+                loops += usize::from(case.executed.len() > program.steps.len() + 8);
+            }
+            assert!(steps > 300 * 10, "{steps} steps");
+            assert!(executed > steps, "{executed} instructions in {steps} steps");
+            assert!((50..300).contains(&through), "{through} programs came to their ends");
+            assert!(loops > 5, "{loops} loops");
         }
-        assert!(bytes > 200 * 30, "{bytes}");
     }
 }

@@ -1,37 +1,155 @@
-//! Which cases may run natively: those whose every access stays in the arena or hits what is surely unmapped.
+//! Which instructions may run natively: those whose every access stays in the arena or hits what is surely unmapped.
 
-use super::generate::Case;
-use crate::host::NativeState;
-use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+use super::generate::OFFSET;
+use crate::host::{NativeLayout, NativeState};
+use iced_x86::{
+    Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register, UsedMemory,
+};
 
 /// Below 4 GiB this process maps nothing but code page and arena.
 const LOW: u64 = 1 << 32;
+const PAGE: u64 = 4096;
 
-/// Whether `case` can do no harm to the process.
-pub fn is_harmless(case: &Case, bits: u32) -> bool {
-    let i = &case.instruction;
-    if matches!(i.segment_prefix(), Register::FS | Register::GS) {
-        return false;
+/// One instruction about to run.
+#[derive(Clone, Copy)]
+pub struct Situation<'a> {
+    /// As iced-x86 decodes it.
+    pub instruction: &'a Instruction,
+    /// Its bytes.
+    pub bytes: &'a [u8],
+    /// Registers before.
+    pub state: &'a NativeState,
+    /// The arena before.
+    pub arena: &'a [u8],
+    /// Code and arena as the code addresses them.
+    pub layout: NativeLayout,
+    /// 16, 32 or 64.
+    pub bits: u32,
+}
+
+impl Situation<'_> {
+    /// Whether it can do no harm to the process.
+    pub fn is_harmless(&self) -> bool {
+        if matches!(self.instruction.segment_prefix(), Register::FS | Register::GS) {
+            return false;
+        }
+        if !self.branch_is_harmless() {
+            return false;
+        }
+        // The limits of its segments keep 16-bit code in.
+        self.bits == 16 || (self.accesses_are_harmless() && self.bit_offset_is_harmless())
     }
-    let mut factory = InstructionInfoFactory::new();
-    let info = factory.info(i);
-    for memory in info.used_memory() {
-        let elements = if memory.index().is_vector_register() { 8 } else { 1 };
-        let size = match memory.memory_size().size() as u64 {
-            0 => 1024,
-            n => n,
+
+    fn accesses_are_harmless(&self) -> bool {
+        let mut factory = InstructionInfoFactory::new();
+        factory.info(self.instruction).used_memory().iter().all(|memory| {
+            let elements = if memory.index().is_vector_register() { 8 } else { 1 };
+            let size = match memory.memory_size().size() as u64 {
+                0 => 1024,
+                n => n,
+            };
+            (0..elements).all(|n| self.used(memory, n).is_some_and(|a| is_reachable(a, size, self.bits)))
+        })
+    }
+
+    /// Whether it may read the code page, whose bytes depend on what else lies there.
+    pub fn reads_code(&self) -> bool {
+        if self.bits == 16 {
+            return self.instruction.segment_prefix() == Register::CS;
+        }
+        let mut factory = InstructionInfoFactory::new();
+        factory.info(self.instruction).used_memory().iter().any(|memory| {
+            self.used(memory, 0)
+                .is_none_or(|a| a.wrapping_sub(self.layout.code).wrapping_add(2 * PAGE) < 4 * PAGE)
+        })
+    }
+
+    fn used(&self, memory: &UsedMemory, element: usize) -> Option<u64> {
+        memory.virtual_address(element, |register, element, element_size| {
+            register_value(self.state, register, element, element_size)
+        })
+    }
+
+    /// Where memory operand `operand` lies in its segment.
+    pub fn address(&self, operand: u32) -> Option<u64> {
+        self.instruction.virtual_address(operand, 0, |register, element, size| {
+            register_value(self.state, register, element, size)
+        })
+    }
+
+    /// `size` bytes of the arena, if all of them lie there.
+    pub fn read(&self, address: u64, size: usize) -> Option<u64> {
+        let at = usize::try_from(address.wrapping_sub(self.layout.data)).ok()?;
+        let bytes = self.arena.get(at..at.checked_add(size)?)?;
+        let mut value = [0; 8];
+        value.get_mut(..size)?.copy_from_slice(bytes);
+        Some(u64::from_le_bytes(value))
+    }
+
+    /// BT and its kin with a register bit offset reach up to 2^60 bytes away from their operand.
+    fn bit_offset_is_harmless(&self) -> bool {
+        let i = self.instruction;
+        let far = matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
+            && i.op0_kind() == OpKind::Memory
+            && i.op1_kind() == OpKind::Register;
+        if !far {
+            return true;
+        }
+        let value = self.state.gpr[i.op1_register().full_register().number()];
+        let offset = match i.op1_register().size() {
+            2 => i64::from(value as i16),
+            4 => i64::from(value as i32),
+            _ => value as i64,
         };
-        for element in 0..elements {
-            let address = memory.virtual_address(element, |register, element, element_size| {
-                register_value(&case.state, register, element, element_size)
-            });
-            let harmless = address.is_some_and(|a| is_reachable(a, size, bits));
-            if !harmless {
-                return false;
-            }
+        self.address(0).is_some_and(|a| {
+            let a = a.wrapping_add((offset >> 3) as u64 & !7);
+            is_reachable(a.wrapping_sub(8), 24, self.bits)
+        })
+    }
+
+    /// Branches must not land in this process's code, nor on themselves or on the way in.
+    fn branch_is_harmless(&self) -> bool {
+        let Some(target) = self.indirect_target() else { return true };
+        let inside = target.wrapping_sub(self.layout.code) < PAGE;
+        let (ip, length) = (self.instruction.ip(), self.bytes.len() as u64);
+        if inside {
+            return target >= self.layout.code + OFFSET && target.wrapping_sub(ip) >= length;
+        }
+        self.bits == 16 || is_reachable(target, 16, 64)
+    }
+
+    /// Where a branch goes if it is taken; none where reading that faults.
+    pub fn target(&self) -> Option<u64> {
+        match self.instruction.near_branch_target() {
+            0 => self.indirect_target(),
+            target => Some(target),
         }
     }
-    bit_offset_is_harmless(case, bits) && branch_is_harmless(case)
+
+    /// Where an indirect branch or a near return goes; none for other instructions and where reading it faults.
+    fn indirect_target(&self) -> Option<u64> {
+        let i = self.instruction;
+        match i.flow_control() {
+            FlowControl::IndirectBranch | FlowControl::IndirectCall if i.op0_kind() == OpKind::Register => {
+                register_value(self.state, i.op0_register(), 0, 0)
+            }
+            FlowControl::IndirectBranch | FlowControl::IndirectCall => {
+                self.read(self.address(0)?, i.memory_size().size().min(8))
+            }
+            FlowControl::Return => {
+                let size = if self.bits == 64 {
+                    8
+                } else if matches!(i.code(), Code::Retnw | Code::Retnw_imm16) {
+                    2
+                } else {
+                    4
+                };
+                let mask = if self.bits == 16 { 0xFFFF } else { u64::MAX };
+                self.read(self.state.gpr[4] & mask, size)
+            }
+            _ => None,
+        }
+    }
 }
 
 fn is_reachable(address: u64, size: u64, bits: u32) -> bool {
@@ -39,11 +157,6 @@ fn is_reachable(address: u64, size: u64, bits: u32) -> bool {
     let non_canonical = |a: u64| (a as i64) << 16 >> 16 != a as i64;
     // Wrapping around 4 GiB is up to the implementation, even in 32-bit mode (SDM 3A, 5.3).
     (address < LOW && end < LOW) || (bits == 64 && non_canonical(address) && non_canonical(end))
-}
-
-/// The linear address of memory operand `operand` of `i`, in flat segments.
-pub fn address(i: &Instruction, operand: u32, state: &NativeState) -> Option<u64> {
-    i.virtual_address(operand, 0, |register, element, size| register_value(state, register, element, size))
 }
 
 /// Register values as address computation wants them.
@@ -73,44 +186,4 @@ fn register_value(
         4 => value & 0xFFFF_FFFF,
         _ => value,
     })
-}
-
-/// BT and its kin with a register bit offset reach up to 2^60 bytes away from their operand.
-fn bit_offset_is_harmless(case: &Case, bits: u32) -> bool {
-    let i = &case.instruction;
-    let far = matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
-        && i.op0_kind() == OpKind::Memory
-        && i.op1_kind() == OpKind::Register;
-    if !far {
-        return true;
-    }
-    let value = case.state.gpr[i.op1_register().full_register().number()];
-    let offset = match i.op1_register().size() {
-        2 => i64::from(value as i16),
-        4 => i64::from(value as i32),
-        _ => value as i64,
-    };
-    address(i, 0, &case.state).is_some_and(|a| {
-        let a = a.wrapping_add((offset >> 3) as u64 & !7);
-        is_reachable(a.wrapping_sub(8), 24, bits)
-    })
-}
-
-/// Indirect branches must not land in this process's code, nor any branch on itself.
-fn branch_is_harmless(case: &Case) -> bool {
-    let i = &case.instruction;
-    let register = match i.flow_control() {
-        FlowControl::IndirectBranch | FlowControl::IndirectCall if i.op0_kind() == OpKind::Register => {
-            i.op0_register()
-        }
-        _ => return true,
-    };
-    let target = case.state.gpr[register.full_register().number()];
-    let inside = target.wrapping_sub(code_page(case)) < 4096;
-    !inside && is_reachable(target, 16, 64)
-}
-
-/// The code page's address, from where the instruction was decoded.
-fn code_page(case: &Case) -> u64 {
-    case.instruction.ip() & !4095
 }

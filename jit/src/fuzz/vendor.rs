@@ -12,11 +12,11 @@
 //! | x87 store, numeric exception and `#PF`  | numeric exception                  | `#PF`                              |
 //! | MOVSXD of 16 bits from memory           | reads 16 bits                      | reads 32 bits                      |
 //! | LDMXCSR with bit 17                     | `#GP`                              | misaligned exception mask          |
+//! | LOCK MOV with CR0                       | `#UD`                              | MOV with CR8: `#GP` at CPL 3       |
 //! | near branch with 66 in 64-bit mode      | 66 ignored                         | 16-bit operands (APM 3, CALL, JMP) |
 
-use super::safety;
-use crate::host::NativeState;
-use iced_x86::{Code, CodeSize, CpuidFeature, FlowControl, Instruction, Mnemonic, OpKind};
+use super::safety::Situation;
+use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, Mnemonic, OpKind};
 use std::sync::OnceLock;
 
 /// Whether the host is AMD's.
@@ -30,40 +30,57 @@ pub fn is_amd() -> bool {
 
 /// Forms that the host executes differently throughout.
 pub fn has_other_form(code: Code) -> bool {
-    is_amd()
-        && matches!(code, Code::Int1 | Code::Ldmxcsr_m32 | Code::VEX_Vldmxcsr_m32 | Code::Movsxd_r16_rm16)
+    is_amd() && code == Code::Int1
 }
 
-/// Whether the host executes `i`, encoded as `bytes`, differently when it starts from `state`.
-pub fn differs(i: &Instruction, bytes: &[u8], state: &NativeState) -> bool {
+/// Whether the host executes this differently.
+pub fn differs(now: &Situation<'_>) -> bool {
     if !is_amd() {
         return false;
     }
+    let i = now.instruction;
     let reserved = matches!(
         i.code(),
         Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
     );
-    let long_pause = i.code() == Code::Pause && i.len() > 2;
-    let branches = i.flow_control() != FlowControl::Next && i.code_size() == CodeSize::Code64;
-    let narrow_branch = branches && bytes[..bytes.len() - 1].contains(&0x66);
+    let branches = i.flow_control() != FlowControl::Next && now.bits == 64;
     (reserved && i.op0_kind() == OpKind::Register)
-        || long_pause
-        || narrow_branch
-        || has_misaligned_sha(i, state)
-        || counts_nothing(i, state)
+        || has_rex_pause(now)
+        || names_cr8(now)
+        || (branches && now.bytes[..now.bytes.len() - 1].contains(&0x66))
+        || (i.code() == Code::Movsxd_r16_rm16 && i.op1_kind() == OpKind::Memory)
+        || has_misaligned_sha(now)
+        || sets_misaligned_mask(now)
+        || counts_nothing(now)
 }
 
-fn has_misaligned_sha(i: &Instruction, state: &NativeState) -> bool {
+fn has_rex_pause(now: &Situation<'_>) -> bool {
+    let rex = now.bytes.iter().rev().nth(1).is_some_and(|b| b & 0xF1 == 0x41);
+    now.bits == 64 && now.instruction.code() == Code::Pause && rex
+}
+
+fn names_cr8(now: &Situation<'_>) -> bool {
+    now.bytes.contains(&0xF0) && now.bytes.windows(2).any(|b| b[0] == 0x0F && matches!(b[1], 0x20 | 0x22))
+}
+
+fn has_misaligned_sha(now: &Situation<'_>) -> bool {
+    let i = now.instruction;
     i.cpuid_features() == [CpuidFeature::SHA]
         && i.op1_kind() == OpKind::Memory
-        && safety::address(i, 1, state).is_none_or(|a| a & 15 != 0)
+        && now.address(1).is_none_or(|a| a & 15 != 0)
 }
 
-fn counts_nothing(i: &Instruction, state: &NativeState) -> bool {
+fn sets_misaligned_mask(now: &Situation<'_>) -> bool {
+    let loads = matches!(now.instruction.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr);
+    loads && now.address(0).and_then(|a| now.read(a, 4)).is_some_and(|v| v & 1 << 17 != 0)
+}
+
+fn counts_nothing(now: &Situation<'_>) -> bool {
+    let i = now.instruction;
     let repeats = i.has_rep_prefix() || i.has_repne_prefix();
     let narrow = (0..i.op_count())
         .any(|n| matches!(i.op_kind(n), OpKind::MemorySegESI | OpKind::MemoryESEDI | OpKind::MemorySegEDI));
-    repeats && narrow && state.gpr[1] as u32 == 0
+    now.bits == 64 && repeats && narrow && now.state.gpr[1] as u32 == 0
 }
 
 /// Whether flags behind a fault in `i` are the host's own affair.

@@ -6,9 +6,13 @@
 //! operands and faults included, and is the oracle the engines are compared with.
 
 mod area;
+mod ldt;
 mod native;
 mod vector;
 
 pub use area::CodeArea;
-pub use native::{Native, NativeLayout, NativeMode, NativeState, NativeStop};
+pub use native::{
+    CODE_LIMIT_16, DATA_BASE_16, DATA_LIMIT_16, Native, NativeLayout, NativeMode, NativeState, NativeStop,
+    SELECTORS_16,
+};
 pub use vector::HostVectorUnit;

@@ -4,7 +4,8 @@
 //! at just these addresses in this process, with guard pages around the arena, so that the same code sees the same
 //! addresses in an engine. Control comes back by an exception only: the INT3 behind the code at the latest.
 //!
-//! 32-bit code runs in compatibility mode, through the flat code segment that Linux keeps in every GDT.
+//! 32-bit code runs in compatibility mode, through the flat code segment that Linux keeps in every GDT; 16-bit code through
+//! segments in this process's LDT, with a 16-bit stack (the kernel brings back all of ESP: espfix64).
 //!
 //! Invariants the `unsafe` code relies on: both mappings are ours alone and live as long as [`Native`];
 //! `Frame` is laid out as the assembly expects; every exception raised while [`enter`] is active belongs to the
@@ -12,11 +13,13 @@
 //! enter the kernel, change FS or GS, or reach memory of this process outside the arena.
 
 use super::area::memfd;
+use super::ldt::{self, Content};
 use crate::signal::{self, FaultContext, FaultScope, SignalStack};
 use paravane_cpu::{FpuState, flags};
 use std::arch::naked_asm;
 use std::io;
 use std::mem::offset_of;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 /// Linux's selectors: 32-bit user code, user data, 64-bit user code.
@@ -25,6 +28,18 @@ const USER_DS: u16 = 0x2B;
 const USER_CS: u16 = 0x33;
 
 const PAGE: u64 = 4096;
+
+/// In 16-bit mode: what DS, ES and SS show below the arena, and how far they reach. CS starts at the code page.
+pub const DATA_BASE_16: u64 = 0x2000;
+/// Their limit, behind the arena of three pages and what is unmapped there.
+pub const DATA_LIMIT_16: u16 = 0x7FFF;
+/// The limit of CS.
+pub const CODE_LIMIT_16: u16 = 0xFFFF;
+/// Selectors of CS and of DS, ES and SS.
+pub const SELECTORS_16: (u16, u16) = (0x7, 0xF);
+
+/// Where the jump to the code under test lies in its page.
+const PROLOGUE: usize = 0x20;
 
 /// Where code and operands lie. Page-aligned, below 2 GiB, apart from each other by more than a page.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +68,27 @@ pub enum NativeMode {
     Long,
     /// Compatibility mode with a 32-bit code segment.
     Protected32,
+    /// Compatibility mode with 16-bit code, data and stack segments.
+    Protected16,
+}
+
+impl NativeMode {
+    /// 64, 32 or 16.
+    pub fn bits(self) -> u32 {
+        match self {
+            NativeMode::Long => 64,
+            NativeMode::Protected32 => 32,
+            NativeMode::Protected16 => 16,
+        }
+    }
+
+    /// `layout` as the code addresses it: offsets into its segments.
+    pub fn seen(self, layout: NativeLayout) -> NativeLayout {
+        match self {
+            NativeMode::Protected16 => NativeLayout { code: 0, data: DATA_BASE_16, ..layout },
+            _ => layout,
+        }
+    }
 }
 
 /// Registers before and after.
@@ -73,9 +109,9 @@ pub struct NativeStop {
     pub vector: u8,
     /// Its error code; zero for exceptions that have none.
     pub error_code: u32,
-    /// CR2, for page faults.
+    /// CR2, for page faults: linear.
     pub address: u64,
-    /// RIP as the exception pushes it.
+    /// RIP as the exception pushes it: an offset into CS.
     pub rip: u64,
 }
 
@@ -88,6 +124,9 @@ pub struct Native {
     _executable: Mapping,
     _arena: Mapping,
     _stack: SignalStack,
+    /// What of the code page is not INT3.
+    used: Range<usize>,
+    has_ldt: bool,
 }
 
 /// What [`enter`] and [`leave`] work on.
@@ -99,6 +138,8 @@ struct Frame {
     /// Where to go; the code there loads RSP.
     start: u64,
     start_cs: u64,
+    /// Loaded into DS, ES and SS.
+    start_data: u64,
     rsp: u64,
     host_mxcsr: u32,
     host_fcw: u32,
@@ -129,7 +170,28 @@ impl Native {
         arena.show(data_file.as_raw_fd(), PAGE, layout.data_len(), read)?;
         arena.show(data_file.as_raw_fd(), PAGE, layout.writable_pages * PAGE, write)?;
         let stack = SignalStack::new()?;
-        Ok(Native { layout, code, data, _executable: executable, _arena: arena, _stack: stack })
+        let mut native = Native {
+            layout,
+            code,
+            data,
+            _executable: executable,
+            _arena: arena,
+            _stack: stack,
+            used: 0..PAGE as usize,
+            has_ldt: false,
+        };
+        native.set_code(PROLOGUE, &[]);
+        Ok(native)
+    }
+
+    /// Makes the segments that 16-bit code needs. The error tells that this host does not allow them.
+    pub fn allow_sixteen_bits(&mut self) -> io::Result<()> {
+        let code = ldt::set_sixteen_bit(0, Content::Code, self.layout.code as u32, CODE_LIMIT_16)?;
+        let base = (self.layout.data - DATA_BASE_16) as u32;
+        let data = ldt::set_sixteen_bit(1, Content::Data, base, DATA_LIMIT_16)?;
+        assert_eq!((code, data), SELECTORS_16, "selectors follow from the entries");
+        self.has_ldt = true;
+        Ok(())
     }
 
     /// Where things lie.
@@ -143,13 +205,25 @@ impl Native {
         unsafe { std::slice::from_raw_parts_mut(self.data.start.cast(), self.data.length) }
     }
 
-    /// Fills the code page with INT3 and puts `code` at `offset`, which must be at least 16.
+    /// The same, to look at.
+    pub fn arena_bytes(&self) -> &[u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(self.data.start.cast(), self.data.length) }
+    }
+
+    /// Puts `code` at `offset`, which must be at least 64, in a page of INT3.
     pub fn set_code(&mut self, offset: usize, code: &[u8]) {
-        assert!(offset >= 16 && offset + code.len() < PAGE as usize, "code outside its page");
-        // SAFETY: our own writable mapping of the code page.
-        let page = unsafe { std::slice::from_raw_parts_mut(self.code.start.cast::<u8>(), self.code.length) };
-        page.fill(0xCC);
-        page[offset..offset + code.len()].copy_from_slice(code);
+        let end = offset + code.len();
+        assert!(offset >= PROLOGUE && end < PAGE as usize, "code outside its page");
+        let used = std::mem::replace(&mut self.used, offset..end);
+        let page = self.code_page_mut();
+        page[used].fill(0xCC);
+        page[offset..end].copy_from_slice(code);
+    }
+
+    fn code_page_mut(&mut self) -> &mut [u8] {
+        // SAFETY: our own writable mapping of the code page, borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.code.start.cast::<u8>(), self.code.length) }
     }
 
     /// The code page as it was last executed.
@@ -165,6 +239,7 @@ impl Native {
     /// The code must not enter the kernel otherwise, must not change FS or GS, must not run forever, and with
     /// these registers must not reach memory of this process outside the arena.
     pub unsafe fn run(&mut self, mode: NativeMode, offset: usize, state: &mut NativeState) -> NativeStop {
+        assert!(mode != NativeMode::Protected16 || self.has_ldt, "16-bit code needs its segments");
         let start = self.prologue(mode, offset, state.gpr[4]);
         super::vector::loadable(&mut state.fpu);
         let components = super::vector::enabled_components();
@@ -173,7 +248,12 @@ impl Native {
             rflags: (state.rflags & (flags::STATUS | flags::DF | flags::ID)) | flags::FIXED,
             fpu: &mut state.fpu,
             start,
-            start_cs: if mode == NativeMode::Long { 0 } else { USER32_CS },
+            start_cs: match mode {
+                NativeMode::Long => 0,
+                NativeMode::Protected32 => USER32_CS,
+                NativeMode::Protected16 => u64::from(SELECTORS_16.0),
+            },
+            start_data: u64::from(if mode == NativeMode::Protected16 { SELECTORS_16.1 } else { USER_DS }),
             rsp: 0,
             host_mxcsr: 0,
             host_fcw: 0,
@@ -191,17 +271,29 @@ impl Native {
         hook.stop.take().expect("the only way out is an exception")
     }
 
-    /// Writes `mov rsp, value` (`mov esp, value`) right before the code and returns its address.
+    /// Writes `mov rsp, value` and a jump to the code at `offset`, and returns where CS has it.
     fn prologue(&mut self, mode: NativeMode, offset: usize, value: u64) -> u64 {
-        let mut bytes = [0x48, 0xBC, 0, 0, 0, 0, 0, 0, 0, 0];
-        bytes[2..].copy_from_slice(&value.to_le_bytes());
-        let bytes = if mode == NativeMode::Long { &bytes[..] } else { &bytes[1..6] };
-        let at = offset - bytes.len();
-        // SAFETY: `offset` is at least 16 and inside the page (`set_code`), which is our own writable mapping.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.code.start.cast::<u8>().add(at), bytes.len());
+        let mut bytes = match mode {
+            NativeMode::Long => vec![0x48, 0xBC],
+            NativeMode::Protected32 => vec![0xBC],
+            NativeMode::Protected16 => vec![0x66, 0xBC],
+        };
+        bytes.extend_from_slice(&value.to_le_bytes()[..if mode == NativeMode::Long { 8 } else { 4 }]);
+        bytes.push(0xE9);
+        let displacement = if mode == NativeMode::Protected16 { 2 } else { 4 };
+        let distance = (offset - (PROLOGUE + bytes.len() + displacement)) as u32;
+        bytes.extend_from_slice(&distance.to_le_bytes()[..displacement]);
+        self.code_page_mut()[PROLOGUE..PROLOGUE + bytes.len()].copy_from_slice(&bytes);
+        mode.seen(self.layout).code + PROLOGUE as u64
+    }
+}
+
+impl Drop for Native {
+    fn drop(&mut self) {
+        if self.has_ldt {
+            // Nothing uses the segments any more; if they stayed, the next user would overwrite them.
+            ldt::clear(0).and_then(|()| ldt::clear(1)).ok();
         }
-        self.layout.code + at as u64
     }
 }
 
@@ -246,8 +338,8 @@ unsafe extern "C" fn enter(frame: *mut Frame) {
         "xrstor64 [rcx]",
         "jmp 3f",
         "2: fxrstor64 [rcx]",
-        // Null selectors serve 64-bit code, not compatibility mode; flat ones do not disturb 64-bit code.
-        "3: mov edx, {data}", "mov ds, edx", "mov es, edx",
+        // Null selectors serve 64-bit code, not compatibility mode; it ignores the base and limit of all others.
+        "3: mov rdx, [rdi + {data}]", "mov ds, edx", "mov es, edx", "mov ss, edx",
         "mov rax, [rdi + {cs}]",
         "test rax, rax",
         "jz 4f",
@@ -275,7 +367,7 @@ unsafe extern "C" fn enter(frame: *mut Frame) {
         start = const offset_of!(Frame, start),
         cs = const offset_of!(Frame, start_cs),
         rflags = const offset_of!(Frame, rflags),
-        data = const USER_DS,
+        data = const offset_of!(Frame, start_data),
     )
 }
 
@@ -446,5 +538,38 @@ mod tests {
         assert_eq!((stop.vector, stop.rip), (3, n.layout().code + 64 + 4));
         assert_eq!((s.gpr[0] & 0xFFFF_FFFF, s.gpr[4] & 0xFFFF_FFFF), (0x20, n.layout().data + 60));
         assert_eq!(n.arena()[60..64], [0x1A, 0, 0, 0]);
+    }
+
+    #[test]
+    fn sixteen_bit_code_runs_in_segments_of_the_ldt() {
+        let mut n = native(4);
+        if let Err(error) = n.allow_sixteen_bits() {
+            println!("NOT RUN: this host refuses modify_ldt: {error}");
+            return;
+        }
+        let mut s = state();
+        s.gpr = [0; 16];
+        s.gpr[0] = 0x1234_5678;
+        s.gpr[3] = DATA_BASE_16 + 8;
+        // The upper half of ESP is garbage that a 16-bit stack does not look at.
+        s.gpr[4] = 0xABCD_0000 | (DATA_BASE_16 + 64);
+        // push ax; mov [bx], eax; push cs; push ss; add sp, bx
+        let code = [0x50, 0x66, 0x89, 0x07, 0x0E, 0x16, 0x01, 0xDC];
+        let stop = run(&mut n, NativeMode::Protected16, &code, &mut s);
+        assert_eq!((stop.vector, stop.rip), (3, 64 + 9));
+        assert_eq!(n.arena()[8..12], [0x78, 0x56, 0x34, 0x12]);
+        assert_eq!(n.arena()[58..64], [0xF, 0, 0x7, 0, 0x78, 0x56]);
+        assert_eq!(s.gpr[4], 0xABCD_0000 | (2 * DATA_BASE_16 + 64 - 6 + 8));
+        // Beyond the limit: #GP through DS, #SS through the stack.
+        s.gpr[3] = u64::from(DATA_LIMIT_16);
+        let stop = run(&mut n, NativeMode::Protected16, &[0x89, 0x07], &mut s);
+        assert_eq!((stop.vector, stop.error_code), (13, 0));
+        s.gpr[4] = 0x9000;
+        let stop = run(&mut n, NativeMode::Protected16, &[0x50], &mut s);
+        assert_eq!((stop.vector, stop.error_code), (12, 0));
+        // A page fault reports the linear address.
+        s.gpr[3] = DATA_BASE_16 - 8;
+        let stop = run(&mut n, NativeMode::Protected16, &[0x8B, 0x07], &mut s);
+        assert_eq!((stop.vector, stop.address), (14, n.layout().data - 8));
     }
 }

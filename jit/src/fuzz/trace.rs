@@ -1,0 +1,259 @@
+//! Executes a program on the host one instruction at a time, each only after it was found harmless.
+
+use super::Bench;
+use super::compare;
+use super::generate::{Case, Generator, OFFSET};
+use super::program::{END, START};
+use super::safety::Situation;
+use crate::host::{NativeState, NativeStop};
+use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
+
+/// Instructions that a program may execute, all turns of its loops together.
+const LIMIT: usize = 240;
+
+/// One instruction and the MOVs that prepare its registers.
+#[derive(Clone)]
+pub struct Step {
+    /// Offset in the code page.
+    pub at: u64,
+    moves: Vec<(usize, u64)>,
+    setup: usize,
+    bytes: Vec<u8>,
+    instruction: Instruction,
+}
+
+impl Step {
+    pub(super) fn new(
+        at: u64,
+        moves: Vec<(usize, u64)>,
+        code: Vec<u8>,
+        instruction: Instruction,
+        bits: u32,
+    ) -> Step {
+        let mut bytes = Step::setup(&moves, bits);
+        let setup = bytes.len();
+        bytes.extend(code);
+        Step { at, moves, setup, bytes, instruction }
+    }
+
+    /// Registers that differ.
+    pub(super) fn moves(from: &NativeState, to: &NativeState) -> Vec<(usize, u64)> {
+        (0..16).filter(|&n| from.gpr[n] != to.gpr[n]).map(|n| (n, to.gpr[n])).collect()
+    }
+
+    /// MOVs of constants; they leave flags alone.
+    pub(super) fn setup(moves: &[(usize, u64)], bits: u32) -> Vec<u8> {
+        let mut code = Vec::new();
+        for &(number, value) in moves {
+            match bits {
+                64 => code.push(if number < 8 { 0x48 } else { 0x49 }),
+                16 => code.push(0x66),
+                _ => {}
+            }
+            code.push(0xB8 + (number as u8 & 7));
+            code.extend_from_slice(&value.to_le_bytes()[..if bits == 64 { 8 } else { 4 }]);
+        }
+        code
+    }
+
+    /// The byte behind it.
+    pub fn end(&self) -> u64 {
+        self.at + self.bytes.len() as u64
+    }
+
+    /// Makes NOPs of it.
+    pub(super) fn empty(&mut self, generator: &Generator, bits: u32) {
+        let nops = vec![0x90; self.bytes.len()];
+        let instruction = generator.decode(&nops, generator.layout.code + self.at);
+        *self = Step::new(self.at, Vec::new(), nops, instruction, bits);
+    }
+}
+
+/// An instruction would do harm or depend on something undefined, or the program does not end.
+pub(super) struct Refused;
+
+/// Where a trace stands.
+pub(super) struct Checkpoint {
+    now: NativeState,
+    arena: Vec<u8>,
+    rip: u64,
+    open: u64,
+    open_before: u64,
+    executed: usize,
+    last: usize,
+}
+
+/// A program under way. The arena is the bench's own, as it is now.
+pub(super) struct Tracer<'a> {
+    bench: &'a mut Bench,
+    start: NativeState,
+    arena: Vec<u8>,
+    /// Registers now.
+    pub(super) now: NativeState,
+    /// Offset in the code page of what comes next.
+    pub(super) rip: u64,
+    open: u64,
+    open_before: u64,
+    stop: Option<NativeStop>,
+    executed: Vec<Code>,
+    last: usize,
+}
+
+impl<'a> Tracer<'a> {
+    pub(super) fn new(bench: &'a mut Bench, state: &NativeState, arena: &[u8]) -> Tracer<'a> {
+        bench.native.arena().copy_from_slice(arena);
+        Tracer {
+            bench,
+            start: state.clone(),
+            arena: arena.to_vec(),
+            now: state.clone(),
+            rip: START,
+            open: 0,
+            open_before: 0,
+            stop: None,
+            executed: Vec::new(),
+            last: 0,
+        }
+    }
+
+    pub(super) fn generator(&self) -> &Generator {
+        &self.bench.generator
+    }
+
+    /// Whether an exception ended the program.
+    pub(super) fn has_ended(&self) -> bool {
+        self.stop.is_some()
+    }
+
+    pub(super) fn checkpoint(&mut self) -> Checkpoint {
+        Checkpoint {
+            now: self.now.clone(),
+            arena: self.bench.native.arena().to_vec(),
+            rip: self.rip,
+            open: self.open,
+            open_before: self.open_before,
+            executed: self.executed.len(),
+            last: self.last,
+        }
+    }
+
+    pub(super) fn restore(&mut self, to: Checkpoint) {
+        self.bench.native.arena().copy_from_slice(&to.arena);
+        self.now = to.now;
+        self.rip = to.rip;
+        self.open = to.open;
+        self.open_before = to.open_before;
+        self.last = to.last;
+        self.executed.truncate(to.executed);
+        self.stop = None;
+    }
+
+    /// Executes steps until there is none where RIP stands, or an exception.
+    pub(super) fn go(&mut self, steps: &[Step]) -> Result<(), Refused> {
+        while self.stop.is_none() {
+            let Some(number) = steps.iter().position(|s| s.at == self.rip) else {
+                let inside = steps.iter().any(|s| s.at < self.rip && self.rip < s.end());
+                return if inside { Err(Refused) } else { Ok(()) };
+            };
+            if self.executed.len() >= LIMIT {
+                return Err(Refused);
+            }
+            self.execute(&steps[number])?;
+            self.last = number;
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self, step: &Step) -> Result<(), Refused> {
+        for &(number, value) in &step.moves {
+            self.now.gpr[number] = value;
+        }
+        let bits = self.bench.generator.bits;
+        let now = Situation {
+            instruction: &step.instruction,
+            bytes: &step.bytes[step.setup..],
+            state: &self.now,
+            arena: self.bench.native.arena_bytes(),
+            layout: self.bench.generator.layout,
+            bits,
+        };
+        // One that goes back into its own step would run on unchecked.
+        let own = self.bench.generator.layout.code + step.at;
+        let turns = now.target().is_some_and(|t| t.wrapping_sub(own) < step.bytes.len() as u64);
+        let determined =
+            !turns && is_determined(&step.instruction, self.open) && !super::vendor::differs(&now);
+        if !determined || now.reads_code() || !now.is_harmless() {
+            return Err(Refused);
+        }
+        let after = open_after(&step.instruction, self.now.gpr[1], self.open);
+        self.open_before = self.open;
+        self.bench.native.set_code(step.at as usize, &step.bytes);
+        // SAFETY: harmless, as just checked with these very registers; the MOVs in front only set them.
+        let stop = unsafe { self.bench.native.run(self.bench.mode, step.at as usize, &mut self.now) };
+        self.executed.push(step.instruction.code());
+        let next = stop.rip.wrapping_sub(self.bench.generator.layout.code + 1);
+        if stop.vector == 3 && (OFFSET..END + 64).contains(&next) && next != step.at + step.setup as u64 {
+            self.rip = next;
+            self.open = after;
+        } else {
+            self.stop = Some(stop);
+        }
+        Ok(())
+    }
+
+    /// The program as one case.
+    pub(super) fn finish(self, steps: &[Step]) -> Option<Case> {
+        if self.executed.is_empty() {
+            return None;
+        }
+        let end = steps.iter().map(Step::end).max()?;
+        let mut code = vec![0xCC; (end - START) as usize];
+        for step in steps {
+            let at = (step.at - START) as usize;
+            code[at..at + step.bytes.len()].copy_from_slice(&step.bytes);
+        }
+        Some(Case {
+            code,
+            instruction: steps[self.last].instruction,
+            state: self.start,
+            arena: self.arena,
+            open_before: self.open_before,
+            open: self.open,
+            followed: steps.iter().any(|s| s.at == steps[self.last].end()),
+            executed: self.executed,
+            end: Some(self.now),
+        })
+    }
+}
+
+/// Whether `i` depends on nothing undefined, given the flags that are.
+fn is_determined(i: &Instruction, open: u64) -> bool {
+    // The last x87 instruction's address and opcode are not tracked by engines.
+    let environment =
+        matches!(i.mnemonic(), Mnemonic::Fnsave | Mnemonic::Fnstenv | Mnemonic::Fsave | Mnemonic::Fstenv);
+    // TF and AC from the stack change what every later instruction does.
+    let popf = matches!(i.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq);
+    let read = compare::from_iced(i.rflags_read());
+    !compare::is_open_result(i) && !environment && !popf && read & open == 0
+}
+
+/// Undefined flags behind an instruction, given those before it.
+fn open_after(i: &Instruction, rcx: u64, before: u64) -> u64 {
+    let own = compare::undefined_flags(i, rcx);
+    let last = i.op_count().saturating_sub(1);
+    // A count of zero leaves all flags as they were; a REP that does nothing too.
+    let conditional = i.op_count() > 0 && i.op_kind(last) == OpKind::Register && is_shift(i.mnemonic());
+    if conditional || i.has_rep_prefix() || i.has_repne_prefix() || i.flow_control() != FlowControl::Next {
+        return before | own;
+    }
+    let defined = compare::from_iced(i.rflags_modified()) & !own;
+    (before & !defined) | own
+}
+
+fn is_shift(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    )
+}
