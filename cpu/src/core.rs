@@ -217,11 +217,7 @@ impl Core {
         let mut fault = fault;
         loop {
             self.faults += 1;
-            if fault.vector == Vector::PF
-                && let Some(at) = fault.cr2
-            {
-                cpu.cr2 = at.0;
-            }
+            note_address(cpu, &fault);
             if fault.vector == Vector::DB {
                 cpu.dr[7] &= !dr7::GD;
                 cpu.msr.debugctl &= !debugctl::BTF;
@@ -235,10 +231,13 @@ impl Core {
             };
             match self.deliver(cpu, mem, bus, &event) {
                 Ok(()) => return Step::Done,
-                Err(second) => match exception::combine(fault.vector, second) {
-                    Some(next) => fault = next,
-                    None => return Step::TripleFault,
-                },
+                Err(second) => {
+                    note_address(cpu, &second);
+                    match exception::combine(fault.vector, second) {
+                        Some(next) => fault = next,
+                        None => return Step::TripleFault,
+                    }
+                }
             }
         }
     }
@@ -320,6 +319,13 @@ impl Core {
             ("core.tlb_misses", self.unit.tlb.misses),
             ("core.decodes", self.fetcher.decodes()),
         ]
+    }
+}
+
+/// CR2 follows every page fault, even one that becomes a double fault or shutdown (SDM 3A, 6.15, interrupt 14).
+fn note_address(cpu: &mut CpuState, fault: &Fault) {
+    if let (Vector::PF, Some(at)) = (fault.vector, fault.cr2) {
+        cpu.cr2 = at.0;
     }
 }
 

@@ -14,6 +14,8 @@ mod crossing;
 mod debug;
 #[path = "system/debug_registers.rs"]
 mod debug_registers;
+#[path = "system/delivery.rs"]
+mod delivery;
 #[path = "system/exceptions.rs"]
 mod exceptions;
 #[path = "system/fpu.rs"]

@@ -159,7 +159,9 @@ impl CpuBus for Board {
         if port.0 == 0x80
             && let Some((attention, what, vector)) = self.raise.lock().expect("source").take()
         {
-            self.pending.lock().expect("queue").push_back(vector);
+            if what == Attention::INTERRUPT {
+                self.pending.lock().expect("queue").push_back(vector);
+            }
             attention.set(what);
         }
     }

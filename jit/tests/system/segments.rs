@@ -4,7 +4,7 @@ use crate::bed::{CODE, DATA, GDT, Start, both, sel};
 use paravane_cpu::{SegReg, gpr};
 
 /// A descriptor: base, limit in its granularity, and the attributes of bits 40–47 and 52–55 as in `Segment`.
-fn descriptor(base: u64, limit: u64, attributes: u64) -> u64 {
+pub fn descriptor(base: u64, limit: u64, attributes: u64) -> u64 {
     (limit & 0xFFFF)
         | (base & 0xFF_FFFF) << 16
         | (attributes & 0xFF) << 40
