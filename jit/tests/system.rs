@@ -38,15 +38,21 @@ mod registers;
 mod segmented;
 #[path = "system/segments.rs"]
 mod segments;
+#[path = "system/switches.rs"]
+mod switches;
 #[path = "system/syscalls.rs"]
 mod syscalls;
 #[path = "system/tasks.rs"]
 mod tasks;
 #[path = "system/tlb.rs"]
 mod tlb;
+#[path = "system/transfers.rs"]
+mod transfers;
 #[path = "system/vme.rs"]
 mod vme;
 #[path = "system/wild.rs"]
 mod wild;
+#[path = "system/wraps.rs"]
+mod wraps;
 #[path = "system/xsave.rs"]
 mod xsave;

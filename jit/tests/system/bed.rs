@@ -574,7 +574,8 @@ impl Bed {
     pub fn taken(&self) -> Taken {
         let vector = self.handler().unwrap_or_else(|| panic!("no handler at {:#x}", self.cpu.rip));
         let has_error = matches!(vector, 8 | 10..=14 | 17) && self.start != Start::Real;
-        let mut at = self.cpu.segment(SegReg::Ss).base + self.cpu.gpr[gpr::RSP];
+        let sp = self.cpu.gpr[gpr::RSP] & if self.start == Start::Real { 0xFFFF } else { u64::MAX };
+        let mut at = self.cpu.segment(SegReg::Ss).base + sp;
         let mut pop = || {
             let (size, value) = match self.start {
                 Start::Real => (2, u64::from(self.get16(at))),
