@@ -461,6 +461,8 @@ impl Channel {
     }
 
     fn software_reset(&mut self) {
+        // Device 0 is selected from the start and answers BSY, whichever was selected (ATA-7, 9.2 and 9.3).
+        self.selected = 0;
         self.drives.iter_mut().flatten().for_each(|d| d.status = status::BSY);
         if self.phase == Phase::Busy {
             self.reset_waits = true;

@@ -411,6 +411,22 @@ fn reset_in_mid_transfer_waits_for_the_back_end() {
     assert_eq!(rig.wait(), READY | status::DRQ);
 }
 
+#[test]
+fn reset_is_busy_even_where_an_absent_device_was_selected() {
+    let slow = Slow(Some(Fault::Delay(Duration::from_millis(50))));
+    let mut rig = rig_with("reset-absent", Some(Arc::new(slow)), false);
+    rig.memory.write(PhysAddr(0x8000), &0x8000_0200_0001_0000u64.to_le_bytes()).unwrap();
+    rig.bm_out(4, Width::W32, 0x8000);
+    rig.lba28(c::READ_DMA, 0, 1);
+    rig.out(0x1F6, 0xF0);
+    rig.bm_out(0, Width::W8, 9);
+    assert_eq!(rig.inb(0x3F6), 0, "device 1 is absent");
+    rig.out(0x3F6, 4);
+    rig.out(0x3F6, 0);
+    assert_eq!(rig.inb(0x3F6) & status::BSY, status::BSY);
+    assert_eq!(rig.wait(), READY);
+}
+
 /// Random accesses to every register, with a bias to commands and to tables that exist.
 #[test]
 fn no_sequence_of_accesses_breaks_the_channel() {
