@@ -37,7 +37,7 @@ pub use irqchip::{FabricConfig, InterruptFabric, IoApicWindow, PicPorts, TscCloc
 pub use paravane_memory::{Port, VpIndex, Width};
 pub use pit::Pit;
 pub use rtc::Rtc;
-pub use sysports::{ByteSink, DebugConsole, DebugExit, SystemPorts};
+pub use sysports::{ByteSink, CoprocessorError, DebugConsole, DebugExit, SystemPorts};
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};
 pub use timed::bind_timer;
 pub use uart::{CharSink, CharSource, NoInput, Uart, UartWiring};

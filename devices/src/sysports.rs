@@ -1,8 +1,9 @@
-//! Small system ports: fast A20 and reset (92h), POST code (80h), debug console (E9h) and debug exit (IBM PS/2
-//! technical reference). Reset control (CF9h) is a byte of the PCI configuration address and lives there.
+//! Small system ports: fast A20 and reset (92h), POST code (80h), coprocessor error (F0h), debug console (E9h) and debug
+//! exit (IBM PS/2 technical reference). Reset control (CF9h) is a byte of the PCI configuration address and lives there.
 
 use crate::control::{A20Gate, A20Source, MachineControl};
 use crate::device::{Device, Inspect, PioDevice, ResetKind};
+use crate::irq::IrqLine;
 use paravane_memory::{Port, Width};
 use std::fmt::Display;
 use std::sync::Arc;
@@ -159,6 +160,52 @@ impl Drop for DebugConsole {
     }
 }
 
+/// The coprocessor error latch (82371SB, CERR register): FERR# raises IRQ 13, a write to port F0h or F1h lowers it.
+/// Claim [`CoprocessorError::RANGE`] with `Width::W8`.
+pub struct CoprocessorError {
+    irq: Arc<IrqLine>,
+}
+
+impl CoprocessorError {
+    /// (first port, count) of the range to claim.
+    pub const RANGE: (Port, u32) = (Port(0xF0), 2);
+
+    /// The latch behind `irq`, which whoever sees FERR# raises.
+    pub fn new(irq: Arc<IrqLine>) -> CoprocessorError {
+        CoprocessorError { irq }
+    }
+}
+
+impl Inspect for CoprocessorError {
+    fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
+        field("irq13", &self.irq.is_high());
+    }
+}
+
+impl Device for CoprocessorError {
+    fn label(&self) -> &str {
+        "coprocessor-error"
+    }
+
+    fn reset(&mut self, _kind: ResetKind) {
+        self.irq.set(false);
+    }
+
+    fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
+        Some(self)
+    }
+}
+
+impl PioDevice for CoprocessorError {
+    fn port_in(&mut self, _port: Port, _width: Width) -> u32 {
+        0xFF // write-only
+    }
+
+    fn port_out(&mut self, _port: Port, _width: Width, _value: u32) {
+        self.irq.set(false);
+    }
+}
+
 /// The debug-exit port: a write ends the run with the value; claim 4 ports with `Width::W32`.
 pub struct DebugExit {
     control: Arc<dyn MachineControl>,
@@ -224,6 +271,17 @@ mod tests {
         assert_eq!(control.take(), ["reset port 92h"]);
         ports.port_out(Port(0x80), Width::W8, 0x55);
         assert_eq!(ports.post_code(), 0x55);
+    }
+
+    #[test]
+    fn irq_13_stays_up_until_port_f0_is_written() {
+        let irq = Arc::new(IrqLine::unconnected());
+        let mut latch = CoprocessorError::new(irq.clone());
+        irq.set(true);
+        assert_eq!(latch.port_in(Port(0xF0), Width::W8), 0xFF);
+        assert!(irq.is_high());
+        latch.port_out(Port(0xF0), Width::W8, 0);
+        assert!(!irq.is_high());
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! | i8042                         | 0x60, 0x64                               | IRQ 1, 12        |
 //! | MC146818                      | 0x70-0x71                                | IRQ 8            |
 //! | port 92, POST code, 0xE9      | 0x92, 0x80, 0xE9                         |                  |
-//! | FERR#                         | 0xF0                                     | IRQ 13           |
+//! | coprocessor error (FERR#)     | 0xF0-0xF1                                | IRQ 13           |
 //! | 16550A COM1-COM4              | 0x3F8, 0x2F8, 0x3E8, 0x2E8               | IRQ 4, 3, 4, 3   |
 //! | ACPI power management         | 0x600, 0xB2                              | IRQ 9            |
 //! | PCI configuration, reset      | 0xCF8-0xCFF                              |                  |
@@ -33,9 +33,10 @@ use paravane_devices::ide::IdeController;
 use paravane_devices::pci::{HostBridge, IsaBridge, PciBus, PirqRouter, PowerFunction};
 use paravane_devices::uart::{self, CharSink, CharSource, NoInput, Uart, UartWiring};
 use paravane_devices::{
-    A20Gate, A20Source, AcpiPm, AcpiPmWiring, Bus, ByteSink, Clock, Counters, DebugConsole, DebugExit,
-    Device, DeviceHandle, FabricConfig, InterruptFabric, IoApicWindow, IrqLine, IrqSink, MachineControl,
-    MsiSink, PicPorts, Pit, ResetKind, Rtc, SystemPorts, TimerQueue, TscClock, WiredOr, bind_timer, share,
+    A20Gate, A20Source, AcpiPm, AcpiPmWiring, Bus, ByteSink, Clock, CoprocessorError, Counters, DebugConsole,
+    DebugExit, Device, DeviceHandle, FabricConfig, InterruptFabric, IoApicWindow, IrqLine, IrqSink,
+    MachineControl, MsiSink, PicPorts, Pit, ResetKind, Rtc, SystemPorts, TimerQueue, TscClock, WiredOr,
+    bind_timer, share,
 };
 use paravane_memory::{GuestMemory, PhysAddr, Port, Width};
 use paravane_pv::virtio::{
@@ -129,7 +130,8 @@ impl Board {
         if let Some(heard) = ends.lab_port {
             b.ports(share(LabDevice::new(heard)), &[(LabDevice::PORT, 1)], Width::W8);
         }
-        let ferr = b.line(irq::FERR, "fpu");
+        let ferr = Arc::new(b.line(irq::FERR, "fpu"));
+        b.ports(share(CoprocessorError::new(Arc::clone(&ferr))), &[CoprocessorError::RANGE], Width::W8);
         let cpu_bus = MachineBus::new(
             Arc::clone(&b.bus),
             Arc::clone(&b.fabric),
@@ -337,7 +339,7 @@ impl Builder<'_> {
 
     /// The PCI bus with the chipset's functions, IDE, and every virtio device.
     fn pci(&mut self, disks: Vec<Disk>) -> Result<PciParts, MachineError> {
-        let mut pci = PciBus::new(Arc::clone(&self.bus), Arc::clone(&self.control));
+        let mut pci = PciBus::new(&self.bus, Arc::clone(&self.control));
         let router = PirqRouter::new(&self.sink);
         let occupied = |e: paravane_devices::pci::PciError| MachineError::Wiring(e.to_string());
 

@@ -31,8 +31,8 @@ pub struct MachineBus {
     tsc: TscClock,
     /// The bootstrap processor's IA32_APIC_BASE as last written: where its APIC answers.
     apic_base: AtomicU64,
-    /// FERR# reaches IRQ 13.
-    ferr: IrqLine,
+    /// FERR# raises IRQ 13; the coprocessor error latch lowers it.
+    ferr: Arc<IrqLine>,
     counts: Counts,
 }
 
@@ -43,7 +43,7 @@ impl MachineBus {
         fabric: Arc<InterruptFabric>,
         clock: Arc<dyn Clock>,
         tsc: TscClock,
-        ferr: IrqLine,
+        ferr: Arc<IrqLine>,
         counters: &Counters,
     ) -> MachineBus {
         let count = |name| counters.counter("cpu0", name);
@@ -155,7 +155,7 @@ impl CpuBus for MachineBus {
     }
 
     fn fpu_error(&self, _vp: VpIndex) {
-        self.ferr.pulse();
+        self.ferr.set(true);
     }
 }
 

@@ -117,46 +117,61 @@ impl Hpet {
         }
     }
 
-    /// Calls `f` with the wire of comparator `n`.
-    fn with_line(&self, n: usize, f: impl FnOnce(&dyn Fn(bool))) {
-        if self.config & LEG_RT_CNF != 0 && n < 2 {
-            return f(&|high| self.wiring.legacy.set_level(LegacyRoute::HPET0 + n as u32, high));
-        }
-        let route = self.comparators[n].config >> TN_INT_ROUTE_SHIFT & 0x1F;
-        if let Some((_, line)) = self.wiring.routes.iter().find(|(gsi, _)| u64::from(*gsi) == route) {
-            f(&|high| line.set(high));
-        }
+    /// The legacy switch's input of comparator `n`, if it drives one now.
+    fn legacy_input(&self, n: usize) -> Option<u32> {
+        (self.config & LEG_RT_CNF != 0 && n < 2).then_some(LegacyRoute::HPET0 + n as u32)
     }
 
+    /// The I/O APIC input that comparator `n` is set to.
+    fn route(&self, n: usize) -> u64 {
+        self.comparators[n].config >> TN_INT_ROUTE_SHIFT & 0x1F
+    }
+
+    fn is_level(&self, n: usize) -> bool {
+        self.comparators[n].config & TN_INT_TYPE_CNF != 0
+    }
+
+    /// Comparator `n` matched. A level is driven by [`Self::finish`]; an edge is a pulse, which in legacy mode lasts
+    /// until the next one, because the 8259A forgets a request whose input falls.
     fn raise(&mut self, n: usize) {
-        let config = self.comparators[n].config;
-        let level = config & TN_INT_TYPE_CNF != 0;
-        if level {
+        if self.is_level(n) {
             self.status |= 1 << n;
-        }
-        if config & TN_INT_ENB_CNF != 0 {
-            self.with_line(n, |set| {
-                set(true);
-                if !level {
-                    set(false);
+        } else if self.comparators[n].config & TN_INT_ENB_CNF != 0 {
+            match self.legacy_input(n) {
+                Some(input) => {
+                    self.wiring.legacy.set_level(input, false);
+                    self.wiring.legacy.set_level(input, true);
                 }
-            });
+                None => self.line_to(self.route(n)).into_iter().for_each(IrqLine::pulse),
+            }
         }
     }
 
-    /// Lowers the wire of comparator `n` before its route or its request changes.
-    fn lower(&self, n: usize) {
-        self.with_line(n, |set| set(false));
+    fn line_to(&self, route: u64) -> Option<&IrqLine> {
+        self.wiring.routes.iter().find(|(gsi, _)| u64::from(*gsi) == route).map(|(_, line)| line)
+    }
+
+    /// Ends what comparator `n` drives into the legacy switch.
+    fn lower_legacy(&self, n: usize) {
+        if let Some(input) = self.legacy_input(n) {
+            self.wiring.legacy.set_level(input, false);
+        }
     }
 
     /// Drives level wires as status and enables say, and waits for the next match that interrupts.
     fn finish(&mut self) {
-        for n in 0..TIMERS {
-            let c = &self.comparators[n];
-            let request = c.config & TN_INT_ENB_CNF != 0 && self.status & 1 << n != 0 && self.runs();
-            if c.config & TN_INT_TYPE_CNF != 0 {
-                self.with_line(n, |set| set(request));
+        let requests = |n: usize| {
+            let enabled = self.comparators[n].config & TN_INT_ENB_CNF != 0 && self.runs();
+            self.is_level(n) && enabled && self.status & 1 << n != 0
+        };
+        for n in (0..TIMERS).filter(|&n| self.is_level(n)) {
+            if let Some(input) = self.legacy_input(n) {
+                self.wiring.legacy.set_level(input, requests(n));
             }
+        }
+        for (gsi, line) in &self.wiring.routes {
+            let here = |n: &usize| self.legacy_input(*n).is_none() && self.route(*n) == u64::from(*gsi);
+            line.set((0..TIMERS).filter(here).any(requests));
         }
         let next = self.runs().then(|| self.comparators.iter().filter_map(|c| self.next_match(c)).min());
         self.timer.set(next.flatten());
@@ -219,7 +234,7 @@ impl Hpet {
     fn configure(&mut self, config: u64, now: VmTime) {
         let changed = self.config ^ config;
         if changed & LEG_RT_CNF != 0 {
-            (0..TIMERS).for_each(|n| self.lower(n));
+            (0..TIMERS).for_each(|n| self.lower_legacy(n));
         }
         self.counter = self.counter_at(now);
         self.since = now;
@@ -229,14 +244,21 @@ impl Hpet {
     }
 
     fn configure_comparator(&mut self, n: usize, value: u64) {
-        self.lower(n);
+        let was_level = self.is_level(n);
+        // A route that the timer does not have reads back as the old one (2.3.8): so software finds out.
+        let route = value & TN_INT_ROUTE_CNF;
+        let exists = self.line_to(route >> TN_INT_ROUTE_SHIFT).is_some();
         let c = &mut self.comparators[n];
-        c.config = value & TN_WRITABLE;
+        let route = if exists { route } else { c.config & TN_INT_ROUTE_CNF };
+        c.config = value & TN_WRITABLE & !TN_INT_ROUTE_CNF | route;
         if c.config & TN_32MODE_CNF != 0 {
             (c.compare, c.period) = (c.compare & c.mask(), c.period & c.mask());
         }
-        if c.config & TN_INT_TYPE_CNF == 0 {
+        if !self.is_level(n) {
             self.status &= !(1 << n);
+            if was_level {
+                self.lower_legacy(n);
+            }
         }
     }
 
@@ -251,9 +273,6 @@ impl Hpet {
         }
         if c.is_periodic() {
             c.period = merge(c.period) & c.mask();
-            if mask == 0xFFFF_FFFF {
-                c.period &= mask; // drivers of 32-bit kernels never write the high half
-            }
         }
         c.config &= !TN_VAL_SET_CNF;
     }
@@ -276,7 +295,7 @@ impl Device for Hpet {
     }
 
     fn reset(&mut self, _kind: ResetKind) {
-        (0..TIMERS).for_each(|n| self.lower(n));
+        (0..TIMERS).for_each(|n| self.lower_legacy(n));
         (self.config, self.status, self.counter) = (0, 0, 0);
         self.comparators = Self::power_on();
         self.wiring.legacy.set_replaced(false);

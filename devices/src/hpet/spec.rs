@@ -45,8 +45,10 @@ pub const TN_VAL_SET_CNF: u64 = 1 << 6;
 pub const TN_32MODE_CNF: u64 = 1 << 8;
 /// Timer: interrupt route, bits 13:9.
 pub const TN_INT_ROUTE_SHIFT: u32 = 9;
+/// Timer: interrupt route, where it lies.
+pub const TN_INT_ROUTE_CNF: u64 = 0x1F << TN_INT_ROUTE_SHIFT;
 /// Timer: bits software can write.
 pub const TN_WRITABLE: u64 =
-    TN_INT_TYPE_CNF | TN_INT_ENB_CNF | TN_TYPE_CNF | TN_VAL_SET_CNF | TN_32MODE_CNF | 0x1F << 9;
+    TN_INT_TYPE_CNF | TN_INT_ENB_CNF | TN_TYPE_CNF | TN_VAL_SET_CNF | TN_32MODE_CNF | TN_INT_ROUTE_CNF;
 /// Bit of the route capability mask of input 0.
 pub const TN_ROUTE_CAP_SHIFT: u32 = 32;

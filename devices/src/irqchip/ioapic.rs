@@ -28,6 +28,17 @@ impl Message {
     }
 }
 
+fn delivery_mode(entry: u64) -> u32 {
+    (entry >> 8 & 7) as u32
+}
+
+/// Whether a redirection entry is level triggered: the modes without an EOI never are, whatever bit 15 says (82093AA,
+/// delivery mode).
+fn is_level(entry: u64) -> bool {
+    let has_eoi = matches!(delivery_mode(entry), delivery::FIXED | delivery::LOWEST_PRIORITY);
+    has_eoi && entry & LEVEL != 0
+}
+
 /// The I/O APIC.
 #[derive(Debug)]
 pub struct IoApic {
@@ -52,7 +63,7 @@ impl IoApic {
         let bit = 1 << pin;
         let rising = high && self.lines & bit == 0;
         self.lines = if high { self.lines | bit } else { self.lines & !bit };
-        if entry & LEVEL != 0 { self.level_message(pin) } else { self.edge_message(pin, rising) }
+        if is_level(entry) { self.level_message(pin) } else { self.edge_message(pin, rising) }
     }
 
     fn edge_message(&self, pin: usize, rising: bool) -> Option<Message> {
@@ -62,14 +73,11 @@ impl IoApic {
     /// A level input asks while it is asserted, unmasked and not already waiting for an EOI.
     fn level_message(&mut self, pin: usize) -> Option<Message> {
         let entry = self.entries[pin];
-        if self.lines & 1 << pin == 0 || entry & (MASKED | REMOTE_IRR) != 0 || entry & LEVEL == 0 {
+        if self.lines & 1 << pin == 0 || entry & (MASKED | REMOTE_IRR) != 0 || !is_level(entry) {
             return None;
         }
-        let message = self.message(pin);
-        if matches!(message.delivery, delivery::FIXED | delivery::LOWEST_PRIORITY) {
-            self.entries[pin] |= REMOTE_IRR;
-        }
-        Some(message)
+        self.entries[pin] |= REMOTE_IRR;
+        Some(self.message(pin))
     }
 
     fn message(&self, pin: usize) -> Message {
@@ -77,9 +85,9 @@ impl IoApic {
         let rest = Message {
             destination: 0,
             logical: false,
-            delivery: (entry >> 8 & 7) as u32,
+            delivery: delivery_mode(entry),
             vector: entry as u8,
-            level: entry & LEVEL != 0,
+            level: is_level(entry),
         };
         Message::with_8bit_destination((entry >> 56) as u8, entry & LOGICAL != 0, rest)
     }

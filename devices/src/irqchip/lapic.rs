@@ -42,6 +42,32 @@ pub struct Refused;
 /// The LVT entries by register offset.
 const LVTS: [u32; 7] = [LVT_TIMER, LVT_THERMAL, LVT_PERF, LVT_LINT0, LVT_LINT1, LVT_ERROR, LVT_CMCI];
 
+/// Bits that software can write in the LVT entry at `offset` (SDM figure 11-8).
+const fn lvt_writable(offset: u32) -> u32 {
+    match offset {
+        LVT_TIMER => 0x0007_00FF,
+        LVT_LINT0 | LVT_LINT1 => 0x0001_A7FF,
+        LVT_ERROR => 0x0001_00FF,
+        _ => 0x0001_07FF,
+    }
+}
+
+/// Bits that may be set in a write to the x2APIC register at `offset`: those that can be written, and those that hardware
+/// writes and software may write back (delivery status, remote IRR).
+const fn x2apic_bits(offset: u32) -> u64 {
+    let bits = match offset {
+        EOI | ESR => 0,
+        TPR | SELF_IPI => 0xFF,
+        SVR => SVR_WRITABLE,
+        DIVIDE => DIVIDE_WRITABLE,
+        LVT_LINT0 | LVT_LINT1 => lvt_writable(offset) | LVT_DELIVERY_STATUS | LVT_REMOTE_IRR,
+        LVT_TIMER | LVT_THERMAL | LVT_PERF | LVT_ERROR => lvt_writable(offset) | LVT_DELIVERY_STATUS,
+        ICR_LOW => return 0xFFFF_FFFF << 32 | (ICR_WRITABLE | ICR_DELIVERY_STATUS) as u64,
+        _ => u32::MAX,
+    };
+    bits as u64
+}
+
 /// Eight 32-bit registers: one bit per vector.
 #[derive(Clone, Copy, Default, Debug)]
 struct Bitmap([u32; 8]);
@@ -162,9 +188,10 @@ impl LocalApic {
         if self.tpr & 0xF0 >= in_service { self.tpr } else { in_service }
     }
 
-    /// The vector this APIC would deliver now.
+    /// The vector this APIC would deliver now. What was accepted before the APIC was disabled by software is still
+    /// delivered (SDM 11.4.7.2: "held and require masking or handling by the CPU").
     pub(super) fn pending(&self) -> Option<u8> {
-        if !self.is_software_enabled() {
+        if !self.is_enabled() {
             return None;
         }
         self.irr.highest().filter(|v| v & 0xF0 > self.ppr() & 0xF0)
@@ -274,6 +301,9 @@ impl LocalApic {
         if entry & LVT_MASKED != 0 || !self.is_enabled() {
             return;
         }
+        if offset == LVT_PERF {
+            self.lvt[2] |= LVT_MASKED; // SDM 11.5.1: set when the interrupt is handled
+        }
         let has_mode = !matches!(offset, LVT_TIMER | LVT_ERROR);
         match if has_mode { entry >> 8 & 7 } else { delivery::FIXED } {
             delivery::FIXED => self.accept(entry as u8, false),
@@ -293,8 +323,16 @@ impl LocalApic {
     }
 
     fn raise_lint(&mut self, pin: usize) {
+        if !self.is_enabled() {
+            // The pins are INTR (see passes_extint) and NMI again (SDM 11.4.3).
+            if pin == 1 && self.bootstrap && self.lint_high[1] {
+                self.outbox.push(Outgoing::Nmi);
+            }
+            return;
+        }
         let entry = self.lvt[3 + pin];
-        let level = entry & LVT_LEVEL != 0 && entry >> 8 & 7 == delivery::FIXED;
+        // LINT1 knows edges only (SDM 11.5.1, trigger mode).
+        let level = pin == 0 && entry & LVT_LEVEL != 0 && entry >> 8 & 7 == delivery::FIXED;
         if !level {
             if self.lint_high[pin] {
                 self.raise_lvt(LVTS[3 + pin]);
@@ -306,10 +344,11 @@ impl LocalApic {
     }
 
     fn error(&mut self, bit: u32) {
-        let new = self.esr_pending & bit == 0;
+        // One interrupt until the next write to ESR, which arms it again (SDM 11.5.3).
+        let armed = self.esr_pending == 0;
         self.esr_pending |= bit;
         let vector = self.lvt[5] as u8;
-        if new && self.lvt[5] & LVT_MASKED == 0 && vector >= 16 {
+        if armed && self.lvt[5] & LVT_MASKED == 0 && vector >= 16 {
             self.accept(vector, false);
         }
     }
@@ -353,9 +392,9 @@ impl LocalApic {
             ID => self.xapic_id = (value >> 24) as u8,
             LDR => self.ldr = value & 0xFF00_0000,
             DFR => self.dfr = value | 0x0FFF_FFFF,
-            ICR_HIGH => self.icr = self.icr & 0xFFFF_FFFF | u64::from(value) << 32,
+            ICR_HIGH => self.icr = self.icr & 0xFFFF_FFFF | u64::from(value & 0xFF00_0000) << 32,
             ICR_LOW => {
-                self.icr = self.icr & !0xFFFF_FFFF | u64::from(value);
+                self.icr = self.icr & !0xFFFF_FFFF | u64::from(value & ICR_WRITABLE);
                 let rest = Message { destination: 0, logical: false, delivery: 0, vector: 0, level: false };
                 let logical = value & 1 << 11 != 0;
                 let to = Message::with_8bit_destination((self.icr >> 56) as u8, logical, rest);
@@ -386,35 +425,24 @@ impl LocalApic {
         }
     }
 
-    /// WRMSR of an x2APIC register.
+    /// WRMSR of an x2APIC register; a reserved bit is refused (SDM 11.12.1.3).
     pub(super) fn write_msr(&mut self, msr: u32, value: u64, now: VmTime) -> Result<(), Refused> {
         let offset = msr.wrapping_sub(MSR_X2APIC) << 4;
-        if !self.is_x2apic() || offset != ICR_LOW && value >> 32 != 0 {
+        if !self.is_x2apic() || value & !x2apic_bits(offset) != 0 {
             return Err(Refused);
         }
         let low = value as u32;
         match offset {
             ICR_LOW => {
-                self.icr = value;
+                self.icr = value & !u64::from(ICR_DELIVERY_STATUS);
                 self.send(low, (value >> 32) as u32);
-                Ok(())
             }
-            SELF_IPI => {
-                self.send(low & 0xFF | 1 << 18, 0);
-                Ok(())
-            }
-            EOI | ESR if low != 0 => Err(Refused),
-            EOI => {
-                self.end_of_interrupt();
-                Ok(())
-            }
-            ESR => {
-                self.latch_errors();
-                Ok(())
-            }
-            TPR if low > 0xFF => Err(Refused),
-            _ => self.write(offset, low, now).then_some(()).ok_or(Refused),
+            SELF_IPI => self.send(low | 1 << 18, 0),
+            EOI => self.end_of_interrupt(),
+            ESR => self.latch_errors(),
+            _ => return self.write(offset, low, now).then_some(()).ok_or(Refused),
         }
+        Ok(())
     }
 
     /// Registers that read alike in both modes.
@@ -461,13 +489,7 @@ impl LocalApic {
     }
 
     fn set_lvt(&mut self, index: usize, offset: u32, value: u32) {
-        let writable = match offset {
-            LVT_TIMER => 0x0007_00FF,
-            LVT_LINT0 | LVT_LINT1 => 0x0001_A7FF,
-            LVT_ERROR => 0x0001_00FF,
-            _ => 0x0001_07FF,
-        };
-        let mut entry = value & writable | self.lvt[index] & LVT_REMOTE_IRR;
+        let mut entry = value & lvt_writable(offset) | self.lvt[index] & LVT_REMOTE_IRR;
         if entry & LVT_LEVEL == 0 {
             entry &= !LVT_REMOTE_IRR;
         }
@@ -477,7 +499,7 @@ impl LocalApic {
         self.lvt[index] = entry;
         match offset {
             LVT_TIMER => self.timer.set_mode(TimerMode::of_lvt(entry)),
-            LVT_LINT0 | LVT_LINT1 if entry & LVT_LEVEL != 0 => self.raise_lint(index - 3),
+            LVT_LINT0 if entry & LVT_LEVEL != 0 => self.raise_lint(0),
             _ => {}
         }
     }
@@ -529,7 +551,7 @@ impl LocalApic {
             return Err(Refused);
         }
         let was_enabled = self.is_enabled();
-        self.base = value & !BASE_BSP | self.base & BASE_BSP;
+        self.base = value;
         if was_enabled && !self.is_enabled() {
             self.init();
         }

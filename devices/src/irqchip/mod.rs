@@ -133,7 +133,7 @@ impl Chips {
         use spec::delivery;
         if message.delivery == delivery::LOWEST_PRIORITY {
             let takes = |l: &LocalApic| l.is_software_enabled() && l.is_addressed(message);
-            let addressed = (0..self.lapics.len()).filter(|&i| takes(&self.lapics[i]));
+            let addressed = (0..self.lapics.len()).filter(|&i| Some(i) != except && takes(&self.lapics[i]));
             if let Some(i) = addressed.min_by_key(|&i| self.lapics[i].arbitration_priority()) {
                 self.lapics[i].accept(message.vector, message.level);
             }

@@ -1,7 +1,7 @@
 //! The 8259A interrupt controller pair (Intel 231468-003) with the edge/level registers of a PCI chipset.
 //!
-//! Deviation: an edge stays latched when its line drops before INTA (the chip would answer with a spurious
-//! IR7); guests see pulses of any length.
+//! A request is an input that is high and, where it is edge triggered, rose since it was last served: one whose input
+//! falls before INTA is gone ("Edge and level triggered modes").
 
 use super::spec::pic::*;
 
@@ -18,11 +18,14 @@ enum Expect {
 pub struct Pic {
     // configuration
     slave: bool,
+    // bookkeeping
+    /// Levels of the inputs.
+    lines: u8,
+    /// Edge sense latches: set by a rising input; reset by INTA, by a falling input and by ICW1.
+    edges: u8,
     // guest-visible state
-    irr: u8,
     isr: u8,
     imr: u8,
-    lines: u8,
     elcr: u8,
     icw1: u8,
     icw2: u8,
@@ -40,10 +43,10 @@ impl Pic {
     fn new(slave: bool) -> Pic {
         Pic {
             slave,
-            irr: 0,
+            lines: 0,
+            edges: 0,
             isr: 0,
             imr: 0xFF,
-            lines: 0,
             elcr: 0,
             icw1: ICW1_IC4,
             icw2: 0,
@@ -64,27 +67,37 @@ impl Pic {
 
     fn set_line(&mut self, n: u8, high: bool) {
         let bit = 1 << n;
-        let rising = high && self.lines & bit == 0;
-        self.lines = if high { self.lines | bit } else { self.lines & !bit };
-        if rising {
-            self.irr |= bit;
-        } else if !high && self.level_triggered() & bit != 0 {
-            self.irr &= !bit;
+        if !high {
+            (self.lines, self.edges) = (self.lines & !bit, self.edges & !bit);
+        } else if self.lines & bit == 0 {
+            (self.lines, self.edges) = (self.lines | bit, self.edges | bit);
         }
     }
 
-    /// The request that INT is raised for: highest priority first, down to what is in service.
+    /// The interrupt request register.
+    fn irr(&self) -> u8 {
+        self.lines & (self.edges | self.level_triggered())
+    }
+
+    /// Whether ICW3 says that a slave is at input `n`.
+    fn has_slave(&self, n: u8) -> bool {
+        !self.slave && self.icw1 & ICW1_SNGL == 0 && self.icw3 & 1 << n != 0
+    }
+
+    /// The request that INT is raised for: highest priority first, down to what is in service. In special fully nested
+    /// mode a slave in service does not block itself.
     fn pending(&self) -> Option<u8> {
-        let requests = self.irr & !self.imr;
-        let blocking = if self.special_mask { self.isr & !self.imr } else { self.isr };
+        let requests = self.irr() & !self.imr;
+        let in_service = if self.special_mask { self.isr & !self.imr } else { self.isr };
         for k in 1..=8 {
             let n = (self.lowest + k) & 7;
-            let nested = self.icw4 & ICW4_SFNM != 0 && !self.slave && n == CASCADE;
-            if blocking & 1 << n != 0 && !nested {
-                return None;
-            }
-            if requests & 1 << n != 0 {
+            let blocks = in_service & 1 << n != 0;
+            let nests = self.icw4 & ICW4_SFNM != 0 && self.has_slave(n);
+            if requests & 1 << n != 0 && (!blocks || nests) {
                 return Some(n);
+            }
+            if blocks {
+                return None;
             }
         }
         None
@@ -93,12 +106,9 @@ impl Pic {
     /// INTA: the input taken, or 7 when the request is gone (spurious, not marked in service).
     fn acknowledge(&mut self) -> u8 {
         let Some(n) = self.pending() else { return 7 };
-        let bit = 1 << n;
-        if self.level_triggered() & bit == 0 {
-            self.irr &= !bit;
-        }
+        self.edges &= !(1 << n);
         if self.icw4 & ICW4_AEOI == 0 {
-            self.isr |= bit;
+            self.isr |= 1 << n;
         } else if self.rotate_in_aeoi {
             self.lowest = n;
         }
@@ -116,7 +126,7 @@ impl Pic {
         match (a0, self.read_isr) {
             (true, _) => self.imr,
             (false, true) => self.isr,
-            (false, false) => self.irr,
+            (false, false) => self.irr(),
         }
     }
 
@@ -147,17 +157,16 @@ impl Pic {
 
     fn initialize(&mut self, icw1: u8) {
         let (slave, lines, elcr) = (self.slave, self.lines, self.elcr);
-        *self = Pic { imr: 0, icw1, icw4: 0, expect: Expect::Icw2, lines, elcr, ..Pic::new(slave) };
-        self.irr = lines & self.level_triggered();
+        let icw3 = if slave { 7 } else { 0 }; // "the slave mode address is set to 7"
+        *self = Pic { imr: 0, icw1, icw3, icw4: 0, expect: Expect::Icw2, lines, elcr, ..Pic::new(slave) };
     }
 
     fn ocw3(&mut self, value: u8) {
         if value & OCW3_ESMM != 0 {
             self.special_mask = value & OCW3_SMM != 0;
         }
-        if value & OCW3_P != 0 {
-            self.poll = true;
-        } else if value & OCW3_RR != 0 {
+        self.poll |= value & OCW3_P != 0;
+        if value & OCW3_RR != 0 {
             self.read_isr = value & OCW3_RIS != 0;
         }
     }
@@ -224,10 +233,7 @@ impl PicPair {
 
     /// The slave's INT pin drives the master's input 2.
     fn cascade(&mut self) {
-        let int = self.slave.pending().is_some();
-        let bit = 1 << CASCADE;
-        self.master.lines = if int { self.master.lines | bit } else { self.master.lines & !bit };
-        self.master.irr = if int { self.master.irr | bit } else { self.master.irr & !bit };
+        self.master.set_line(CASCADE, self.slave.pending().is_some());
     }
 
     /// The master's INT pin.
@@ -238,12 +244,15 @@ impl PicPair {
     /// INTA cycle: the vector on the data bus.
     pub(super) fn acknowledge(&mut self) -> u8 {
         let n = self.master.acknowledge();
-        let from_slave = n == CASCADE && self.master.icw1 & ICW1_SNGL == 0;
-        let vector = if from_slave {
+        let vector = if !self.master.has_slave(n) {
+            self.master.vector(n)
+        } else if n == CASCADE && self.slave.icw3 & 7 == CASCADE {
+            // The slave lowers INT between the two pulses: what it asks for next is a new edge for the master.
             let n = self.slave.acknowledge();
+            self.master.set_line(CASCADE, false);
             self.slave.vector(n)
         } else {
-            self.master.vector(n)
+            FLOATING // no slave answers to the address on the cascade lines
         };
         self.cascade();
         vector
@@ -277,7 +286,13 @@ impl PicPair {
         for (name, pic) in [("master", &self.master), ("slave", &self.slave)] {
             let text = format!(
                 "irr {:02x} isr {:02x} imr {:02x} lines {:02x} elcr {:02x} base {:02x} lowest {}",
-                pic.irr, pic.isr, pic.imr, pic.lines, pic.elcr, pic.icw2, pic.lowest
+                pic.irr(),
+                pic.isr,
+                pic.imr,
+                pic.lines,
+                pic.elcr,
+                pic.icw2,
+                pic.lowest
             );
             field(name, &text);
         }

@@ -27,6 +27,8 @@ pub mod pic {
     pub const OCW3_RR: u8 = 1 << 1;
     /// OCW3 RIS: read the in-service register.
     pub const OCW3_RIS: u8 = 1 << 0;
+    /// What INTA reads where no chip drives the data bus.
+    pub const FLOATING: u8 = 0xFF;
     /// Master input the slave is wired to.
     pub const CASCADE: u8 = 2;
     /// ELCR bits that exist, master: IRQ 0, 1 and 2 are always edge triggered.
@@ -142,6 +144,14 @@ pub mod lapic {
     pub const ESR_RECEIVE_ILLEGAL: u32 = 1 << 6;
     /// ESR: an illegal register was addressed.
     pub const ESR_ILLEGAL_REGISTER: u32 = 1 << 7;
+    /// LVT: delivery status, read-only.
+    pub const LVT_DELIVERY_STATUS: u32 = 1 << 12;
+    /// Divide configuration bits that exist.
+    pub const DIVIDE_WRITABLE: u32 = 0xB;
+    /// ICR bits that software can write in the low half.
+    pub const ICR_WRITABLE: u32 = 0x000C_CFFF;
+    /// ICR: delivery status, read-only.
+    pub const ICR_DELIVERY_STATUS: u32 = 1 << 12;
     /// ICR: level assert.
     pub const ICR_ASSERT: u32 = 1 << 14;
     /// ICR: trigger mode level.

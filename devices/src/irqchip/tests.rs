@@ -202,7 +202,7 @@ fn a_second_request_is_told_after_the_first_is_taken() {
 #[test]
 fn pic_works_with_the_apic_globally_disabled() {
     let r = Rig::new(1);
-    r.fabric.write_msr(BSP, 0x1B, 0xFEE0_0000).unwrap();
+    r.fabric.write_msr(BSP, 0x1B, 0xFEE0_0100).unwrap();
     assert_eq!(r.fabric.read_msr(BSP, 0x1B), Ok(0xFEE0_0100));
     r.init_pics();
     r.fabric.set_level(0, true);

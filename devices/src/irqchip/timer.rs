@@ -2,6 +2,7 @@
 //!
 //! Counting is a function of the time it started, so a period never drifts however late it is noticed.
 
+use super::spec::lapic::DIVIDE_WRITABLE;
 use crate::time::VmTime;
 
 /// Relates the time-stamp counter to machine time.
@@ -128,13 +129,13 @@ impl ApicTimer {
     pub(super) fn current_count(&self, now: VmTime) -> u32 {
         let Some(count) = self.count else { return 0 };
         let elapsed = self.elapsed(count.origin, now);
-        match count.next.checked_sub(elapsed) {
-            Some(left) => left as u32,
-            None if self.mode == TimerMode::Periodic => {
-                let initial = u128::from(self.initial.max(1));
-                (initial - (elapsed - count.next) % initial) as u32
-            }
-            None => 0,
+        if elapsed < count.next {
+            (count.next - elapsed) as u32
+        } else if self.mode == TimerMode::Periodic {
+            let initial = u128::from(self.initial.max(1));
+            (initial - (elapsed - count.next) % initial) as u32
+        } else {
+            0
         }
     }
 
@@ -145,7 +146,7 @@ impl ApicTimer {
     /// Changes the divider; a running count goes on from where it is.
     pub(super) fn set_divide(&mut self, value: u32, now: VmTime) {
         let left = self.current_count(now);
-        self.divide = value & 0xB;
+        self.divide = value & DIVIDE_WRITABLE;
         if let Some(count) = &mut self.count {
             *count = Count { origin: now, next: left.into() };
         }

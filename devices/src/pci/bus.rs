@@ -12,7 +12,7 @@ use crate::{Port, Width};
 use paravane_memory::PhysAddr;
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 const CONFADD: u16 = 0xCF8;
 const RC: u16 = 0xCF9;
@@ -56,7 +56,8 @@ struct Slot {
 
 /// Bus 0 and its functions.
 pub struct PciBus {
-    bus: Arc<Bus>,
+    /// The bus owns this device, not the other way round: a strong reference would keep both for ever.
+    bus: Weak<Bus>,
     control: Arc<dyn MachineControl>,
     slots: BTreeMap<(u8, u8), Slot>,
     confadd: u32,
@@ -65,8 +66,8 @@ pub struct PciBus {
 
 impl PciBus {
     /// An empty PCI bus that claims BARs on `bus`; `control` hears of resets written to port 0xCF9.
-    pub fn new(bus: Arc<Bus>, control: Arc<dyn MachineControl>) -> PciBus {
-        PciBus { bus, control, slots: BTreeMap::new(), confadd: 0, rc: 0 }
+    pub fn new(bus: &Arc<Bus>, control: Arc<dyn MachineControl>) -> PciBus {
+        PciBus { bus: Arc::downgrade(bus), control, slots: BTreeMap::new(), confadd: 0, rc: 0 }
     }
 
     /// The ports to claim for the bus: first and count.
@@ -136,7 +137,8 @@ impl PciBus {
 }
 
 impl Slot {
-    fn refresh(&mut self, bus: &Bus) {
+    fn refresh(&mut self, bus: &Weak<Bus>) {
+        let Some(bus) = bus.upgrade() else { return };
         let now: [Option<BarRange>; 6] = {
             let f = self.function.lock().expect("PCI function");
             std::array::from_fn(|bar| f.config().bar_range(bar as u8))
@@ -150,7 +152,7 @@ impl Slot {
         }
         for (bar, range) in now.into_iter().enumerate() {
             if self.mapped[bar].is_none() {
-                self.mapped[bar] = range.map(|range| (range, self.claim(bus, bar as u8, range)));
+                self.mapped[bar] = range.map(|range| (range, self.claim(&bus, bar as u8, range)));
             }
         }
     }
@@ -274,7 +276,7 @@ mod tests {
 
     fn bus() -> (PciBus, Arc<Bus>, Arc<Mutex<Probe>>) {
         let system = Bus::new(&Counters::default());
-        let mut bus = PciBus::new(Arc::clone(&system), Arc::new(Control::default()));
+        let mut bus = PciBus::new(&system, Arc::new(Control::default()));
         let mut config = PciConfig::new(PciIdentity {
             vendor: 0x1234,
             device: 0x5678,
@@ -361,10 +363,22 @@ mod tests {
     #[test]
     fn cf9_resets_on_a_rising_edge() {
         let control = Arc::new(Control::default());
-        let mut bus = PciBus::new(Bus::new(&Counters::default()), Arc::clone(&control) as _);
+        let mut bus = PciBus::new(&Bus::new(&Counters::default()), Arc::clone(&control) as _);
         for v in [2, 6, 6] {
             bus.port_out(Port(0xCF9), Width::W8, v);
         }
         assert_eq!(control.0.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn the_last_owner_of_the_bus_takes_everything_with_it() {
+        let (pci, system, probe) = bus();
+        let pci = share(pci);
+        let on_bus = system.attach(Arc::clone(&pci) as crate::DeviceHandle);
+        system.claim_ports(&on_bus, PciBus::PORTS.0, PciBus::PORTS.1.into(), Width::W32);
+        write(&mut pci.lock().expect("PCI bus"), 4, 3);
+        let seen = Arc::downgrade(&probe);
+        drop((pci, on_bus, system, probe));
+        assert!(seen.upgrade().is_none(), "bus, PCI bus and function keep each other");
     }
 }

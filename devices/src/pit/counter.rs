@@ -35,6 +35,8 @@ pub(super) struct Counter {
     /// The count the current period was loaded with.
     current: u32,
     // guest-visible state
+    /// Bits 5:0 of the control word as written; the status byte gives them back.
+    control: u8,
     mode: u8,
     access: Access,
     bcd: bool,
@@ -57,6 +59,7 @@ impl Counter {
             phase: Phase::Waiting,
             left: 0,
             current: 0x1_0000,
+            control: 0x30,
             mode: 0,
             access: Access::Both,
             bcd: false,
@@ -81,8 +84,9 @@ impl Counter {
         if matches!(self.mode, 2 | 3) { self.count.max(2) } else { self.count }
     }
 
+    /// GATE low stops the counting, but neither the loading nor a pulse that has begun.
     fn is_paused(&self) -> bool {
-        !self.gate && matches!(self.mode, 0 | 2 | 3 | 4) && self.phase != Phase::Load
+        !self.gate && matches!(self.mode, 0 | 2 | 3 | 4) && !matches!(self.phase, Phase::Load | Phase::Strobe)
     }
 
     /// Runs to clock `to`; returns whether OUT rose on the way.
@@ -158,6 +162,10 @@ impl Counter {
                 self.out = true;
                 self.load_half();
             }
+            4 | 5 => {
+                self.out = true; // a strobe that was under way ends
+                self.left = self.current.into();
+            }
             _ => self.left = self.current.into(),
         }
     }
@@ -229,6 +237,7 @@ impl Counter {
         *self = Counter {
             at: self.at,
             current: self.element(),
+            control: word & 0x3F,
             mode,
             access,
             bcd: word & 1 != 0,
@@ -243,14 +252,9 @@ impl Counter {
     }
 
     pub(super) fn latch_status(&mut self) {
-        let access = match self.access {
-            Access::Low => 1,
-            Access::High => 2,
-            Access::Both => 3,
-        };
         let out = if self.out { STATUS_OUT } else { 0 };
         let null = if self.null { STATUS_NULL } else { 0 };
-        self.status.get_or_insert(out | null | access << 4 | self.mode << 1 | u8::from(self.bcd));
+        self.status.get_or_insert(out | null | self.control);
     }
 
     pub(super) fn read(&mut self) -> u8 {
@@ -289,6 +293,7 @@ impl Counter {
             }
         };
         self.count = self.binary(count);
+        let first = !self.has_count;
         (self.null, self.has_count) = (true, true);
         match self.mode {
             0 => {
@@ -296,8 +301,8 @@ impl Counter {
                 self.start();
             }
             4 => self.start(),
-            2 | 3 if self.phase == Phase::Waiting && self.gate => self.start(),
-            _ => {} // 1 and 5 wait for the gate; 2 and 3 take the new count at the end of the period
+            2 | 3 if first => self.start(),
+            _ => {} // 1 and 5 wait for the gate; 2 and 3 take a new count at the end of the period or at a trigger
         }
     }
 

@@ -19,6 +19,8 @@ use std::fmt::Display;
 use std::sync::Arc;
 
 const SECOND: u64 = 1_000_000_000;
+/// Seconds.
+const DAY_LEN: i64 = 86_400;
 
 /// The clock chip; claim [`Rtc::RANGE`] with `Width::W8`.
 pub struct Rtc {
@@ -176,7 +178,9 @@ impl Rtc {
         self.updated = self.updated.plus(seconds * SECOND);
         if self.updates() {
             let before = self.shown();
+            let weekday = self.weekday_after(before, seconds);
             self.show(before + seconds as i64);
+            self.ram[WEEKDAY] = weekday;
             self.ram[C] |= C_UF;
             if self.ram[C] & C_AF == 0 && self.alarm_within(before, seconds) {
                 self.ram[C] |= C_AF;
@@ -184,13 +188,33 @@ impl Rtc {
         }
     }
 
+    /// The weekday is a counter of its own, which midnight moves; it need not fit the date.
+    fn weekday_after(&self, before: i64, seconds: u64) -> u8 {
+        let midnights = (before + seconds as i64).div_euclid(DAY_LEN) - before.div_euclid(DAY_LEN);
+        let today = i64::from(self.decode(self.ram[WEEKDAY]));
+        self.encode((today - 1 + midnights).rem_euclid(7) as u8 + 1)
+    }
+
+    /// Whether one of the `seconds` after `before` is the alarm's; goes from candidate to candidate.
     fn alarm_within(&self, before: i64, seconds: u64) -> bool {
-        let wanted = [SECONDS + 1, MINUTES + 1, HOURS + 1].map(|i| self.ram[i]);
-        (1..=seconds.min(86_400) as i64).any(|s| {
-            let f = calendar::from_unix(before + s);
-            let shown = [self.encode(f.second), self.encode(f.minute), self.encode_hour(f.hour)];
-            wanted.iter().zip(shown).all(|(&w, is)| w >= 0xC0 || w == is)
-        })
+        let wanted = |register: usize, is: u8| self.ram[register + 1] >= ANY || self.ram[register + 1] == is;
+        let end = before + seconds.min(DAY_LEN as u64) as i64;
+        let mut at = before + 1;
+        while at <= end {
+            let of_day = at.rem_euclid(DAY_LEN);
+            let part = |unit: i64, count: i64| (of_day / unit % count) as u8;
+            let skip = if !wanted(HOURS, self.encode_hour(part(3600, 24))) {
+                3600
+            } else if !wanted(MINUTES, self.encode(part(60, 60))) {
+                60
+            } else if !wanted(SECONDS, self.encode(part(1, 60))) {
+                1
+            } else {
+                return true;
+            };
+            at += skip - of_day % skip;
+        }
+        false
     }
 
     /// Period of the periodic interrupt in crystal cycles; the two highest rates repeat lower ones.

@@ -30,6 +30,9 @@ pub const D: usize = 13;
 /// Century (ACPI FADT names this index).
 pub const CENTURY: usize = 0x32;
 
+/// Alarm registers: this value and above match anything.
+pub const ANY: u8 = 0xC0;
+
 /// A: update in progress.
 pub const A_UIP: u8 = 1 << 7;
 /// B: set; the clock stands still.

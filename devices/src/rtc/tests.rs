@@ -112,6 +112,35 @@ fn alarm_matches_with_wild_cards() {
     assert_eq!(r.read(C) & C_AF, C_AF);
 }
 
+/// The alarm against what the clock shows in every second that passed.
+#[test]
+fn alarm_is_when_the_registers_say_so() {
+    for (hour, minute, second) in
+        [(0xFF, 0xFF, 0xFF), (0xC0, 0x30, 0xC0), (0x13, 0xFF, 0x59), (0, 0, 0), (0x7F, 0, 0)]
+    {
+        let r = Rig::new();
+        for (register, value) in [(HOURS, hour), (MINUTES, minute), (SECONDS, second)] {
+            r.write(register + 1, value);
+        }
+        let is_alarm = |is: [u8; 3]| {
+            is.iter().zip([hour, minute, second]).all(|(&is, wanted)| wanted >= 0xC0 || is == wanted)
+        };
+        r.read(C);
+        let mut at = 0;
+        for step in [1, 1, 2, 59, 60, 61, 3599, 3600, 7200, 86_399, 1, 1, 1, 86_400] {
+            let due = (1..=step).any(|s| {
+                let later = Rig::new();
+                later.write(B, B_24H);
+                later.run_to((at + s) * SECOND);
+                is_alarm([HOURS, MINUTES, SECONDS].map(|i| later.read(i)))
+            });
+            at += step;
+            r.run_to(at * SECOND);
+            assert_eq!(r.read(C) & C_AF != 0, due, "{hour:x}:{minute:x}:{second:x} at {at}");
+        }
+    }
+}
+
 #[test]
 fn periodic_interrupt_at_1024_hz() {
     let r = Rig::new();
