@@ -31,7 +31,7 @@ enum Habit {
     Guests(guests::Options),
     /// Measure host CPU time per unit of work: native, paravane, QEMU
     Bench(bench::Options),
-    /// Compare random instructions with the host CPU
+    /// Compare random instructions with the host CPU; let hostile guests and files at the devices, loaders and engines
     Fuzz(fuzz::Options),
 }
 

@@ -222,8 +222,7 @@ fn paravane(options: &Options) -> Outcome<PathBuf> {
         "--bin",
         "paravane",
     ]))?;
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| host::root().join("target"), PathBuf::from);
+    let target = host::target_folder();
     let path = host::root().join(target).join("release/paravane");
     if path.is_file() { Ok(path) } else { Err(Failure::new(format!("{} is missing", path.display()))) }
 }

@@ -22,6 +22,17 @@ const ARROWS: &[(&str, &[&str])] = &[
             "paravane-firmware",
         ],
     ),
+    (
+        "paravane-fuzz",
+        &[
+            "paravane-memory",
+            "paravane-cpu",
+            "paravane-jit",
+            "paravane-devices",
+            "paravane-pv",
+            "paravane-firmware",
+        ],
+    ),
     ("xtask", &[]),
 ];
 

@@ -6,51 +6,46 @@ use crate::host::{self, Outcome};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// What to fuzz, and how long.
+/// Which instructions, where, and how many.
 #[derive(clap::Args)]
+#[group(skip)]
 pub struct Options {
-    /// `cpu` compares random instructions with the host CPU
-    #[arg(value_parser = ["cpu"])]
-    target: String,
-    /// Which engine
+    /// cpu: which engine
     #[arg(long, value_parser = ["interpreter", "translator", "both"], default_value = "both")]
     engine: String,
-    /// Code of which width
+    /// cpu: code of which width
     #[arg(long, value_parser = ["16", "32", "64", "all"], default_value = "all")]
     bits: String,
-    /// Where the random numbers start [default: the time; it is printed]
+    /// cpu: where the random numbers start [default: the time; it is printed]
     #[arg(long)]
     seed: Option<u64>,
-    /// Seconds for each width
-    #[arg(long, default_value_t = 300)]
-    seconds: u64,
-    /// Cases per instruction form; programs follow them
+    /// cpu: cases per instruction form; programs follow them
     #[arg(long, default_value_t = 50)]
     rounds: u64,
-    /// Programs of up to thirty instructions, before loops turn
+    /// cpu: programs of up to thirty instructions, before loops turn
     #[arg(long, default_value_t = 1_000_000)]
     programs: u64,
-    /// Take only forms whose names begin with one of these, by commas: `Add_,Sub_`
+    /// cpu: take only forms whose names begin with one of these, by commas: `Add_,Sub_`
     #[arg(long)]
     only: Option<String>,
-    /// Leave out forms whose names begin with one of these
+    /// cpu: leave out forms whose names begin with one of these
     #[arg(long)]
     skip: Option<String>,
-    /// Append all findings to this file; the terminal shows the first ten
+    /// cpu: append all findings to this file; the terminal shows the first ten
     #[arg(long)]
     report: Option<PathBuf>,
 }
 
 /// Runs the campaign; a finding is a failure.
-pub fn run(options: &Options) -> Outcome<()> {
+pub fn run(options: &Options, seconds: u64) -> Outcome<()> {
     let seed = options.seed.unwrap_or_else(fresh_seed);
-    println!("fuzz {}: seed {seed}", options.target);
+    println!("fuzz cpu: seed {seed}");
     let mut tests = host::cargo();
     tests.args(["test", "--quiet", "--release", "--package", "paravane-jit", "--test", "conformance"]);
     tests.args(["--", "--nocapture", "--test-threads=1"]).args(names(&options.bits));
     tests.env("PARAVANE_FUZZ_ENGINE", &options.engine);
     tests.env("PARAVANE_FUZZ_SEED", seed.to_string());
-    tests.env("PARAVANE_FUZZ_SECONDS", options.seconds.to_string());
+    tests.env("PARAVANE_FUZZ_SECONDS", seconds.to_string());
     tests.env("PARAVANE_FUZZ_ROUNDS", options.rounds.to_string());
     tests.env("PARAVANE_FUZZ_PROGRAMS", options.programs.to_string());
     for (name, value) in [("PARAVANE_FUZZ_ONLY", &options.only), ("PARAVANE_FUZZ_SKIP", &options.skip)] {

@@ -1,0 +1,36 @@
+//! `cargo xtask fuzz cpu | devices | TARGET…`: random instructions against the host CPU, and hostile guests and files.
+
+mod cpu;
+mod targets;
+
+use crate::host::{Failure, Outcome};
+
+/// What to fuzz, and how long.
+#[derive(clap::Args)]
+pub struct Options {
+    /// `cpu` compares random instructions with the host CPU; `devices` is every libFuzzer target; a target's name is one
+    #[arg(required = true)]
+    what: Vec<String>,
+    /// Seconds for each width of `cpu`, or for each target
+    #[arg(long, default_value_t = 300)]
+    seconds: u64,
+    #[command(flatten)]
+    cpu: cpu::Options,
+}
+
+/// Runs what is asked for, one after the other; a finding is a failure.
+pub fn run(options: &Options) -> Outcome<()> {
+    let known = targets::all()?;
+    for what in &options.what {
+        match what.as_str() {
+            "cpu" => cpu::run(&options.cpu, options.seconds)?,
+            "devices" => known.iter().try_for_each(|name| targets::run(name, options.seconds))?,
+            name if known.iter().any(|k| k == name) => targets::run(name, options.seconds)?,
+            name => {
+                let known = known.join(", ");
+                return Err(Failure::new(format!("no fuzz target is called {name}: cpu, devices, {known}")));
+            }
+        }
+    }
+    Ok(())
+}
