@@ -43,8 +43,8 @@ impl Mode {
     pub(crate) const EXPAND_DOWN: u32 = 1 << 15;
 
     /// Accesses through segment register `number` need few checks. 32-bit code: readable and writable up to 4 GiB. 16-bit
-    /// code: readable and writable up to 64 KiB at least, with a base that keeps the alignment of offsets. Not used for what
-    /// is flat anyway.
+    /// code: readable and writable up to 64 KiB at least, with a base that keeps the alignment of offsets; in real-address and
+    /// virtual-8086 mode also after other selectors are loaded. Not used for what is flat anyway.
     pub(crate) const fn plain(number: u8) -> u32 {
         1 << (16 + number)
     }

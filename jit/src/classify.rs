@@ -42,6 +42,8 @@ pub(crate) enum Class {
     Sysret,
     /// MOV of a segment selector to a register.
     Selector,
+    /// MOV, POP, LES and the like into ES, DS, FS or GS, with a 16-bit operand size.
+    LoadSegment,
     /// RDTSC, RDTSCP.
     Rdtsc,
     /// Everything else.
@@ -165,6 +167,9 @@ fn classify_straight(instr: &Instruction) -> Class {
     if is_string(instr.code()) {
         return Class::String;
     }
+    if loads_segment(instr) {
+        return Class::LoadSegment;
+    }
     match instr.mnemonic() {
         M::Nop
         | M::Endbr64
@@ -236,6 +241,22 @@ fn is_string(code: Code) -> bool {
             | Cmpsw_m16_m16
             | Cmpsd_m32_m32
             | Cmpsq_m64_m64
+    )
+}
+
+fn loads_segment(instr: &Instruction) -> bool {
+    use Code as C;
+    matches!(
+        instr.code(),
+        C::Mov_Sreg_rm16
+            | C::Popw_ES
+            | C::Popw_DS
+            | C::Popw_FS
+            | C::Popw_GS
+            | C::Les_r16_m1616
+            | C::Lds_r16_m1616
+            | C::Lfs_r16_m1616
+            | C::Lgs_r16_m1616
     )
 }
 

@@ -350,6 +350,7 @@ fn emit_one(
             emitter.selector(instr);
             Ok(())
         }
+        Class::LoadSegment => emitter.load_segment(instr, site),
         // 64-bit SYSCALL from CPL 3 and SYSRET to it are done by the run loop; the rest is the interpreter's.
         Class::Syscall if mode.has(Mode::USER) && mode.code64() => {
             *ended = true;

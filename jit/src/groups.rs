@@ -146,9 +146,17 @@ pub(crate) fn plan(instrs: &[Instruction], live: &[FlagSet], forms: &mut Forms, 
     let mut s = Search { open: Vec::with_capacity(4), done: Vec::new(), since: [0; 16] };
     for (i, instr) in instrs.iter().enumerate() {
         let form = forms.form(instr);
-        if matches!(form.class, Class::Interpret | Class::Syscall | Class::Sysret | Class::Stac | Class::Clac)
-        {
-            // Another view begins here: what was checked before need not hold behind it.
+        let ends = matches!(
+            form.class,
+            Class::Interpret
+                | Class::Syscall
+                | Class::Sysret
+                | Class::Stac
+                | Class::Clac
+                | Class::LoadSegment
+        );
+        if ends {
+            // Another view or segment begins here: what was checked before need not hold behind it.
             break;
         }
         for r in &mut s.open {

@@ -24,6 +24,17 @@ fn is_readable(s: &Segment, protected: bool) -> bool {
     s.present() && (!protected || s.attributes & (attr::CODE | attr::READ_WRITE) != attr::CODE)
 }
 
+/// Whether loading a selector in real mode, or in virtual-8086 mode under protection, changes nothing of data segment `s`
+/// but selector and base (SDM 3B, 21.1 and 21.2).
+fn is_reloadable(s: &Segment, protected: bool) -> bool {
+    const DATA: u16 = attr::P | attr::S | attr::READ_WRITE | attr::ACCESSED;
+    if protected {
+        s.attributes == DATA | 3 << attr::DPL_SHIFT && s.limit == 0xFFFF
+    } else {
+        s.attributes & !(attr::DB | attr::G) == DATA
+    }
+}
+
 /// Offsets at which a segment may be accessed: from `lower` to below `read_end` or `write_end`. What is not readable, not
 /// writable or not present ends at 0.
 #[derive(Clone, Copy, Default)]
@@ -54,6 +65,7 @@ impl Bounds {
 /// The [`Mode`] bits about segments, of a processor outside 64-bit mode.
 pub(crate) fn mode_bits(cpu: &CpuState) -> u32 {
     let protected = cpu.protected();
+    let legacy = !protected || cpu.v8086();
     let code32 = cpu.code_bits() == 32;
     let mut bits = if code32 { Mode::CODE32 } else { Mode::CODE16 };
     let whole = |s: &Segment| s.limit == u32::MAX && is_writable(s, protected) && !is_expand_down(s);
@@ -73,13 +85,14 @@ pub(crate) fn mode_bits(cpu: &CpuState) -> u32 {
             let s = cpu.segment(r);
             // On page-aligned bases, what wraps at 4 GiB crosses a page, and leaves the fast path.
             let plain = if code32 { whole(s) && s.base & 0xFFF == 0 } else { holds_64k(s) };
+            let plain = plain && (!legacy || r == SegReg::Cs || is_reloadable(s, protected));
             bits |= if plain { Mode::plain(r as u8) } else { 0 };
         }
     }
     if cpu.seg.iter().any(is_expand_down) {
         bits |= Mode::EXPAND_DOWN;
     }
-    if !protected || cpu.v8086() {
+    if legacy {
         bits |= Mode::LEGACY;
     }
     bits

@@ -45,7 +45,7 @@ impl Emitter {
             4 => dynasm!(self.hot ; .arch x64 ; lea ecx, [rcx - 1]),
             _ => dynasm!(self.hot ; .arch x64 ; lea rcx, [rcx - 1]),
         }
-        let mut over = vec![self.jump_if_zero(instr)];
+        let mut over = vec![self.jump_if_zero(count_size(instr))];
         let opposite = match instr.mnemonic() {
             Mnemonic::Loope => Some(5),
             Mnemonic::Loopne => Some(4),
@@ -71,16 +71,16 @@ impl Emitter {
         live_taken: FlagSet,
         live_next: FlagSet,
     ) {
-        let site = self.jump_if_zero(instr);
+        let site = self.jump_if_zero(count_size(instr));
         self.direct_exit(next, live_next, false);
         let here = self.hot_here();
         self.fixups.push((site, Target::Here(here)));
         self.direct_exit(instr.near_branch_target(), live_taken, false);
     }
 
-    /// A jump that is taken if the count register of `instr` is zero; keeps flags. Returns where its displacement is.
-    fn jump_if_zero(&mut self, instr: &Instruction) -> Pos {
-        match count_size(instr) {
+    /// A jump that is taken if the count register of `size` bytes is zero; keeps flags. Returns where its displacement is.
+    pub(super) fn jump_if_zero(&mut self, size: u32) -> Pos {
+        match size {
             // CX alone: the host tests ECX, so with the count there for a moment.
             2 => dynasm!(self.hot
                 ; .arch x64

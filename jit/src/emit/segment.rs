@@ -3,15 +3,15 @@
 //! access at a 16-bit offset reaches beyond 64 KiB only if it is misaligned, and those leave the fast path anyway.
 
 use super::access::{Access, Keep};
-use super::{Emitter, Pos, Target};
+use super::{Emitter, Pos, Site, Target, Unfit};
 use crate::block::Mode;
 use crate::context::ctx;
 use crate::flags::FlagSet;
-use crate::regs::R10;
+use crate::regs::{self, Place, R10, R11};
 use crate::segments::Bounds;
 use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::Register;
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 /// The end of a segment, for reads or writes.
 #[derive(Clone, Copy)]
@@ -52,6 +52,11 @@ impl Emitter {
             }
     }
 
+    /// Offsets from host RSP of the base and the end of `segment`, for reads or writes.
+    pub(super) fn segment_cells(&self, segment: Register, write: bool) -> (i32, i32) {
+        (base_offset(number(segment)), end_offset(number(segment), write))
+    }
+
     /// Turns the zero-extended offset in r10 into a host address in r11 for an access of the kind `info` says through
     /// `segment`; `narrow` if it has 16 bits. Keeps `live`, as [`Self::access`] does; what the segment does not allow leaves for the
     /// interpreter.
@@ -77,6 +82,61 @@ impl Emitter {
         }
         let bound = (free && self.mode.has(Mode::CODE16)).then_some(Bound { base, end });
         self.access_linear(R10, Access { info, keep, saved: !free, bound });
+    }
+
+    /// MOV, POP, LES and the like into ES, DS, FS and GS, in real-address and virtual-8086 mode: where the mode stays what it
+    /// is, a selector and a base in the context.
+    pub(crate) fn load_segment(&mut self, instr: &Instruction, site: Site) -> Result<(), Unfit> {
+        let segment = match instr.mnemonic() {
+            Mnemonic::Les => Register::ES,
+            Mnemonic::Lds => Register::DS,
+            Mnemonic::Lfs => Register::FS,
+            Mnemonic::Lgs => Register::GS,
+            _ => instr.op0_register(),
+        };
+        let n = number(segment);
+        let simple = Mode::LEGACY | Mode::CODE16 | Mode::plain(n);
+        if self.mode.0 & simple != simple || matches!(segment, Register::CS | Register::SS) {
+            return Err(Unfit);
+        }
+        match (instr.mnemonic(), instr.op1_kind()) {
+            (Mnemonic::Pop, _) => {
+                self.load_top(R11, 2, site.before);
+                self.rsp_pending += 2;
+                self.sync_rsp();
+                self.rsp_adjusted(2);
+            }
+            (Mnemonic::Mov, OpKind::Register) => {
+                let r = self.guest(regs::number(instr.op1_register()), R11);
+                dynasm!(self.hot ; .arch x64 ; movzx r11d, Rw(r));
+            }
+            (Mnemonic::Mov, _) => {
+                self.address(instr, MissInfo::of(2, false), site.before)?;
+                dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [r11]);
+            }
+            _ => {
+                self.address(instr, MissInfo::of(4, false), site.before)?;
+                let Place::Host(to) = regs::place(regs::number(instr.op0_register())) else {
+                    return Err(Unfit);
+                };
+                dynasm!(self.hot
+                    ; .arch x64
+                    ; mov r11d, [r11]
+                    ; mov Rw(to), r11w
+                    ; rorx r11d, r11d, 16
+                    ; movzx r11d, r11w
+                );
+            }
+        }
+        let (selector, base) = (ctx!(selectors) + i32::from(n) * 2, base_offset(n));
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov [rsp + selector], r11w
+            ; lea r11d, [r11 * 8]
+            ; lea r11d, [r11 + r11]
+            ; mov [rsp + base], r11
+        );
+        Ok(())
     }
 
     /// Leaves for the interpreter unless segment register `n` allows `size` bytes at the offset in r10. Flags are saved.

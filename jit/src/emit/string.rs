@@ -1,7 +1,7 @@
-//! String instructions, REP STOS and REP MOVS inside pages (SDM vol. 1, 7.3.9), and bit strings.
+//! String instructions (SDM vol. 1, 7.3.9) and bit strings.
 
 use super::access::{Keep, NEED_FS_GS, address16};
-use super::{Emitter, Site, Target, Unfit};
+use super::{Emitter, Site, Unfit};
 use crate::block::Mode;
 use crate::classify::Form;
 use crate::context::ctx;
@@ -13,11 +13,11 @@ use iced_x86::{Instruction, Mnemonic as M, OpAccess, OpKind, Register};
 
 /// RSI or RDI as a string instruction uses it.
 #[derive(Clone, Copy)]
-struct Index {
-    register: u8,
+pub(super) struct Index {
+    pub(super) register: u8,
     /// Bytes of it.
-    width: u32,
-    segment: Register,
+    pub(super) width: u32,
+    pub(super) segment: Register,
 }
 
 impl Index {
@@ -50,11 +50,7 @@ impl Emitter {
             return Err(Unfit);
         }
         if instr.has_rep_prefix() || instr.has_repne_prefix() {
-            let flat = !self.mode.has(Mode::DOWN)
-                && [rsi, rdi].into_iter().flatten().all(|i| {
-                    self.code64 || i.width == 4 && self.is_flat(i.segment) && !NEED_FS_GS.contains(&i.segment)
-                });
-            return if flat { self.repeated(instr, size, site) } else { Err(Unfit) };
+            return self.repeated(instr, size, site, (rsi, rdi));
         }
         match (instr.mnemonic(), rsi, rdi) {
             (M::Stosb | M::Stosw | M::Stosd | M::Stosq, _, Some(to)) => {
@@ -94,90 +90,21 @@ impl Emitter {
         Ok(())
     }
 
+    /// Whether the register holds a linear address.
+    pub(super) fn is_linear(&self, index: Index) -> bool {
+        let flat = self.code64 || index.width == 4 && self.is_flat(index.segment);
+        flat && !NEED_FS_GS.contains(&index.segment)
+    }
+
     /// Turns what `index` points to into a host address in r11.
-    fn access_index(&mut self, index: Index, size: u32, write: bool, live: FlagSet) {
+    pub(super) fn access_index(&mut self, index: Index, size: u32, write: bool, live: FlagSet) {
         let r = index.register;
         match index.width {
-            8 => return self.access(r, size, write, live),
-            4 if self.is_flat(index.segment) && !NEED_FS_GS.contains(&index.segment) => {
-                return self.access(r, size, write, live);
-            }
+            _ if self.is_linear(index) => return self.access(r, size, write, live),
             4 => dynasm!(self.hot ; .arch x64 ; mov r10d, Rd(r)),
             _ => dynasm!(self.hot ; .arch x64 ; movzx r10d, Rw(r)),
         }
         self.access_segment(index.segment, index.width == 2, MissInfo::of(size, write), live);
-    }
-
-    /// REP STOS and REP MOVS whose operands stay inside a page each: the host's own, on host addresses. Longer ones are
-    /// the interpreter's, which goes by page spans.
-    fn repeated(&mut self, instr: &Instruction, size: u32, site: Site) -> Result<(), Unfit> {
-        let moves = match instr.mnemonic() {
-            M::Stosb | M::Stosw | M::Stosd | M::Stosq => false,
-            M::Movsb | M::Movsw | M::Movsd | M::Movsq => true,
-            _ => return Err(Unfit),
-        };
-        // Nothing at all happens for a count of zero: jrcxz over a short jump, to a long jump to the end.
-        dynasm!(self.hot ; .arch x64 ; .u8 0xE3, 2, 0xEB, 5);
-        self.hot.push(0xE9);
-        let done = self.hot_here();
-        self.hot.push_i32(0);
-        let keep = Self::keep(site.before);
-        Self::save(&mut self.hot, keep, true);
-        let slow = self.cold_here();
-        Self::restore(&mut self.cold, keep, true);
-        self.cold_interpret(self.rip);
-        let shift = size.trailing_zeros() as i8;
-        dynasm!(self.hot ; .arch x64 ; cmp rcx, 4096);
-        self.hot_jcc(7, slow);
-        dynasm!(self.hot ; .arch x64 ; mov r10d, ecx ; shl r10d, shift);
-        for r in if moves { [6, 7].as_slice() } else { [7].as_slice() } {
-            let r = *r;
-            dynasm!(self.hot
-                ; .arch x64
-                ; lea r11, [Rq(r) + r10 - 1]
-                ; xor r11, Rq(r)
-                ; test r11, !0xFFF
-            );
-            self.hot_jcc(5, slow);
-        }
-        Self::restore(&mut self.hot, keep, true);
-        if moves {
-            self.access(6, 1, false, site.before);
-            dynasm!(self.hot ; .arch x64 ; mov r10b, [r11] ; mov [rsp + ctx!(tmp)], r11);
-        }
-        self.access(7, 1, true, site.before);
-        // The probes fault, if anything does (a non-canonical address), while all registers are the guest's.
-        dynasm!(self.hot ; .arch x64 ; mov r10b, [r11]);
-        let scale = [1, 2, 4, 8][shift as usize & 3];
-        if moves {
-            self.lea(R10, Some(6), Some(1), scale, 0, !self.code64);
-            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(flags_image)], r10);
-        }
-        self.lea(R10, Some(7), Some(1), scale, 0, !self.code64);
-        dynasm!(self.hot ; .arch x64 ; mov rdi, r11);
-        if moves {
-            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(tmp)]);
-        }
-        let mut host = match (moves, size) {
-            (false, 1) => Instruction::with_rep_stosb(64),
-            (false, 2) => Instruction::with_rep_stosw(64),
-            (false, 4) => Instruction::with_rep_stosd(64),
-            (false, _) => Instruction::with_rep_stosq(64),
-            (true, 1) => Instruction::with_rep_movsb(64),
-            (true, 2) => Instruction::with_rep_movsw(64),
-            (true, 4) => Instruction::with_rep_movsd(64),
-            (true, _) => Instruction::with_rep_movsq(64),
-        }
-        .map_err(|_| Unfit)?;
-        host.set_segment_prefix(Register::None);
-        self.encode(&host)?;
-        dynasm!(self.hot ; .arch x64 ; mov rdi, r10);
-        if moves {
-            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(flags_image)]);
-        }
-        let end = self.hot_here();
-        self.fixups.push((done, Target::Here(end)));
-        Ok(())
     }
 
     /// BT, BTS, BTR, BTC with a register bit offset: the offset picks the word, then the bit in it.

@@ -255,7 +255,12 @@ impl Translator {
         if c.access_flag != 0 {
             cpu.rflags |= flags::AC;
         }
-        cpu.seg[SegReg::Gs as usize].base = c.seg_base[SegReg::Gs as usize];
+        // SWAPGS, or loads in real mode.
+        let changing = if cpu.code64() { 5..6 } else { 0..6 };
+        for i in changing {
+            cpu.seg[i].base = c.seg_base[i];
+            cpu.seg[i].selector = c.selectors[i];
+        }
         cpu.msr.kernel_gs_base = c.kernel_gs_base;
         cpu.instructions = cpu.instructions.wrapping_add(std::mem::take(&mut c.instructions));
     }

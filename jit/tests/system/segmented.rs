@@ -69,6 +69,15 @@ fn instruction(r: &mut Random, code32: bool) -> Vec<u8> {
     let mut operand32 = code32;
     let mut address32 = code32;
     if r.below(20) == 0 {
+        // A repetition of a few elements.
+        let mut code = vec![0xB1, r.below(20) as u8, 0xB5, 0];
+        if r.below(3) == 0 {
+            code.push(if code32 { 0x67 } else { 0x66 });
+        }
+        code.extend([r.of(&[0xF2, 0xF3, 0xF3]), r.of(&[0xA4, 0xA5, 0xAA, 0xAB, 0xA6, 0xAE])]);
+        return code;
+    }
+    if r.below(20) == 0 {
         // All flags are defined after CMP.
         let reader = r.of(&[0x9C, 0x9F, 0x27]);
         return vec![0x3C, r.next() as u8, reader, 0x3C, r.next() as u8];
@@ -271,7 +280,13 @@ fn segment(r: &mut Random, kind: Kind, cpl: u8) -> Segment {
     };
     let limit = if attributes & 0xFF == 0x97 { limit & 0x3FFF } else { limit };
     let attributes = if attributes == 0 { 0 } else { attributes | dpl };
-    Segment { base: base(r, kind), limit, attributes, selector: 0x200 | u16::from(cpl) }
+    let base = base(r, kind);
+    // What wraps to low addresses must not reach tables and handlers.
+    let (limit, attributes) = match base {
+        0xFFFF_F000 => (limit.min(0x1FFF), attributes & !4),
+        _ => (limit, attributes),
+    };
+    Segment { base, limit, attributes, selector: 0x200 | u16::from(cpl) }
 }
 
 /// Segment registers, flags and privilege of `kind`; code begins at `code`.

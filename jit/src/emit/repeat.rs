@@ -1,0 +1,207 @@
+//! REP STOS and REP MOVS by the host's own (SDM vol. 1, 7.3.9).
+
+use super::string::Index;
+use super::{Emitter, Pos, Site, Target, Unfit};
+use crate::block::Mode;
+use crate::context::ctx;
+use crate::regs::R10;
+use dynasmrt::{DynasmApi, dynasm};
+use iced_x86::{Instruction, Mnemonic as M, Register};
+
+impl Emitter {
+    /// REP STOS and REP MOVS upwards whose operands stay inside a page each: the host's own, on host addresses. Longer ones
+    /// are the interpreter's, which goes by page spans.
+    pub(super) fn repeated(
+        &mut self,
+        instr: &Instruction,
+        size: u32,
+        site: Site,
+        (rsi, rdi): (Option<Index>, Option<Index>),
+    ) -> Result<(), Unfit> {
+        let moves = match instr.mnemonic() {
+            M::Stosb | M::Stosw | M::Stosd | M::Stosq => false,
+            M::Movsb | M::Movsw | M::Movsd | M::Movsq => true,
+            _ => return Err(Unfit),
+        };
+        let Some(rdi) = rdi.filter(|_| !self.mode.has(Mode::DOWN)) else { return Err(Unfit) };
+        if !self.is_linear(rdi) || rsi.is_some_and(|i| !self.is_linear(i)) {
+            return self.repeated_in_segments(rsi, rdi, size, site);
+        }
+        // Nothing at all happens for a count of zero: jrcxz over a short jump, to a long jump to the end.
+        dynasm!(self.hot ; .arch x64 ; .u8 0xE3, 2, 0xEB, 5);
+        self.hot.push(0xE9);
+        let done = self.hot_here();
+        self.hot.push_i32(0);
+        let keep = Self::keep(site.before);
+        Self::save(&mut self.hot, keep, true);
+        let slow = self.cold_here();
+        Self::restore(&mut self.cold, keep, true);
+        self.cold_interpret(self.rip);
+        let shift = size.trailing_zeros() as i8;
+        dynasm!(self.hot ; .arch x64 ; cmp rcx, 4096);
+        self.hot_jcc(7, slow);
+        dynasm!(self.hot ; .arch x64 ; mov r10d, ecx ; shl r10d, shift);
+        for r in if moves { [6, 7].as_slice() } else { [7].as_slice() } {
+            let r = *r;
+            dynasm!(self.hot
+                ; .arch x64
+                ; lea r11, [Rq(r) + r10 - 1]
+                ; xor r11, Rq(r)
+                ; test r11, !0xFFF
+            );
+            self.hot_jcc(5, slow);
+        }
+        Self::restore(&mut self.hot, keep, true);
+        if moves {
+            self.access(6, 1, false, site.before);
+            dynasm!(self.hot ; .arch x64 ; mov r10b, [r11] ; mov [rsp + ctx!(tmp)], r11);
+        }
+        self.access(7, 1, true, site.before);
+        // The probes fault, if anything does (a non-canonical address), while all registers are the guest's.
+        dynasm!(self.hot ; .arch x64 ; mov r10b, [r11]);
+        let scale = [1, 2, 4, 8][shift as usize & 3];
+        if moves {
+            self.lea(R10, Some(6), Some(1), scale, 0, !self.code64);
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(flags_image)], r10);
+        }
+        self.lea(R10, Some(7), Some(1), scale, 0, !self.code64);
+        dynasm!(self.hot ; .arch x64 ; mov rdi, r11);
+        if moves {
+            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(tmp)]);
+        }
+        self.host_repeat(moves, size)?;
+        dynasm!(self.hot ; .arch x64 ; mov rdi, r10);
+        if moves {
+            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(flags_image)]);
+        }
+        let end = self.hot_here();
+        self.fixups.push((done, Target::Here(end)));
+        Ok(())
+    }
+
+    /// The host's instruction, upwards.
+    fn host_repeat(&mut self, moves: bool, size: u32) -> Result<(), Unfit> {
+        let mut host = match (moves, size) {
+            (false, 1) => Instruction::with_rep_stosb(64),
+            (false, 2) => Instruction::with_rep_stosw(64),
+            (false, 4) => Instruction::with_rep_stosd(64),
+            (false, _) => Instruction::with_rep_stosq(64),
+            (true, 1) => Instruction::with_rep_movsb(64),
+            (true, 2) => Instruction::with_rep_movsw(64),
+            (true, 4) => Instruction::with_rep_movsd(64),
+            (true, _) => Instruction::with_rep_movsq(64),
+        }
+        .map_err(|_| Unfit)?;
+        host.set_segment_prefix(Register::None);
+        self.encode(&host)
+    }
+
+    /// [`Self::repeated`] with offsets: nothing may reach the end of a segment either, nor wrap.
+    fn repeated_in_segments(
+        &mut self,
+        rsi: Option<Index>,
+        rdi: Index,
+        size: u32,
+        site: Site,
+    ) -> Result<(), Unfit> {
+        if self.mode.has(Mode::EXPAND_DOWN) {
+            return Err(Unfit);
+        }
+        let width = rdi.width;
+        let done = self.jump_if_zero(width);
+        let keep = Self::keep(site.before);
+        Self::save(&mut self.hot, keep, true);
+        let slow = self.cold_here();
+        Self::restore(&mut self.cold, keep, true);
+        self.cold_interpret(self.rip);
+        self.repeated_bytes(width, size);
+        dynasm!(self.hot ; .arch x64 ; cmp r10, 4096);
+        self.hot_jcc(7, slow);
+        for (index, write) in rsi.map(|i| (i, false)).into_iter().chain([(rdi, true)]) {
+            self.check_range(index, write, slow);
+        }
+        Self::restore(&mut self.hot, keep, true);
+        if let Some(rsi) = rsi {
+            self.access_index(rsi, 1, false, site.before);
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
+        }
+        self.access_index(rdi, 1, true, site.before);
+        // Nothing can fault any more. The guest's registers as they will be: RSI, RDI, and RCX but for the count.
+        self.repeated_bytes_lea(width, size);
+        let (new_rsi, new_rdi) = (ctx!(flags_image), ctx!(tmp) + 8);
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + new_rsi], rsi ; mov [rsp + new_rdi], rdi);
+        for (r, at) in [(6u8, new_rsi), (7u8, new_rdi)] {
+            if r == 6 && rsi.is_none() {
+                continue;
+            }
+            dynasm!(self.hot ; .arch x64 ; lea Rd(r), [Rq(r) + r10]);
+            if width == 2 {
+                dynasm!(self.hot ; .arch x64 ; mov [rsp + at], Rw(r));
+            } else {
+                dynasm!(self.hot ; .arch x64 ; mov [rsp + at], Rq(r));
+            }
+        }
+        dynasm!(self.hot ; .arch x64 ; mov rdi, r11);
+        if rsi.is_some() {
+            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(tmp)]);
+        }
+        dynasm!(self.hot ; .arch x64 ; mov r10, rcx);
+        if width == 2 {
+            dynasm!(self.hot ; .arch x64 ; movzx ecx, cx);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov ecx, ecx);
+        }
+        self.host_repeat(rsi.is_some(), size)?;
+        if width == 2 {
+            dynasm!(self.hot ; .arch x64 ; mov rcx, r10 ; mov cx, 0);
+        }
+        dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + new_rsi] ; mov rdi, [rsp + new_rdi]);
+        let end = self.hot_here();
+        self.fixups.push((done, Target::Here(end)));
+        Ok(())
+    }
+
+    /// Bytes of all iterations in r10. Flags are saved.
+    fn repeated_bytes(&mut self, width: u32, size: u32) {
+        let shift = size.trailing_zeros() as i8;
+        if width == 2 {
+            dynasm!(self.hot ; .arch x64 ; movzx r10d, cx ; shl r10d, shift);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r10d, ecx ; shl r10, shift);
+        }
+    }
+
+    /// The same, flags kept.
+    fn repeated_bytes_lea(&mut self, width: u32, size: u32) {
+        if width == 2 {
+            dynasm!(self.hot ; .arch x64 ; movzx r10d, cx);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r10d, ecx);
+        }
+        self.lea(R10, None, Some(R10), size, 0, false);
+    }
+
+    /// Leaves for `slow` unless r10 bytes from `index` on lie in the segment, on one page, and do not wrap. Flags are saved.
+    fn check_range(&mut self, index: Index, write: bool, slow: Pos) {
+        let r = index.register;
+        if index.width == 2 {
+            dynasm!(self.hot ; .arch x64 ; movzx r11d, Rw(r) ; lea r11, [r11 + r10] ; cmp r11d, 0x1_0000);
+            self.hot_jcc(7, slow);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r11d, Rd(r) ; lea r11, [r11 + r10]);
+        }
+        let (base, end) = self.segment_cells(index.segment, write);
+        dynasm!(self.hot ; .arch x64 ; cmp r11, [rsp + end]);
+        self.hot_jcc(7, slow);
+        // The last byte's offset in its page, plus one, is the room before the end.
+        dynasm!(self.hot
+            ; .arch x64
+            ; add r11d, [rsp + base]
+            ; dec r11d
+            ; and r11d, 0xFFF
+            ; inc r11d
+            ; cmp r11d, r10d
+        );
+        self.hot_jcc(2, slow);
+    }
+}
