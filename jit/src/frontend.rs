@@ -195,9 +195,10 @@ impl Frontend {
             if !emitter.tolerates_pending_rsp(&instr, forms.form(&instr).class) {
                 emitter.sync_rsp();
             }
-            let start = emitter.hot_len();
+            let start = emitter.mark();
             if emit_one(&instr, source, forms, emitter, site, (taken, next), &mut ended).is_err() {
                 emitter.rewind(start);
+                emitter.sync_rsp();
                 emitter.interpret(instr.ip());
                 ended = true;
             }

@@ -101,6 +101,7 @@ fn findings_stay_fixed() {
         (LONG, "REX that is not last, vector", &[0x4D, 0xF3, 0x0F, 0x53, 0xC1]), // rcpss xmm0, xmm1
         // push 0x68; sbb bh, 0x56 as 82 /3; call +0
         (FLAT, "82 behind PUSH", &[0x6A, 0x68, 0x82, 0xDF, 0x56, 0xE8, 0, 0, 0, 0]),
+        (LONG, "a 16-bit PUSH behind others", &[0x6A, 1, 0x6A, 2, 0x66, 0x6A, 0xA1]),
     ];
     for &(mode, name, code) in programs {
         let mut bench = Bench::new(mode).unwrap();

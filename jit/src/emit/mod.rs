@@ -348,8 +348,14 @@ impl Emitter {
                 && !raw.iter().any(|b| matches!(b, 0x40..=0x4F | 0x82 | 0xC4 | 0xC5 | 0x62 | 0x67))
     }
 
-    /// Drops hot code from `len` on (an instruction turned out not to fit). Cold code of it stays, unreachable.
-    pub(crate) fn rewind(&mut self, len: usize) {
+    /// Where the next instruction begins, for [`Self::rewind`].
+    pub(crate) fn mark(&self) -> (usize, i32) {
+        (self.hot.ops.len(), self.rsp_pending)
+    }
+
+    /// Drops hot code from a mark on (an instruction turned out not to fit). Cold code of it stays, unreachable.
+    pub(crate) fn rewind(&mut self, (len, rsp_pending): (usize, i32)) {
+        self.rsp_pending = rsp_pending;
         self.hot.ops.truncate(len);
         self.fixups.retain(|(at, _)| !matches!(at, Pos::Hot(p) if *p >= len));
     }
