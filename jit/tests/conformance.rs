@@ -91,6 +91,22 @@ fn conform(mode: NativeMode) {
     assert!(texts.is_empty(), "{} findings:\n{shown}", texts.len());
 }
 
+/// The first element that is accessed lies at 0x10000.
+const BEYOND_64K: &[u8] = &[
+    0xBF, 0xF8, 0xFF, 0, 0, 0xC5, 0xC1, 0x76, 0xFF, 0xC5, 0xC1, 0x73, 0xFF, 0x08, 0x67, 0xC4, 0xE2, 0x41,
+    0x2C, 0x1D,
+];
+
+/// A jump to a block to which flags are dead, then one whose target shares its place in the jump cache (16 bits of
+/// address + address / 65536), with CF set, and faults.
+fn collision() -> Vec<u8> {
+    let mut code = vec![0x48, 0xB8, 0x10, 0x04, 0, 0x40, 0, 0, 0, 0, 0xFF, 0xE0]; // mov rax, 0x40000410; jmp rax
+    code.resize(0x10, 0x90);
+    code.extend([0x31, 0xDB, 0x83, 0xE9, 0x01]); // xor ebx, ebx; sub ecx, 1
+    code.extend([0x48, 0xB8, 0x10, 0x14, 0, 0x30, 0, 0, 0, 0, 0xFF, 0xE0]); // mov rax, 0x30001410; jmp rax
+    code
+}
+
 /// What campaigns found: each of these once ended differently in an engine.
 #[test]
 fn findings_stay_fixed() {
@@ -102,6 +118,9 @@ fn findings_stay_fixed() {
         // push 0x68; sbb bh, 0x56 as 82 /3; call +0
         (FLAT, "82 behind PUSH", &[0x6A, 0x68, 0x82, 0xDF, 0x56, 0xE8, 0, 0, 0, 0]),
         (LONG, "a 16-bit PUSH behind others", &[0x6A, 1, 0x6A, 2, 0x66, 0x6A, 0xA1]),
+        // mov edi, 0xFFF8; vpcmpeqd xmm7, xmm7, xmm7; vpslldq xmm7, xmm7, 8; vmaskmovps xmm3, xmm7, [di]
+        (FLAT, "VMASKMOV beyond 64 KiB", BEYOND_64K),
+        (LONG, "flags over a jump whose place in the cache another block has", &collision()),
     ];
     for &(mode, name, code) in programs {
         let mut bench = Bench::new(mode).unwrap();

@@ -145,8 +145,8 @@ fn maskmov(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault>
     let by = i.op1_register();
     let mask = lanes(&ex.cpu.fpu, by);
     let (seg, base) = address(ex.cpu, i);
-    let wrap = address_mask(i);
-    let at = |k: usize| base.wrapping_add((k * size) as u64) & wrap;
+    // The address size bounds where the operand begins, not its elements.
+    let at = |k: usize| base.wrapping_add((k * size) as u64);
     let wanted = (0..by.size() / size).filter(|&k| selected(&mask, k, size));
     if i.op0_kind() == OpKind::Memory {
         let v = lanes(&ex.cpu.fpu, i.op2_register());
@@ -193,20 +193,20 @@ fn store_bytes_by_mask(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Resul
         OpKind::MemorySegEDI => 0xFFFF_FFFF,
         _ => u64::MAX,
     };
-    let (seg, base): (SegReg, u64) = (memory_segment(i), ex.cpu.gpr[gpr::RDI]);
-    if let Ok(lin) = ex.linear(seg, base & wrap, size, true) {
+    let (seg, base): (SegReg, u64) = (memory_segment(i), ex.cpu.gpr[gpr::RDI] & wrap);
+    if let Ok(lin) = ex.linear(seg, base, size, true) {
         ex.check_alignment(lin, size as u64)?;
     }
     let wanted = (0..size).filter(|&k| mask[k] & 0x80 != 0);
     // The whole operand is probed, whatever the mask (SDM 2B leaves that to the implementation), its upper half first.
     for half in (0..size / 8).rev() {
-        ex.probe_write(seg, base.wrapping_add(8 * half as u64) & wrap, 8)?;
+        ex.probe_write(seg, base.wrapping_add(8 * half as u64), 8)?;
     }
     for k in wanted.clone() {
-        ex.probe_write(seg, base.wrapping_add(k as u64) & wrap, 1)?;
+        ex.probe_write(seg, base.wrapping_add(k as u64), 1)?;
     }
     for k in wanted {
-        ex.store(seg, base.wrapping_add(k as u64) & wrap, 1, u64::from(v[k]))?;
+        ex.store(seg, base.wrapping_add(k as u64), 1, u64::from(v[k]))?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Ways into and out of a block: direct exits that are chained later, indirect jumps through the jump cache, exits to
 //! the run loop and the interpreter, and the checks at the entries.
 
+use super::access::Keep;
 use super::{Emitter, PendingLink, Pos, Site, Target, Unfit};
 use crate::classify::stack_word;
 use crate::code_cache::CodeOffset;
@@ -216,13 +217,27 @@ impl Emitter {
     pub(crate) fn indirect_entry(&mut self, rip: u64, live: FlagSet) {
         // r13 names the source of the jump: flags are kept in memory.
         let keep = Self::keep(live);
-        Self::save(&mut self.hot, keep, true);
         let address = self.code_address(rip);
-        Self::constant(&mut self.hot, R10, address);
-        dynasm!(self.hot ; .arch x64 ; cmp r10, r11);
-        let miss = self.cold_here();
-        self.hot_jcc(5, miss);
-        Self::restore(&mut self.cold, keep, true);
+        if keep == Keep::All {
+            Self::save(&mut self.hot, keep, true);
+            Self::constant(&mut self.hot, R10, address);
+            dynasm!(self.hot ; .arch x64 ; cmp r10, r11);
+            let miss = self.cold_here();
+            self.hot_jcc(5, miss);
+            Self::restore(&mut self.cold, keep, true);
+        } else {
+            // Where the jump cache is shared, the jump meant a block that may want the flags: RCX is tested instead.
+            Self::constant(&mut self.hot, R10, address.wrapping_neg());
+            dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + r10] ; mov r10, rcx ; mov rcx, r11 ; .u8 0xE3, 5);
+            let miss = self.cold_here();
+            self.hot.push(0xE9);
+            self.hot_rel32(Target::Here(miss));
+            dynasm!(self.hot ; .arch x64 ; mov rcx, r10);
+            dynasm!(self.cold ; .arch x64 ; mov rcx, r10);
+            Self::constant(&mut self.cold, R10, address);
+            dynasm!(self.cold ; .arch x64 ; lea r11, [r11 + r10]);
+            Self::save(&mut self.hot, keep, true);
+        }
         self.cold_jmp(Target::Cache(self.stubs.indirect));
         dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(attention)] ; cmp DWORD [r10], 0);
         let attention = self.cold_here();

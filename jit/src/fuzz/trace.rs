@@ -219,11 +219,16 @@ impl<'a> Tracer<'a> {
             arena: self.arena,
             open_before: self.open_before,
             open: self.open,
-            followed: steps.iter().any(|s| s.at == steps[self.last].end()),
+            followed: is_followed(steps, &steps[self.last]),
             executed: self.executed,
             end: Some(self.now),
         })
     }
+}
+
+/// Whether more of the program lies behind `last`, or where it branches to.
+fn is_followed(steps: &[Step], last: &Step) -> bool {
+    last.instruction.near_branch_target() != 0 || steps.iter().any(|s| s.at == last.end())
 }
 
 /// Whether `i` depends on nothing undefined, given the flags that are.
