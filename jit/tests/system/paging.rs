@@ -53,12 +53,12 @@ fn expected(bed: &Bed, what: Do, bits: u64) -> Option<u32> {
     refused.then_some(pf::P | code | if user { pf::U } else { 0 })
 }
 
-/// Every combination of U/S, R/W and XD for every access, user and supervisor, with and without WP, SMEP and SMAP.
+/// Every combination of U/S, R/W and XD for every access, of user and supervisor, with and without WP, SMEP, SMAP and AC.
 fn matrix(start: Start) {
     both(start, |bed| {
         bed.gate(0x50, 14, 3, HANDLERS + 0x500);
         bed.put(DATA, &[0xCD, 0x50]); // INT 50H
-        for case in 0..256u32 {
+        for case in 0..1024u32 {
             let bit = |n: u32| case >> n & 1 != 0;
             let what = [Do::Read, Do::Write, Do::Execute, Do::ReadWrite][(case & 3) as usize];
             let mut bits = pte::P;
@@ -66,25 +66,18 @@ fn matrix(start: Start) {
             bits |= if bit(3) { pte::US } else { 0 };
             bits |= if bit(4) && start != Start::Paged32 { pte::XD } else { 0 };
             bed.reset();
-            // Code and tables are the supervisor's where SMAP or SMEP rule; the user has them too otherwise.
-            let strict = bit(5);
-            if bit(6) {
-                if strict {
-                    continue;
-                }
+            if bit(5) {
                 bed.user();
             }
-            if strict {
-                bed.cpu.cr4 |= cr4::SMAP | cr4::SMEP;
-            }
-            if bit(7) {
-                bed.cpu.cr0 &= !cr0::WP;
-                bed.cpu.rflags |= if strict { flags::AC } else { 0 };
-            }
-            let supervisor = if strict { pte::P | pte::RW } else { pte::ALL };
-            for page in [0x1000, 0x2000, 0x3000, 0x4000, 0x6_F000, CODE] {
+            bed.cpu.cr0 &= if bit(6) { !cr0::WP } else { u64::MAX };
+            bed.cpu.cr4 |= if bit(7) { cr4::SMEP } else { 0 } | if bit(8) { cr4::SMAP } else { 0 };
+            bed.cpu.rflags |= if bit(9) { flags::AC } else { 0 };
+            // The program's page is its own, the tables, handlers and their stack are the supervisor's.
+            let supervisor = pte::P | pte::RW;
+            for page in [0x1000, 0x2000, 0x3000, 0x4000, 0x6_F000] {
                 bed.map(page, page, supervisor);
             }
+            bed.map(CODE, CODE, if bit(5) { pte::ALL } else { supervisor });
             bed.map(DATA, DATA, bits);
             bed.flush();
             if what == Do::ReadWrite && expected(bed, Do::Read, bits).is_some() {
