@@ -16,6 +16,8 @@ mod debug;
 mod debug_registers;
 #[path = "system/delivery.rs"]
 mod delivery;
+#[path = "system/deviations.rs"]
+mod deviations;
 #[path = "system/exceptions.rs"]
 mod exceptions;
 #[path = "system/fpu.rs"]
