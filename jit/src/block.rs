@@ -25,6 +25,8 @@ impl Mode {
     pub(crate) const DOWN: u32 = 1 << 6;
     /// Count retired instructions.
     pub(crate) const COUNTED: u32 = 1 << 7;
+    /// Leave before more instructions are counted than the budget has.
+    pub(crate) const BUDGETED: u32 = 1 << 11;
     /// The copy of a block that uses no base group.
     pub(crate) const UNGROUPED: u32 = 1 << 8;
     /// CR4.SMAP.

@@ -32,6 +32,8 @@ pub(crate) enum Reason {
     Syscall = 4,
     /// SYSRETQ at `rip`, at CPL 0 in 64-bit mode.
     Sysret = 5,
+    /// The block at `rip` has more instructions than the budget has left.
+    Budget = 6,
 }
 
 /// See the module documentation. Offsets are taken with `offset_of!`.
@@ -73,6 +75,8 @@ pub(crate) struct JitContext {
     pub(crate) views: [[u64; 2]; 2],
     /// Retired instructions, counted at block entry when the mode asks for it.
     pub(crate) instructions: u64,
+    /// What `instructions` may reach.
+    pub(crate) budget: u64,
     /// Spill area: host rax..r9, then r12, by `SPILL_*`.
     pub(crate) spill: [u64; 16],
     pub(crate) host_rsp: u64,

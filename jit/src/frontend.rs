@@ -167,6 +167,9 @@ impl Frontend {
         let mut counted = 0;
         if source.mode.has(Mode::COUNTED) {
             counted = self.instrs.iter().filter(|i| forms.form(i).class != Class::Interpret).count() as u32;
+            if source.mode.has(Mode::BUDGETED) {
+                emitter.check_budget(counted, source.lin, live_in);
+            }
             emitter.count(counted);
         }
         let mut out = Translated {
@@ -325,6 +328,8 @@ fn emit_one(
             emitter.set_interrupt_flag(false, site);
             Ok(())
         }
+        // The engine may have to stop in the shadow of STI.
+        Class::Sti if source.mode.has(Mode::BUDGETED) => Err(crate::emit::Unfit),
         Class::Sti => {
             emitter.set_interrupt_flag(true, site);
             Ok(())

@@ -91,20 +91,45 @@ fn run(engine: &mut dyn Engine, mem: &GuestMemory) -> CpuState {
     c
 }
 
+/// An interpreter, and a translator for `mem` that counts instructions.
+fn engines(mem: &GuestMemory) -> (Interpreter, Translator) {
+    let model = model_by_name("max", &HostFeatures::detect()).expect("model");
+    let vector = Box::new(HostVectorUnit::new().expect("vector unit"));
+    let interp = Interpreter::new(model.clone(), vector, Attention::default(), VpIndex(0));
+    let options = JitOptions { count_instructions: true, ..JitOptions::default() };
+    let jit =
+        Translator::new(model, mem, Attention::default(), VpIndex(0), options).expect("translator");
+    (interp, jit)
+}
+
+/// Runs `program` in both engines by budgets of 1 to 40 instructions: both stop exactly there, in the same state.
+fn agree_in_slices(program: &[u8]) {
+    let (a, b) = (memory(program), memory(program));
+    let (mut interp, mut jit) = engines(&b);
+    let (mut x, mut y) = (state(), state());
+    let mut random = 1u64;
+    loop {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let budget = Budget { instructions: 1 + (random >> 33) % 40 };
+        let until = x.instructions + budget.instructions;
+        let exits = [interp.run(&mut x, &a, &Nothing, budget), jit.run(&mut y, &b, &Nothing, budget)];
+        assert_eq!(exits[0], exits[1], "exits at {:#x} and {:#x}", x.rip, y.rip);
+        assert_eq!(x.instructions, y.instructions, "retired instructions at {:#x} and {:#x}", x.rip, y.rip);
+        assert_eq!(x.rip, y.rip, "rip after {} instructions", x.instructions);
+        assert_eq!(x.gpr, y.gpr, "registers at {:#x}", x.rip);
+        if exits[0] == Exit::Halt {
+            return;
+        }
+        assert_eq!(exits[0], Exit::Budget);
+        assert_eq!(x.instructions, until, "the budget is exact");
+    }
+}
+
 /// Runs `program` in both engines and compares registers (flags in `mask`), vector state and memory.
 fn agree(program: &[u8], mask: u64) -> CpuState {
-    let model = model_by_name("max", &HostFeatures::detect()).expect("model");
+    agree_in_slices(program);
     let (a, b) = (memory(program), memory(program));
-    let vector = Box::new(HostVectorUnit::new().expect("vector unit"));
-    let mut interp = Interpreter::new(model.clone(), vector, Attention::default(), VpIndex(0));
-    let mut jit = Translator::new(
-        model,
-        &b,
-        Attention::default(),
-        VpIndex(0),
-        JitOptions { count_instructions: true, ..JitOptions::default() },
-    )
-    .expect("translator");
+    let (mut interp, mut jit) = engines(&b);
     let (x, y) = (run(&mut interp, &a), run(&mut jit, &b));
     assert_eq!(x.gpr.map(|v| format!("{v:x}")), y.gpr.map(|v| format!("{v:x}")), "registers");
     assert_eq!(x.rip, y.rip, "rip");

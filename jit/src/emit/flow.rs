@@ -272,6 +272,23 @@ impl Emitter {
         );
     }
 
+    /// At the direct entry: leaves if the `instructions` of this block are more than the budget has left.
+    pub(crate) fn check_budget(&mut self, instructions: u32, lin: u64, live: FlagSet) {
+        let (n, keep) = (instructions as i32, Self::keep(live));
+        Self::save(&mut self.hot, keep, self.r13_busy);
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov r10, [rsp + ctx!(instructions)]
+            ; add r10, n
+            ; cmp r10, [rsp + ctx!(budget)]
+        );
+        let cold = self.cold_here();
+        self.hot_jcc(7, cold);
+        Self::restore(&mut self.cold, keep, self.r13_busy);
+        self.cold_leave(lin, Reason::Budget);
+        Self::restore(&mut self.hot, keep, self.r13_busy);
+    }
+
     pub(super) fn cold_leave(&mut self, rip: u64, reason: Reason) {
         let address = self.code_address(rip);
         Self::constant(&mut self.cold, R10, address);

@@ -82,6 +82,10 @@ pub struct Translator {
     interrupt_pending: bool,
     /// An NMI likewise.
     nmi_pending: bool,
+    /// Retired instructions at which `run` returns; `u64::MAX` for no limit.
+    limit: u64,
+    /// Less is left than the next block needs: the interpreter runs the rest.
+    budget_short: bool,
     code: Vec<u8>,
     page_bytes: Box<[u8; 4096]>,
 }
@@ -137,6 +141,8 @@ impl Translator {
             poison_hit: false,
             interrupt_pending: false,
             nmi_pending: false,
+            limit: u64::MAX,
+            budget_short: false,
             code: Vec::new(),
             page_bytes: Box::new([0; 4096]),
             cache,
@@ -159,7 +165,8 @@ impl Engine for Translator {
         if self.begin(cpu).is_err() {
             return Exit::Unsupported;
         }
-        let limit = cpu.instructions.saturating_add(budget.instructions);
+        self.limit = cpu.instructions.saturating_add(budget.instructions);
+        self.budget_short = false;
         let exit = loop {
             if self.attention.get() != 0
                 && let Some(exit) = self.attend()
@@ -179,20 +186,21 @@ impl Engine for Translator {
             if cpu.halted {
                 break Exit::Halt;
             }
+            if self.budgeted() && cpu.instructions >= self.limit {
+                break Exit::Budget;
+            }
             let interpret = match self.mode(cpu) {
-                Some(mode) if budget == Budget::UNLIMITED => self.run_translated(cpu, mode),
+                Some(mode) if !self.budget_short => self.run_translated(cpu, mode),
                 _ => true,
             };
-            if interpret {
+            // A budget may end exactly where the interpreter takes over.
+            if interpret && cpu.instructions < self.limit {
                 match self.step(cpu, bus) {
                     Step::Done => {}
                     Step::Halt => {}
                     Step::TripleFault => break Exit::TripleFault,
                     Step::Unsupported => break Exit::Unsupported,
                 }
-            }
-            if budget != Budget::UNLIMITED && cpu.instructions >= limit {
-                break Exit::Budget;
             }
         };
         // SAFETY: the context is valid.

@@ -158,7 +158,9 @@ impl Translator {
         if self.options.tsc_base.is_some() && (cpu.cr4 & cr4::TSD == 0 || cpu.cpl == 0) {
             m |= Mode::TSC;
         }
-        if self.options.count_instructions {
+        if self.budgeted() {
+            m |= Mode::COUNTED | Mode::BUDGETED;
+        } else if self.options.count_instructions {
             m |= Mode::COUNTED;
         }
         Some(Mode(m))
@@ -203,6 +205,11 @@ impl Translator {
         (at as u32).wrapping_sub(segment.base) <= segment.limit
     }
 
+    /// The engine must stop at an exact instruction.
+    pub(super) fn budgeted(&self) -> bool {
+        self.limit != u64::MAX
+    }
+
     fn load_registers(&mut self, cpu: &CpuState, mode: Mode, address: u64) {
         let view = self.view(cpu);
         let (read_base, write_base) = (self.delta.read_base(view), self.delta.write_base(view));
@@ -211,6 +218,7 @@ impl Translator {
             .map(|v| [self.delta.read_base(v), self.delta.write_base(v)]);
         let pending = u32::from(self.interrupt_pending);
         let tsc_offset = cpu.msr.tsc_adjust.wrapping_sub(self.options.tsc_base.unwrap_or(0));
+        let budget = if self.budgeted() { self.limit.saturating_sub(cpu.instructions) } else { u64::MAX };
         let c = self.context();
         c.views = views;
         c.interrupt_pending = pending;
@@ -221,6 +229,7 @@ impl Translator {
         c.system_flags = cpu.rflags & !(flags::STATUS | flags::IF | flags::AC | flags::RF);
         c.interrupt_flag = u8::from(cpu.rflags & flags::IF != 0);
         c.access_flag = u8::from(cpu.rflags & flags::AC != 0);
+        c.budget = budget;
         c.tsc_offset = tsc_offset;
         c.tsc_aux = cpu.msr.tsc_aux as u32;
         c.kernel_gs_base = cpu.msr.kernel_gs_base;
@@ -289,6 +298,11 @@ impl Translator {
                     self.stats.attention_exits += 1;
                     self.store_registers(cpu);
                     return false;
+                }
+                Reason::Budget => {
+                    self.store_registers(cpu);
+                    self.budget_short = true;
+                    return true;
                 }
                 Reason::Link => {
                     self.stats.link_exits += 1;
@@ -359,6 +373,7 @@ impl Translator {
             3 => Reason::Attention,
             4 => Reason::Syscall,
             5 => Reason::Sysret,
+            6 => Reason::Budget,
             _ => Reason::Interpret,
         }
     }
