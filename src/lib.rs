@@ -7,6 +7,7 @@
 pub mod cli;
 pub mod compare;
 pub mod doctor;
+pub mod lockstep;
 pub mod machine;
 pub mod run;
 pub mod stats;

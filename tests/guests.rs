@@ -1,12 +1,14 @@
-//! Real guests, whole machine: the Debian kernels boot, use their disks, power off and reboot.
+//! Real guests, whole machine: the Debian kernels boot, use their disks, power off and reboot, and do the same in both
+//! engines and in every run by the instruction clock.
 
 mod common;
 
-use common::{Scratch, guest, run};
+use common::{Guest, Scratch, guest, run};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 /// Seconds a boot may take on a busy host, by engine.
@@ -159,4 +161,54 @@ fn statistics_are_written_at_the_end() {
     for (group, name) in [("cpu0", "exits_pio"), ("cpu0", "interrupts_taken"), ("serial0", "bytes_sent")] {
         assert!(all[group][name].as_u64().is_some_and(|n| n > 0), "{group}.{name} in {text}");
     }
+}
+
+fn lockstep(guest: &Guest, more: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_paravane"))
+        .args(["lockstep", "--append", "console=ttyS0", "--kernel"])
+        .arg(&guest.kernel)
+        .arg("--initrd")
+        .arg(&guest.initrd)
+        .args(more)
+        .output()
+        .expect("paravane")
+}
+
+fn agree(guest: &Guest, more: &[&str]) {
+    let output = lockstep(guest, more);
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains("agree over"), "{said}");
+}
+
+#[test]
+fn the_engines_agree_on_every_block_of_an_amd64_boot() {
+    agree(&guest("cloud"), &["--instructions", "40000000"]);
+}
+
+#[test]
+fn the_engines_agree_on_every_block_of_an_i386_boot() {
+    agree(&guest("installer-i386"), &["--instructions", "40000000"]);
+}
+
+#[test]
+fn the_engines_agree_where_chained_blocks_are_cut_by_the_budget() {
+    agree(&guest("cloud"), &["--instructions", "40000000", "--stride", "997"]);
+}
+
+#[test]
+fn a_guest_does_the_same_twice_by_the_instruction_clock() {
+    let dir = Scratch::new("twice");
+    let [first, second] = ["first", "second"].map(|name| {
+        let stats = dir.path(name).display().to_string();
+        let more = ["--clock", "instructions", "--stats", &stats];
+        let (code, said) = run(&guest("cloud"), "console=ttyS0 pv.run=poweroff", &more).finish(BOOT);
+        assert_eq!(code, Some(0), "{said}");
+        let text = std::fs::read_to_string(&stats).expect("statistics");
+        let stats: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        (said, stats["cpu0"].clone(), stats["engine"].clone())
+    });
+    assert_eq!(first.0, second.0, "the console");
+    assert_eq!(first.1, second.1, "instructions and exits");
+    assert_eq!(first.2, second.2, "what the translator did");
 }

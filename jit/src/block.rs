@@ -26,7 +26,7 @@ impl Mode {
     /// Count retired instructions.
     pub(crate) const COUNTED: u32 = 1 << 7;
     /// Leave before more instructions are counted than the budget has.
-    pub(crate) const BUDGETED: u32 = 1 << 11;
+    pub(crate) const BUDGETED: u32 = 1 << 22;
     /// The copy of a block that uses no base group.
     pub(crate) const UNGROUPED: u32 = 1 << 8;
     /// CR4.SMAP.

@@ -131,12 +131,13 @@ impl Frontend {
         len
     }
 
-    /// Flags live before each instruction, given those live after the last.
-    fn liveness(&mut self, forms: &mut Forms, mut after: FlagSet) {
+    /// Flags live before each instruction, given those live after the last; all of them if they must be `exact`.
+    fn liveness(&mut self, forms: &mut Forms, mut after: FlagSet, exact: bool) {
         self.live.clear();
         self.live.resize(self.instrs.len(), FlagSet::NONE);
         for (i, instr) in self.instrs.iter().enumerate().rev() {
             after = match forms.form(instr).class {
+                _ if exact => FlagSet::ALL,
                 Class::Interpret | Class::Syscall | Class::Sysret => FlagSet::ALL,
                 _ => flags::before(instr, after),
             };
@@ -157,7 +158,7 @@ impl Frontend {
         let decoded = self.decode(source, forms, crossing.is_some());
         emitter.start(source.address, source.rip, source.mode, first_link);
         let (after, taken, next) = self.live_out(source, forms, decoded);
-        self.liveness(forms, after);
+        self.liveness(forms, after, exact_flags(source.mode));
         let live_in = self.live.first().copied().unwrap_or(FlagSet::ALL);
         emitter.indirect_entry(source.rip, live_in);
         let entry = emitter.hot_len() as u32;
@@ -168,7 +169,7 @@ impl Frontend {
         if source.mode.has(Mode::COUNTED) {
             counted = self.instrs.iter().filter(|i| forms.form(i).class != Class::Interpret).count() as u32;
             if source.mode.has(Mode::BUDGETED) {
-                emitter.check_budget(counted, source.lin, live_in);
+                emitter.check_budget(counted, source.rip, live_in);
             }
             emitter.count(counted);
         }
@@ -250,7 +251,10 @@ impl Frontend {
     /// Flags live after the last instruction, at a taken branch, and at the fall-through.
     fn live_out(&self, source: &Source<'_>, forms: &mut Forms, decoded: u32) -> (FlagSet, FlagSet, FlagSet) {
         let next_rip = self.end(source, decoded);
-        let Some(last) = self.instrs.last() else { return (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL) };
+        let last = match self.instrs.last() {
+            Some(last) if !exact_flags(source.mode) => last,
+            _ => return (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
+        };
         let either = |a: FlagSet, b: FlagSet| FlagSet(a.0 | b.0);
         match forms.form(last).class {
             Class::Jcc | Class::Loop | Class::JumpIfCountZero => {
@@ -430,6 +434,12 @@ fn emit_one(
             Ok(())
         }
     }
+}
+
+/// Whether flags that nothing reads must be right all the same. An exception or an interrupt puts them into memory; a
+/// repeatable run cannot have what the checks before an access left there, which depends on host addresses.
+fn exact_flags(mode: Mode) -> bool {
+    mode.has(Mode::BUDGETED)
 }
 
 /// Instructions that are not the same here as in 64-bit code.

@@ -97,8 +97,7 @@ fn engines(mem: &GuestMemory) -> (Interpreter, Translator) {
     let vector = Box::new(HostVectorUnit::new().expect("vector unit"));
     let interp = Interpreter::new(model.clone(), vector, Attention::default(), VpIndex(0));
     let options = JitOptions { count_instructions: true, ..JitOptions::default() };
-    let jit =
-        Translator::new(model, mem, Attention::default(), VpIndex(0), options).expect("translator");
+    let jit = Translator::new(model, mem, Attention::default(), VpIndex(0), options).expect("translator");
     (interp, jit)
 }
 
@@ -472,4 +471,33 @@ fn writing_esp_moves_the_stack_to_another_page() {
     let s = agree(t_esp::bytes(), flags::STATUS);
     assert_eq!((s.gpr[3], s.gpr[8]), (50, 50));
     assert_eq!(s.gpr[4], 0x20_0F08u64.wrapping_sub(0x8000_0000));
+}
+
+program!(
+    t_collision,
+    "mov ecx, 100",
+    "lea r8, [rip + 3f]",
+    "lea r9, [rip + 4f]",
+    "2: lea r15, [rip + 5f]",
+    "jmp r8",
+    "5: cmp al, al",
+    "lea rdx, [rbx + 1]",
+    "lea r15, [rip + 6f]",
+    "jmp r9",
+    "6: dec ecx",
+    "jnz 2b",
+    "jmp 9f",
+    "3: xor eax, eax",
+    "jmp r15",
+    // 65535 bytes on: the jump cache has one place for both (the low two 16-bit words of the address are added).
+    ".skip 65530",
+    "4: cmovz rbx, rdx",
+    "jmp r15",
+    "9:",
+);
+
+#[test]
+fn flags_live_through_a_jump_cache_collision() {
+    let s = agree(t_collision::bytes(), flags::STATUS);
+    assert_eq!(s.gpr[gpr::RBX], 100);
 }

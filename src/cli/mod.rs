@@ -33,6 +33,10 @@ pub enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Run a guest in the translator and in the interpreter, side by side by the instruction clock, and stop at
+    /// the first difference.
+    #[command(after_help = LOCKSTEP_HELP)]
+    Lockstep(Box<LockstepArgs>),
     /// Say what this host offers, which engine runs and what is missing.
     Doctor,
 }
@@ -53,6 +57,29 @@ The disk image is made in the temporary directory and removed afterwards.
 
 Example:
   paravane compare disk --runs 5 --json result.json";
+
+const LOCKSTEP_HELP: &str = "\
+Two whole machines with the same guest: after every block (or every --stride instructions, by which blocks stay
+chained) the processors are compared; memory is compared every 20 million instructions and at the end.
+
+Exit status: 0 no difference; 1 a difference, with the guest's code and both states, or an error.
+
+Example:
+  paravane lockstep --kernel vmlinuz --initrd initrd.gz --append 'console=ttyS0' --instructions 100000000";
+
+/// Options of `paravane lockstep`.
+#[derive(Args, Debug)]
+pub struct LockstepArgs {
+    /// The guest, as for `paravane run`; --engine, --clock and --serial are lockstep's own business.
+    #[command(flatten)]
+    pub run: RunArgs,
+    /// Compare this many instructions.
+    #[arg(long, value_name = "N", default_value_t = 100_000_000)]
+    pub instructions: u64,
+    /// Compare every N instructions instead of after every block.
+    #[arg(long, value_name = "N")]
+    pub stride: Option<u64>,
+}
 
 /// Options of `paravane run`.
 #[derive(Args, Debug, Default)]

@@ -32,6 +32,7 @@ pub(super) fn run(guest: GuestRun, step: &(dyn Fn() + Send + Sync)) -> Result<Op
         serial: vec![Some(SerialEnd::sink(move |bytes| lines.push(bytes)))],
         lab_port: guest.lab_port,
         count_instructions: true,
+        single_blocks: false,
         debug_console: Box::new(|_| ()),
     };
     let mut machine = Machine::new(&guest.config, lifecycle.clone(), ends)?;

@@ -47,6 +47,8 @@ pub struct HostEnds {
     pub lab_port: Option<LabPort>,
     /// Guest instructions must be counted exactly.
     pub count_instructions: bool,
+    /// The translator returns from every block (see [`JitOptions`]).
+    pub single_blocks: bool,
     /// Where port 0xE9 goes.
     pub debug_console: ByteSink,
 }
@@ -105,6 +107,8 @@ pub struct Machine {
     board: Board,
     /// Instructions are counted exactly.
     counting: bool,
+    /// The translator returns from every block.
+    single_blocks: bool,
 }
 
 /// Devices that write to translated code get the vCPU's attention.
@@ -133,7 +137,7 @@ impl Machine {
         let (timers, counters, vcpu) = (TimerQueue::new(), Counters::default(), Arc::new(Vcpu::new()));
         lifecycle.watch(Arc::clone(&vcpu));
         mem.set_code_watcher(Box::new(Watcher(Arc::clone(&vcpu))));
-        let counting = ends.count_instructions;
+        let (counting, single_blocks) = (ends.count_instructions, ends.single_blocks);
         let wiring = Wiring {
             config,
             mem: &mem,
@@ -157,6 +161,7 @@ impl Machine {
             vcpu,
             board,
             counting,
+            single_blocks,
         })
     }
 
@@ -173,6 +178,7 @@ impl Machine {
         let options = JitOptions {
             count_instructions: counting,
             tsc_base: self.time.tsc_base(),
+            single_blocks: self.single_blocks,
             ..JitOptions::default()
         };
         engine::build(self.config.engine, self.model.clone(), &self.mem, attention, options)

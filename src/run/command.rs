@@ -20,6 +20,7 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         serial: serial.ends(),
         lab_port: None,
         count_instructions: false,
+        single_blocks: false,
         debug_console: serial.debug_console()?,
     };
     let mut machine = Machine::new(&config, lifecycle, ends)?;

@@ -1,7 +1,7 @@
 //! Running a machine: threads, time, the terminal, and how it ends.
 
 mod command;
-mod dossier;
+pub mod dossier;
 mod event_loop;
 mod lifecycle;
 mod output;
@@ -48,16 +48,8 @@ pub fn drive(machine: &mut Machine, probe: Option<Probe>) -> Result<Finished, Ma
         }
         Time::Instructions(_) => None,
     };
-    let mut runner = VcpuRunner {
-        cpu: machine.start()?,
-        engine: machine.engine()?,
-        mem: machine.memory().clone(),
-        bus: machine.bus(),
-        vcpu: machine.vcpu(),
-        lifecycle: machine.lifecycle().clone(),
-        time: machine.time_keeper(),
-        probe,
-    };
+    let mut runner = VcpuRunner::new(machine)?;
+    runner.probe = probe;
     let mut resets = 0;
     let mut last = None;
     while let Some(mut ended) = on_own_thread(runner)? {

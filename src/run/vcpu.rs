@@ -3,7 +3,7 @@
 use super::dossier;
 use super::lifecycle::{Lifecycle, Request};
 use super::park::Vcpu;
-use crate::machine::{InstructionClock, LockstepDisk, MachineBus};
+use crate::machine::{InstructionClock, LockstepDisk, Machine, MachineBus, MachineError};
 use paravane_cpu::{Attention, Budget, CpuState, Engine, Exit, flags};
 use paravane_devices::{Clock, TimerQueue};
 use paravane_memory::{GuestMemory, VpIndex};
@@ -79,27 +79,46 @@ pub struct VcpuRunner {
 }
 
 impl VcpuRunner {
+    /// The processor of `machine`, which is started.
+    pub fn new(machine: &Machine) -> Result<VcpuRunner, MachineError> {
+        Ok(VcpuRunner {
+            cpu: machine.start()?,
+            engine: machine.engine()?,
+            mem: machine.memory().clone(),
+            bus: machine.bus(),
+            vcpu: machine.vcpu(),
+            lifecycle: machine.lifecycle().clone(),
+            time: machine.time_keeper(),
+            probe: None,
+        })
+    }
+
     /// Runs until a lifecycle request is there.
     pub fn run(&mut self) {
-        loop {
-            let budget = self.budget();
-            let before = self.cpu.instructions;
-            let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.bus, budget);
-            self.time_passed(self.cpu.instructions.wrapping_sub(before));
-            match exit {
-                Exit::Halt => self.halted(),
-                Exit::Budget => {}
-                Exit::Stop => {
-                    if self.stopped() {
-                        return;
-                    }
-                }
-                Exit::TripleFault => {
-                    return self.lifecycle.request(Request::TripleFault(dossier::registers(&self.cpu)));
-                }
-                Exit::Unsupported => return self.lifecycle.request(Request::Host(self.unsupported())),
+        while !self.slice(u64::MAX) {}
+    }
+
+    /// Runs up to the next timer's deadline under the instruction clock, but `limit` instructions at most, or until
+    /// something needs the machine; true if the run ends.
+    pub fn slice(&mut self, limit: u64) -> bool {
+        let budget = Budget { instructions: self.budget().instructions.min(limit) };
+        let before = self.cpu.instructions;
+        let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.bus, budget);
+        self.time_passed(self.cpu.instructions.wrapping_sub(before));
+        match exit {
+            Exit::Halt => self.halted(),
+            Exit::Budget => {}
+            Exit::Stop => return self.stopped(),
+            Exit::TripleFault => {
+                self.lifecycle.request(Request::TripleFault(dossier::registers(&self.cpu)));
+                return true;
+            }
+            Exit::Unsupported => {
+                self.lifecycle.request(Request::Host(self.unsupported()));
+                return true;
             }
         }
+        false
     }
 
     fn budget(&self) -> Budget {

@@ -7,7 +7,7 @@ use crate::classify::stack_word;
 use crate::code_cache::CodeOffset;
 use crate::context::{JitContext, Reason, ctx};
 use crate::flags::FlagSet;
-use crate::regs::{self, R10, R11};
+use crate::regs::{self, R10, R11, RCX};
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
@@ -214,37 +214,40 @@ impl Emitter {
     }
 
     /// The indirect entry: checks that r11 is this block's code address and polls, then falls into the direct entry.
+    ///
+    /// Until the address is known to be this block's, all flags may be live: another block's jump came here by a
+    /// collision in the jump cache. Keeps r13, which names the source of the jump.
     pub(crate) fn indirect_entry(&mut self, rip: u64, live: FlagSet) {
-        // r13 names the source of the jump: flags are kept in memory.
-        let keep = Self::keep(live);
         let address = self.code_address(rip);
-        if keep == Keep::All {
-            Self::save(&mut self.hot, keep, true);
-            Self::constant(&mut self.hot, R10, address);
-            dynasm!(self.hot ; .arch x64 ; cmp r10, r11);
-            let miss = self.cold_here();
-            self.hot_jcc(5, miss);
-            Self::restore(&mut self.cold, keep, true);
+        dynasm!(self.hot ; .arch x64 ; mov r10, rcx);
+        Self::constant(&mut self.hot, RCX, address.wrapping_neg());
+        // jrcxz over `mov rcx, r10; jmp`: 3 + 5 bytes.
+        dynasm!(self.hot ; .arch x64 ; lea rcx, [rcx + r11] ; .u8 0xE3, 8 ; mov rcx, r10);
+        self.hot.push(0xE9);
+        self.hot_rel32(Target::Cache(self.stubs.indirect));
+        if live.is_empty() {
+            dynasm!(self.hot
+                ; .arch x64
+                ; mov rcx, r10
+                ; mov r10, [rsp + ctx!(attention)]
+                ; cmp DWORD [r10], 0
+            );
+            let attention = self.cold_here();
+            self.hot_jcc(5, attention);
         } else {
-            // Where the jump cache is shared, the jump meant a block that may want the flags: RCX is tested instead.
-            Self::constant(&mut self.hot, R10, address.wrapping_neg());
-            dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + r10] ; mov r10, rcx ; mov rcx, r11 ; .u8 0xE3, 5);
-            let miss = self.cold_here();
+            dynasm!(self.hot
+                ; .arch x64
+                ; mov rcx, [rsp + ctx!(attention)]
+                ; mov ecx, [rcx]
+                ; .u8 0xE3, 8
+                ; mov rcx, r10
+            );
             self.hot.push(0xE9);
-            self.hot_rel32(Target::Here(miss));
+            let attention = self.cold_here();
+            self.hot_rel32(Target::Here(attention));
             dynasm!(self.hot ; .arch x64 ; mov rcx, r10);
-            dynasm!(self.cold ; .arch x64 ; mov rcx, r10);
-            Self::constant(&mut self.cold, R10, address);
-            dynasm!(self.cold ; .arch x64 ; lea r11, [r11 + r10]);
-            Self::save(&mut self.hot, keep, true);
         }
-        self.cold_jmp(Target::Cache(self.stubs.indirect));
-        dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(attention)] ; cmp DWORD [r10], 0);
-        let attention = self.cold_here();
-        self.hot_jcc(5, attention);
-        Self::restore(&mut self.cold, keep, true);
         self.cold_leave(rip, Reason::Attention);
-        Self::restore(&mut self.hot, keep, true);
     }
 
     /// At the direct entry: leaves to look the block up again unless cell `slot` holds `page` (for an instruction

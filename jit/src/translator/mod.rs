@@ -42,11 +42,13 @@ pub struct JitOptions {
     pub count_instructions: bool,
     /// The guest's time-stamp counter is the host's minus this (before IA32_TSC_ADJUST), so that RDTSC can be translated.
     pub tsc_base: Option<u64>,
+    /// Return from every block: for comparing engines block by block.
+    pub single_blocks: bool,
 }
 
 impl Default for JitOptions {
     fn default() -> JitOptions {
-        JitOptions { code_cache: 64 << 20, count_instructions: false, tsc_base: None }
+        JitOptions { code_cache: 64 << 20, count_instructions: false, tsc_base: None, single_blocks: false }
     }
 }
 
@@ -201,6 +203,9 @@ impl Engine for Translator {
                     Step::TripleFault => break Exit::TripleFault,
                     Step::Unsupported => break Exit::Unsupported,
                 }
+            }
+            if self.options.single_blocks && !cpu.halted {
+                break Exit::Budget;
             }
         };
         // SAFETY: the context is valid.

@@ -281,8 +281,19 @@ impl Translator {
         self.load_registers(cpu, mode, address);
         // The jump cache holds the indirect entry, which checks the address, or the way to `Reason::Indirect`.
         let mut entry = self.pages.lookup(mode, address);
+        if self.options.single_blocks {
+            let Some((id, _)) = self.block_at(cpu, address, mode) else {
+                self.store_registers(cpu);
+                return true;
+            };
+            entry = self.cache.address(self.blocks.blocks[id as usize].entry);
+        }
         loop {
             let reason = self.enter(cpu, entry);
+            if self.options.single_blocks && self.ends_block(reason, mode) {
+                self.store_registers(cpu);
+                return false;
+            }
             if self.attention.get() != 0 && matches!(reason, Reason::Link | Reason::Indirect) {
                 self.store_registers(cpu);
                 return false;
@@ -346,6 +357,19 @@ impl Translator {
             if resets != self.stats.cache_flushes {
                 self.context().jump_cache = self.pages.jump_cache(mode);
             }
+        }
+    }
+
+    /// Whether a block came to its end, other than by going on in its ungrouped copy.
+    fn ends_block(&mut self, reason: Reason, mode: Mode) -> bool {
+        let link = self.context().link as usize;
+        match reason {
+            Reason::Link => !self.blocks.links[link].ungrouped,
+            Reason::Indirect => {
+                let to = self.context().rip;
+                self.reachable(mode, to)
+            }
+            _ => false,
         }
     }
 

@@ -1,0 +1,272 @@
+//! `paravane lockstep`: the same guest in two machines, one on the translator and one on the interpreter, compared
+//! after every block. Both go by the instruction clock, so they are the same machine twice until an engine errs.
+
+use crate::cli::LockstepArgs;
+use crate::machine::{ClockKind, EngineKind, HostEnds, Machine, MachineConfig, MachineError, SerialConfig};
+use crate::run::{Lifecycle, VcpuRunner, dossier};
+use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use indicatif::ProgressBar;
+use paravane_cpu::{Access, Budget, CpuState, LinAddr, Privilege, SegReg, flags, translate};
+use paravane_memory::RamOffset;
+use std::error::Error;
+use std::fmt::Write;
+use std::process::ExitCode;
+
+/// Instructions between two comparisons of memory.
+const MEMORY_STRIDE: u64 = 20_000_000;
+/// Bytes of memory compared at a time.
+const CHUNK: usize = 1 << 20;
+/// Comparisons between two steps of the progress bar.
+const TICK: u64 = 1 << 16;
+/// Instructions of guest code shown before a difference.
+const SHOWN: usize = 24;
+
+/// Runs the command.
+pub fn command(args: &LockstepArgs) -> Result<ExitCode, Box<dyn Error>> {
+    let config = args.run.config()?;
+    let mut pair = Pair {
+        translator: Side::new(&config, EngineKind::Jit, args.stride.is_none())?,
+        interpreter: Side::new(&config, EngineKind::Interp, false)?,
+        stride: args.stride.unwrap_or(u64::MAX),
+        comparisons: 0,
+    };
+    let bar = ProgressBar::new(args.instructions);
+    let outcome = pair.run(args.instructions, &bar);
+    bar.finish_and_clear();
+    let retired = pair.translator.runner.cpu.instructions;
+    match outcome {
+        Ok(()) => {
+            println!(
+                "translator and interpreter agree over {retired} instructions ({} comparisons)",
+                pair.comparisons
+            );
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(report) => {
+            print!("{report}");
+            Err(format!("the engines differ after {retired} instructions").into())
+        }
+    }
+}
+
+/// One of the two machines.
+struct Side {
+    machine: Machine,
+    runner: VcpuRunner,
+}
+
+impl Side {
+    fn new(config: &MachineConfig, engine: EngineKind, single_blocks: bool) -> Result<Side, MachineError> {
+        let config = MachineConfig {
+            engine,
+            clock: ClockKind::Instructions,
+            serial: vec![SerialConfig::None],
+            reboot: false,
+            ..config.clone()
+        };
+        let ends = HostEnds {
+            serial: vec![None],
+            lab_port: None,
+            count_instructions: true,
+            single_blocks,
+            debug_console: Box::new(|_| ()),
+        };
+        let machine = Machine::new(&config, Lifecycle::new(), ends)?;
+        let runner = VcpuRunner::new(&machine)?;
+        Ok(Side { machine, runner })
+    }
+
+    /// The bytes from linear address `lin` to the end of the next page, as far as they are mapped.
+    fn code(&self, lin: u64) -> Vec<u8> {
+        let (cpu, mem) = (&self.runner.cpu, self.machine.memory());
+        let mut code = Vec::new();
+        for lin in [lin, (lin | 0xFFF).wrapping_add(1)] {
+            let Ok(at) = translate(cpu, mem, LinAddr(lin), Access::Execute, Privilege::Supervisor) else {
+                break;
+            };
+            let mut bytes = vec![0; 4096 - (lin & 0xFFF) as usize];
+            if mem.read(at.phys, &mut bytes).is_err() {
+                break;
+            }
+            code.append(&mut bytes);
+        }
+        code
+    }
+}
+
+struct Pair {
+    translator: Side,
+    interpreter: Side,
+    stride: u64,
+    comparisons: u64,
+}
+
+impl Pair {
+    /// Runs both for `instructions`, or to the end of the guest; the first difference is the error.
+    fn run(&mut self, instructions: u64, bar: &ProgressBar) -> Result<(), String> {
+        let mut memory_due = MEMORY_STRIDE;
+        let mut ended = false;
+        while !ended && self.translator.runner.cpu.instructions < instructions {
+            let before = self.take_interrupts();
+            ended = self.step();
+            self.comparisons += 1;
+            self.settle_undefined_flags(&before);
+            self.same_processor(&before)?;
+            let retired = self.translator.runner.cpu.instructions;
+            if retired >= memory_due {
+                memory_due = retired + MEMORY_STRIDE;
+                self.same_memory()?;
+            }
+            if self.comparisons.is_multiple_of(TICK) {
+                bar.set_position(retired);
+            }
+        }
+        self.same_memory()
+    }
+
+    /// Lets the interpreter's pending interrupt in, as the translator's step begins with it; the state that the step's
+    /// instructions start from.
+    fn take_interrupts(&mut self) -> CpuState {
+        let b = &mut self.interpreter.runner;
+        b.engine.run(&mut b.cpu, &b.mem, &*b.bus, Budget { instructions: 0 });
+        b.cpu.clone()
+    }
+
+    /// Where the engines differ in flags that the manual leaves undefined, the interpreter gets the translator's.
+    fn settle_undefined_flags(&mut self, before: &CpuState) {
+        let (a, b) = (&self.translator.runner.cpu, &self.interpreter.runner.cpu);
+        let differing = (a.rflags ^ b.rflags) & flags::STATUS;
+        if differing == 0 || self.stride != u64::MAX {
+            return;
+        }
+        let retired = b.instructions.wrapping_sub(before.instructions);
+        let lin = linear(before);
+        let mut undefined = 0;
+        let code = self.interpreter.code(lin);
+        let mut decoder = Decoder::with_ip(before.code_bits(), &code, before.rip, DecoderOptions::NONE);
+        for instr in decoder.iter().take(retired as usize) {
+            undefined &= !(instr.rflags_written() | instr.rflags_cleared() | instr.rflags_set());
+            undefined |= instr.rflags_undefined();
+        }
+        let settled = differing & status(undefined);
+        self.interpreter.runner.cpu.rflags ^= settled;
+    }
+
+    /// The translator goes one step, the interpreter as many instructions; true if the guest ended.
+    fn step(&mut self) -> bool {
+        let (a, b) = (&mut self.translator.runner, &mut self.interpreter.runner);
+        let before = a.cpu.instructions;
+        let mut ended = a.slice(self.stride);
+        // Inside a repeated string instruction the engines need not be equally far.
+        while !ended && !a.cpu.halted && a.cpu.rflags & flags::RF != 0 {
+            ended = a.slice(self.stride);
+        }
+        ended |= b.slice(a.cpu.instructions.wrapping_sub(before));
+        // The translator may have gone on into an exception, which retires nothing: both take one instruction more.
+        if !ended && a.cpu.rip != b.cpu.rip {
+            ended = a.slice(1) | b.slice(1);
+        }
+        ended
+    }
+
+    fn same_processor(&self, before: &CpuState) -> Result<(), String> {
+        let (a, b) = (&self.translator.runner.cpu, &self.interpreter.runner.cpu);
+        // After many instructions it is not known which flags the manual leaves undefined.
+        let ignored = if self.stride == u64::MAX { 0 } else { flags::STATUS };
+        let registers = (a.gpr, a.rip) == (b.gpr, b.rip) && (a.rflags ^ b.rflags) & !ignored == 0;
+        let system = a.seg == b.seg
+            && (a.cr0, a.cr2, a.cr3, a.cr4, a.efer) == (b.cr0, b.cr2, b.cr3, b.cr4, b.efer)
+            && (a.cpl, a.shadow, a.halted, a.nmi_blocked) == (b.cpl, b.shadow, b.halted, b.nmi_blocked)
+            && (a.gdtr, a.idtr, a.ldtr, a.tr) == (b.gdtr, b.idtr, b.ldtr, b.tr)
+            && a.msr == b.msr
+            && a.instructions == b.instructions;
+        if registers && system && vectors(a) == vectors(b) {
+            return Ok(());
+        }
+        Err(self.report(before))
+    }
+
+    /// What differs, and the guest's code from where the step began.
+    fn report(&self, before: &CpuState) -> String {
+        let (a, b) = (&self.translator.runner.cpu, &self.interpreter.runner.cpu);
+        let mut out = String::new();
+        let (ours, theirs) = (dossier::registers(a), dossier::registers(b));
+        out.push_str("before the step:\n");
+        out.push_str(&dossier::registers(before));
+        out.push_str("after it, the translator:\n");
+        out.push_str(&ours);
+        out.push_str("the interpreter, where it differs:\n");
+        for (x, y) in ours.lines().zip(theirs.lines()) {
+            if x != y {
+                out.push_str(y);
+                out.push('\n');
+            }
+        }
+        if vectors(a) != vectors(b) {
+            out.push_str("  x87 or vector state differs\n");
+        }
+        out.push_str("guest code from where the step began:\n");
+        out.push_str(&disassembly(before, &self.interpreter.code(linear(before))));
+        out
+    }
+
+    fn same_memory(&self) -> Result<(), String> {
+        let (a, b) = (self.translator.machine.memory(), self.interpreter.machine.memory());
+        let (mut x, mut y) = (vec![0; CHUNK], vec![0; CHUNK]);
+        let len = a.backing_len().min(b.backing_len());
+        let mut at = 0;
+        while at < len {
+            let n = CHUNK.min((len - at) as usize);
+            a.ram_read(RamOffset(at), &mut x[..n]);
+            b.ram_read(RamOffset(at), &mut y[..n]);
+            if let Some(i) = (0..n).find(|&i| x[i] != y[i]) {
+                return Err(format!(
+                    "memory differs first at offset {:#x} of RAM: translator {:#04x}, interpreter {:#04x}\n",
+                    at + i as u64,
+                    x[i],
+                    y[i]
+                ));
+            }
+            at += n as u64;
+        }
+        Ok(())
+    }
+}
+
+/// x87 control, status, tags and registers, MXCSR, and the whole vector registers; not the pointers to the last x87
+/// instruction, nor the header, which says what an XSAVE may leave out.
+fn vectors(cpu: &CpuState) -> [&[u8]; 4] {
+    let area = &cpu.fpu.0;
+    [&area[0..5], &area[24..28], &area[32..416], &area[576..832]]
+}
+
+/// Linear address of the next instruction.
+fn linear(cpu: &CpuState) -> u64 {
+    cpu.rip.wrapping_add(if cpu.code64() { 0 } else { cpu.segment(SegReg::Cs).base })
+}
+
+/// EFLAGS bits of `bits`, which are iced's.
+fn status(bits: u32) -> u64 {
+    use iced_x86::RflagsBits as R;
+    let pairs = [
+        (R::OF, flags::OF),
+        (R::SF, flags::SF),
+        (R::ZF, flags::ZF),
+        (R::AF, flags::AF),
+        (R::CF, flags::CF),
+        (R::PF, flags::PF),
+    ];
+    pairs.iter().filter(|p| bits & p.0 != 0).map(|p| p.1).sum()
+}
+
+fn disassembly(cpu: &CpuState, bytes: &[u8]) -> String {
+    let mut out = String::new();
+    let mut formatter = IntelFormatter::new();
+    let mut decoder = Decoder::with_ip(cpu.code_bits(), bytes, cpu.rip, DecoderOptions::NONE);
+    for instr in decoder.iter().take(SHOWN) {
+        let mut text = String::new();
+        formatter.format(&instr, &mut text);
+        let _infallible = writeln!(out, "  {:016x}  {text}", instr.ip());
+    }
+    out
+}
