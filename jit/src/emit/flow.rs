@@ -1,7 +1,6 @@
 //! Ways into and out of a block: direct exits that are chained later, indirect jumps through the jump cache, exits to
 //! the run loop and the interpreter, and the checks at the entries.
 
-use super::access::Keep;
 use super::{Emitter, PendingLink, Pos, Site, Target, Unfit};
 use crate::classify::stack_word;
 use crate::code_cache::CodeOffset;
