@@ -3,10 +3,11 @@
 //! In the test suite there are few cases, half from a fixed seed, half from a fresh one, which a failure prints.
 //! `cargo xtask fuzz cpu` runs more; its options arrive as `PARAVANE_FUZZ_ROUNDS` (cases per form), `_PROGRAMS`,
 //! `_SEED` (the only one then), `_SECONDS`, `_ONLY` and `_SKIP` (beginnings of forms' names, by commas), and
-//! `_REPORT` (a file for all findings), `_ENGINE` (`interpreter`, `translator` or `both`).
+//! `_REPORT` (a file for all findings), `_COVERAGE` (a file for a line per
+//! form that some model offers), `_ENGINE` (`interpreter`, `translator` or `both`).
 
 use paravane_cpu::{Attention, CpuModel, HostFeatures, Interpreter, VpIndex, model_by_name};
-use paravane_jit::fuzz::{Bench, Campaign, Leave, Program};
+use paravane_jit::fuzz::{Bench, Campaign, Leave, Program, Report};
 use paravane_jit::host::{HostVectorUnit, NativeMode};
 use paravane_jit::{JitOptions, Translator};
 use std::io::Write;
@@ -67,6 +68,7 @@ fn conform(mode: NativeMode) {
     add_engines(&mut bench, &attention);
     bench.watch(attention);
     let mut texts = Vec::new();
+    let mut whole: Option<Report> = None;
     for seed in seeds() {
         let campaign = Campaign {
             seed,
@@ -86,9 +88,21 @@ fn conform(mode: NativeMode) {
             writeln!(file, "{title}\n{}", found.join("\n")).unwrap();
         }
         texts.extend(found);
+        match &mut whole {
+            Some(whole) => whole.join(&report),
+            None => whole = Some(report),
+        }
+    }
+    let whole = whole.expect("there is always a seed");
+    if let Ok(path) = std::env::var("PARAVANE_FUZZ_COVERAGE") {
+        let mut file = std::fs::File::options().create(true).append(true).open(path).unwrap();
+        file.write_all(whole.coverage(bench.bits()).as_bytes()).unwrap();
     }
     let shown = texts.iter().take(10).map(String::as_str).collect::<Vec<_>>().join("\n");
     assert!(texts.is_empty(), "{} findings:\n{shown}", texts.len());
+    // Nothing that a model offers is silently missing: it ran, or `forms` says why not.
+    let complete = names("PARAVANE_FUZZ_ONLY").is_empty() && setting("PARAVANE_FUZZ_ROUNDS", 6) >= 6;
+    assert!(!complete || whole.missing().is_empty(), "never drawn: {:?}", whole.missing());
 }
 
 /// The first element that is accessed lies at 0x10000.

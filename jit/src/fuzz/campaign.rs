@@ -1,6 +1,6 @@
 //! Many cases: every form in turn, then programs, and a report of what was covered.
 
-use super::forms::forms;
+use super::forms::{LeftOut, forms, offered_by};
 use super::{Bench, Failure, Pools, Verdict};
 use iced_x86::{Code, Formatter, IntelFormatter};
 use std::collections::BTreeMap;
@@ -143,20 +143,46 @@ impl Report {
         self.exercised.iter().sum()
     }
 
+    /// A line for every form that some model offers in code of `bits`: how often it was executed, or why never; and in
+    /// which models it is.
+    pub fn coverage(&self, bits: u32) -> String {
+        let mut text = String::new();
+        for (form, verdict) in forms(bits) {
+            let note = match verdict {
+                Err(LeftOut::Mode | LeftOut::Encoding | LeftOut::NotOffered(_)) => continue,
+                Err(reason) => reason.reason(),
+                Ok(()) => format!("{} times", self.exercised[form as usize]),
+            };
+            let _ = writeln!(text, "{bits}\t{form:?}\t{note}\t{}", offered_by(form).join(" "));
+        }
+        text
+    }
+
+    /// Forms that could be drawn and never ran.
+    pub fn missing(&self) -> Vec<Code> {
+        self.admitted.iter().copied().filter(|&c| self.exercised[c as usize] == 0).collect()
+    }
+
+    /// Takes over what another campaign executed.
+    pub fn join(&mut self, other: &Report) {
+        for (sum, n) in self.exercised.iter_mut().zip(&other.exercised) {
+            *sum += n;
+        }
+    }
+
     /// Forms, cases and what was not covered, in a few lines.
     pub fn summary(&self) -> String {
-        let never = self.admitted.iter().filter(|&&c| self.exercised[c as usize] == 0);
-        let never: Vec<String> = never.map(|c| format!("{c:?}")).collect();
         let seconds = self.time.as_secs_f64();
         format!(
             "{} instructions of {} forms in {seconds:.1} s ({:.0}/s): {} alone, {} programs; {} forms fail; \
-             never drawn: {never:?}",
+             never drawn: {:?}",
             self.instructions(),
             self.exercised.iter().filter(|&&n| n > 0).count(),
             self.instructions() as f64 / seconds.max(0.001),
             self.cases,
             self.programs,
             self.failing.len(),
+            self.missing(),
         )
     }
 }

@@ -1,22 +1,50 @@
 //! Which instruction forms can be compared with the host, and why the others cannot.
 
-use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic, OpCodeOperandKind};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, Mnemonic, OpCodeOperandKind};
+use paravane_cpu::{CpuModel, HostFeatures, MODEL_NAMES, model_by_name};
+use std::sync::OnceLock;
 
-/// Why a form is left out.
+/// Why a form is not executed on the host.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum LeftOut {
     /// Not of this mode, or not of Intel's processors.
     Mode,
     /// EVEX, XOP, 3DNow! and MVEX: no model offers them.
     Encoding,
-    /// The host's CPUID or the model's lacks the feature.
+    /// No model offers the feature (on this host).
     NotOffered(CpuidFeature),
-    /// It enters the kernel or changes what the process lives on.
-    NotUser,
-    /// Its result depends on time, the processor's identity or the kernel's tables.
+    /// An assembler's name for two instructions, WAIT and another, which are executed each.
+    TwoInstructions,
+    /// It enters or leaves the kernel: interrupts, system calls, far transfers. The guests of `jit/tests/system` do.
+    Transfer,
+    /// It loads a segment register from the kernel's tables, or FS or GS, on which the process lives. Likewise.
+    Segments,
+    /// Its result depends on time, the processor's identity or the kernel's tables. Likewise.
     NotReproducible,
+    /// It stores or loads all state of the host, which has more than the models, or addresses that only the interpreter
+    /// tracks: `jit/tests/system`, and the tests of `paravane-cpu`.
+    State,
     /// This host executes it differently from the manual.
     Vendor,
+}
+
+impl LeftOut {
+    /// One line for the coverage report.
+    pub fn reason(self) -> String {
+        match self {
+            LeftOut::Mode => "not of this mode".into(),
+            LeftOut::Encoding => "EVEX, XOP, 3DNow! or MVEX".into(),
+            LeftOut::NotOffered(feature) => format!("not offered: {feature:?}"),
+            LeftOut::TwoInstructions => "WAIT and another instruction, executed each".into(),
+            LeftOut::Transfer => "enters or leaves the kernel: jit/tests/system".into(),
+            LeftOut::Segments => "loads a segment: jit/tests/system".into(),
+            LeftOut::NotReproducible => {
+                "depends on time, identity or the kernel's tables: jit/tests/system".into()
+            }
+            LeftOut::State => "the host's whole state: jit/tests/system, paravane-cpu".into(),
+            LeftOut::Vendor => "this host differs from the manual (jit/src/fuzz/vendor.rs)".into(),
+        }
+    }
 }
 
 /// A table of every form: `Ok` where it can be exercised.
@@ -24,8 +52,26 @@ pub fn forms(bits: u32) -> Vec<(Code, Result<(), LeftOut>)> {
     Code::values().filter(|c| c.op_code().is_instruction()).map(|c| (c, admit(c, bits))).collect()
 }
 
+/// The models that have `code`, by name.
+pub fn offered_by(code: Code) -> Vec<&'static str> {
+    static MODELS: OnceLock<Vec<(&'static str, CpuModel)>> = OnceLock::new();
+    let models = MODELS.get_or_init(|| {
+        let host = HostFeatures::detect();
+        MODEL_NAMES.iter().filter_map(|&name| Some((name, model_by_name(name, &host).ok()?))).collect()
+    });
+    let mut instruction = Instruction::default();
+    instruction.set_code(code);
+    models.iter().filter(|(_, model)| model.allows(&instruction)).map(|(name, _)| *name).collect()
+}
+
 /// Whether `code` can be exercised in code of `bits`.
 pub fn admit(code: Code, bits: u32) -> Result<(), LeftOut> {
+    static TABLES: [OnceLock<Vec<Result<(), LeftOut>>>; 3] = [const { OnceLock::new() }; 3];
+    let table = TABLES[bits as usize / 32].get_or_init(|| Code::values().map(|c| judge(c, bits)).collect());
+    table[code as usize]
+}
+
+fn judge(code: Code, bits: u32) -> Result<(), LeftOut> {
     let op = code.op_code();
     let mode = match bits {
         64 => op.mode64() && op.intel_decoder64(),
@@ -38,61 +84,23 @@ pub fn admit(code: Code, bits: u32) -> Result<(), LeftOut> {
     if !matches!(op.encoding(), EncodingKind::Legacy | EncodingKind::VEX) {
         return Err(LeftOut::Encoding);
     }
-    if let Some(&missing) = code.cpuid_features().iter().find(|&&f| !is_offered(f)) {
-        return Err(LeftOut::NotOffered(missing));
+    if offered_by(code).is_empty() {
+        let feature = code.cpuid_features().first().copied().unwrap_or(CpuidFeature::INTEL8086);
+        return Err(LeftOut::NotOffered(feature));
     }
     match code.mnemonic() {
-        m if enters_kernel(m) => Err(LeftOut::NotUser),
+        _ if op.fwait() => Err(LeftOut::TwoInstructions),
+        m if enters_kernel(m) || is_far(code) => Err(LeftOut::Transfer),
         m if is_irreproducible(m) => Err(LeftOut::NotReproducible),
+        m if keeps_state(m) => Err(LeftOut::State),
         _ if super::vendor::has_other_form(code) => Err(LeftOut::Vendor),
-        m if changes_segments(code, m) => Err(LeftOut::NotUser),
+        m if loads_segment(code, m) => Err(LeftOut::Segments),
         _ => Ok(()),
     }
 }
 
 fn is_sixteen_bit_branch(kind: OpCodeOperandKind) -> bool {
     matches!(kind, OpCodeOperandKind::br16_1 | OpCodeOperandKind::br16_2)
-}
-
-/// Features of the model `max` that this host has.
-fn is_offered(feature: CpuidFeature) -> bool {
-    use CpuidFeature as F;
-    use std::is_x86_feature_detected as host;
-    match feature {
-        F::INTEL8086 | F::INTEL186 | F::INTEL286 | F::INTEL386 | F::INTEL486 | F::X64 | F::CMOV | F::CX8 => {
-            true
-        }
-        F::INTEL8086_ONLY | F::INTEL286_ONLY | F::INTEL386_ONLY | F::INTEL386_A0_ONLY => false,
-        F::FPU
-        | F::FPU287
-        | F::FPU387
-        | F::MMX
-        | F::SSE
-        | F::SSE2
-        | F::CLFSH
-        | F::MULTIBYTENOP
-        | F::PAUSE => true,
-        F::SSE3 => host!("sse3"),
-        F::SSSE3 => host!("ssse3"),
-        F::SSE4_1 => host!("sse4.1"),
-        F::SSE4_2 => host!("sse4.2"),
-        F::POPCNT => host!("popcnt"),
-        F::LZCNT => host!("lzcnt"),
-        F::AES => host!("aes"),
-        F::PCLMULQDQ => host!("pclmulqdq"),
-        F::AVX => host!("avx"),
-        F::AVX2 => host!("avx2"),
-        F::F16C => host!("f16c"),
-        F::FMA => host!("fma"),
-        F::BMI1 => host!("bmi1"),
-        F::BMI2 => host!("bmi2"),
-        F::ADX => host!("adx"),
-        F::MOVBE => host!("movbe"),
-        F::SHA => host!("sha"),
-        F::CMPXCHG16B => host!("cmpxchg16b"),
-        F::PREFETCHW => true,
-        _ => false,
-    }
 }
 
 fn enters_kernel(mnemonic: Mnemonic) -> bool {
@@ -123,21 +131,48 @@ fn is_irreproducible(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
     matches!(
         mnemonic,
-        M::Rdtsc | M::Rdtscp | M::Rdpmc | M::Rdpid | M::Rdrand | M::Rdseed | M::Cpuid | M::Xgetbv | M::Lar | M::Lsl
-            | M::Verr | M::Verw | M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Monitor | M::Mwait | M::Ud0
-            // FXSAVE shows addresses that engines do not track; FXRSTOR takes garbage from memory as state.
-            | M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64
+        M::Rdtsc
+            | M::Rdtscp
+            | M::Rdpmc
+            | M::Rdpid
+            | M::Rdrand
+            | M::Rdseed
+            | M::Cpuid
+            | M::Xgetbv
+            | M::Lar
+            | M::Lsl
+            | M::Verr
+            | M::Verw
+            | M::Sgdt
+            | M::Sidt
+            | M::Sldt
+            | M::Str
+            | M::Smsw
+            | M::Monitor
+            | M::Mwait
+            | M::Ud0
+            | M::Rdfsbase
+            | M::Rdgsbase
     )
 }
 
-/// Loads of segment registers and far transfers: the kernel's tables decide, and FS holds the thread pointer.
-fn changes_segments(code: Code, mnemonic: Mnemonic) -> bool {
+fn keeps_state(mnemonic: Mnemonic) -> bool {
+    let name = format!("{mnemonic:?}");
+    ["Fxsave", "Fxrstor", "Xsave", "Xrstor"].iter().any(|beginning| name.starts_with(beginning))
+}
+
+/// The kernel's tables decide, and FS holds the thread pointer.
+fn loads_segment(code: Code, mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
     let op = code.op_code();
-    let loads = matches!(mnemonic, M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss)
+    matches!(mnemonic, M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss | M::Wrfsbase | M::Wrgsbase)
         || (mnemonic == M::Mov && op.op0_kind() == OpCodeOperandKind::seg_reg)
-        || (mnemonic == M::Pop && is_segment(op.op0_kind()));
-    let far = matches!(op.op0_kind(), OpCodeOperandKind::farbr2_2 | OpCodeOperandKind::farbr4_2)
+        || (mnemonic == M::Pop && is_segment(op.op0_kind()))
+}
+
+fn is_far(code: Code) -> bool {
+    let kind = code.op_code().op0_kind();
+    matches!(kind, OpCodeOperandKind::farbr2_2 | OpCodeOperandKind::farbr4_2)
         || matches!(
             code,
             Code::Jmp_m1616
@@ -146,8 +181,7 @@ fn changes_segments(code: Code, mnemonic: Mnemonic) -> bool {
                 | Code::Call_m1616
                 | Code::Call_m1632
                 | Code::Call_m1664
-        );
-    loads || far
+        )
 }
 
 fn is_segment(kind: OpCodeOperandKind) -> bool {

@@ -27,7 +27,7 @@ mod watch;
 
 pub use campaign::{Campaign, Report};
 pub use compare::Leave;
-pub use forms::{LeftOut, admit, forms};
+pub use forms::{LeftOut, admit, forms, offered_by};
 pub use generate::{Case, Generator, OFFSET};
 pub use guest::{Guest, GuestCase};
 pub use program::{Pools, Program};

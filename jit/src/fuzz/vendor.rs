@@ -13,6 +13,8 @@
 //! | MOVSXD of 16 bits from memory           | reads 16 bits                      | reads 32 bits                      |
 //! | LDMXCSR with bit 17                     | `#GP`                              | misaligned exception mask          |
 //! | LOCK MOV with CR0                       | `#UD`                              | MOV with CR8: `#GP` at CPL 3       |
+//! | UD0, UD1 that their ModRM makes too long | `#GP`                              | `#UD`: they have no ModRM          |
+//! | POPA that faults                        | registers as before                | some are loaded                    |
 //! | near branch with 66 in 64-bit mode      | 66 ignored                         | 16-bit operands (APM 3, CALL, JMP) |
 
 use super::safety::Situation;
@@ -30,7 +32,14 @@ pub fn is_amd() -> bool {
 
 /// Forms that the host executes differently throughout.
 pub fn has_other_form(code: Code) -> bool {
-    is_amd() && code == Code::Int1
+    let differs = matches!(
+        code,
+        Code::Int1
+            | Code::Reservednop_rm16_r16_0F0D
+            | Code::Reservednop_rm32_r32_0F0D
+            | Code::Reservednop_rm64_r64_0F0D
+    );
+    is_amd() && differs
 }
 
 /// Whether the host executes this differently.
@@ -39,13 +48,11 @@ pub fn differs(now: &Situation<'_>) -> bool {
         return false;
     }
     let i = now.instruction;
-    let reserved = matches!(
-        i.code(),
-        Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
-    );
-    let branches = i.flow_control() != FlowControl::Next && now.bits == 64;
-    (reserved && i.op0_kind() == OpKind::Register)
-        || has_rex_pause(now)
+    let leads_on =
+        matches!(i.flow_control(), FlowControl::Next | FlowControl::Exception | FlowControl::Interrupt);
+    let branches = !leads_on && now.bits == 64;
+    has_rex_pause(now)
+        || has_long_ud1(now)
         || names_cr8(now)
         || (branches && now.bytes[..now.bytes.len() - 1].contains(&0x66))
         || (i.code() == Code::Movsxd_r16_rm16 && i.op1_kind() == OpKind::Memory)
@@ -57,6 +64,10 @@ pub fn differs(now: &Situation<'_>) -> bool {
 fn has_rex_pause(now: &Situation<'_>) -> bool {
     let rex = now.bytes.iter().rev().nth(1).is_some_and(|b| b & 0xF1 == 0x41);
     now.bits == 64 && now.instruction.code() == Code::Pause && rex
+}
+
+fn has_long_ud1(now: &Situation<'_>) -> bool {
+    now.bytes.len() > 15 && now.bytes.windows(2).any(|b| b[0] == 0x0F && matches!(b[1], 0xB9 | 0xFF))
 }
 
 fn names_cr8(now: &Situation<'_>) -> bool {
@@ -91,6 +102,11 @@ pub fn leaves_flags_at_faults(i: &Instruction) -> bool {
         M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq
     );
     is_amd() && compares && (i.has_rep_prefix() || i.has_repne_prefix())
+}
+
+/// Whether `i` may have loaded some of its registers when it faults.
+pub fn leaves_registers_at_faults(i: &Instruction) -> bool {
+    is_amd() && matches!(i.mnemonic(), Mnemonic::Popa | Mnemonic::Popad)
 }
 
 /// Whether the host checks memory before `i`'s numeric exception.

@@ -2,7 +2,7 @@
 //!
 //! The work is done by `jit/tests/conformance.rs`, which also runs, briefly, in `cargo xtask test`.
 
-use crate::host::{self, Outcome};
+use crate::host::{self, Context, Outcome};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -34,6 +34,9 @@ pub struct Options {
     /// cpu: append all findings to this file; the terminal shows the first ten
     #[arg(long)]
     report: Option<PathBuf>,
+    /// Write to this file, for every instruction form that some CPU model offers, how often it ran or why never
+    #[arg(long)]
+    coverage: Option<PathBuf>,
 }
 
 /// Runs the campaign; a finding is a failure.
@@ -53,9 +56,17 @@ pub fn run(options: &Options, seconds: u64) -> Outcome<()> {
             tests.env(name, value);
         }
     }
-    if let Some(path) = &options.report {
-        // The tests start in their crate's folder.
-        tests.env("PARAVANE_FUZZ_REPORT", std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+    if let Some(path) = &options.coverage {
+        // Each width appends its part.
+        std::fs::write(path, "bits\tform\texecuted\tmodels\n").context(path.display())?;
+    }
+    for (name, path) in
+        [("PARAVANE_FUZZ_REPORT", &options.report), ("PARAVANE_FUZZ_COVERAGE", &options.coverage)]
+    {
+        if let Some(path) = path {
+            // The tests start in their crate's folder.
+            tests.env(name, std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+        }
     }
     host::run(&mut tests)
 }
