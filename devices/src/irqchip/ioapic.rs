@@ -166,3 +166,6 @@ impl IoApic {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

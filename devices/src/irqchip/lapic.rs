@@ -575,3 +575,6 @@ impl LocalApic {
         field(name, &text);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,10 +6,10 @@ use crate::time::ManualClock;
 use paravane_memory::{Port, Width};
 
 #[derive(Default)]
-struct Log(Mutex<Vec<String>>);
+pub(super) struct Log(Mutex<Vec<String>>);
 
 impl Log {
-    fn take(&self) -> Vec<String> {
+    pub(super) fn take(&self) -> Vec<String> {
         std::mem::take(&mut self.0.lock().unwrap())
     }
     fn push(&self, s: String) {
@@ -32,18 +32,18 @@ impl VcpuKick for Log {
     }
 }
 
-struct Rig {
+pub(super) struct Rig {
     clock: Arc<ManualClock>,
-    queue: Arc<TimerQueue>,
-    log: Arc<Log>,
-    fabric: Arc<InterruptFabric>,
+    pub(super) queue: Arc<TimerQueue>,
+    pub(super) log: Arc<Log>,
+    pub(super) fabric: Arc<InterruptFabric>,
 }
 
-const BSP: VpIndex = VpIndex(0);
-const AP: VpIndex = VpIndex(1);
+pub(super) const BSP: VpIndex = VpIndex(0);
+pub(super) const AP: VpIndex = VpIndex(1);
 
 impl Rig {
-    fn new(vcpus: u32) -> Rig {
+    pub(super) fn new(vcpus: u32) -> Rig {
         let clock = Arc::new(ManualClock::default());
         let queue = TimerQueue::new();
         let log = Arc::new(Log::default());
@@ -55,20 +55,20 @@ impl Rig {
         Rig { clock, queue, log, fabric }
     }
 
-    fn run_to(&self, ns: u64) {
+    pub(super) fn run_to(&self, ns: u64) {
         self.clock.set(VmTime(ns));
         self.queue.run_expired(VmTime(ns));
     }
 
-    fn store(&self, offset: u32, value: u32) {
+    pub(super) fn store(&self, offset: u32, value: u32) {
         self.fabric.lapic_store(BSP, offset.into(), value);
     }
 
-    fn load(&self, offset: u32) -> u32 {
+    pub(super) fn load(&self, offset: u32) -> u32 {
         self.fabric.lapic_load(BSP, offset.into())
     }
 
-    fn redirect(&self, pin: u64, entry: u64) {
+    pub(super) fn redirect(&self, pin: u64, entry: u64) {
         let mut w = IoApicWindow::new(self.fabric.clone());
         for (i, half) in [entry >> 32, entry & 0xFFFF_FFFF].into_iter().enumerate() {
             w.mmio_store(0, Width::W32, 0x11 + pin * 2 - i as u64);
@@ -76,13 +76,13 @@ impl Rig {
         }
     }
 
-    fn redirection(&self, pin: u64) -> u64 {
+    pub(super) fn redirection(&self, pin: u64) -> u64 {
         let mut w = IoApicWindow::new(self.fabric.clone());
         w.mmio_store(0, Width::W32, 0x10 + pin * 2);
         w.mmio_load(0x10, Width::W32)
     }
 
-    fn init_pics(&self) {
+    pub(super) fn init_pics(&self) {
         let mut p = PicPorts::new(self.fabric.clone());
         for (port, value) in [
             (0x20, 0x11),

@@ -186,3 +186,176 @@ fn memory_size_nmi_mask_and_garbage() {
     r.run_to(1000 * SECOND);
     r.read(SECONDS);
 }
+
+// --- register by register (DS9718) ---
+
+/// "Register A", rate selection, and the periodic flag whether or not it is enabled.
+#[test]
+fn periodic_rates_are_those_of_the_table() {
+    // RS3-RS0 to crystal cycles at 32.768 kHz: 0001 is 3.90625 ms, 0011 is 122.070 us, 1111 is 500 ms.
+    let cycles = [128, 256, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384];
+    for (rate, cycles) in (1..16).zip(cycles) {
+        let r = Rig::new();
+        r.write(A, 0x20 | rate);
+        r.read(C);
+        let due = VmTime::from_ticks(cycles, CRYSTAL_HZ).0;
+        r.run_to(due - 1);
+        assert_eq!(r.read(C), 0, "rate {rate}");
+        r.run_to(due);
+        assert_eq!(r.read(C), C_PF, "rate {rate}: PF without PIE is no request");
+        r.write(B, B_24H | B_PIE);
+        r.run_to(due * 2);
+        assert!(r.irq(), "rate {rate}");
+    }
+    let r = Rig::new();
+    r.write(A, 0x20);
+    r.write(B, B_24H | B_PIE);
+    r.read(C);
+    r.run_to(100 * SECOND);
+    assert!(!r.irq(), "rate 0 is none");
+}
+
+#[test]
+fn periodic_interrupts_do_not_drift() {
+    let r = Rig::new();
+    r.write(A, 0x2F);
+    r.write(B, B_24H | B_PIE);
+    let mut taken = 0;
+    for step in 1..=2000u64 {
+        r.run_to(step * 50_000_003);
+        taken += u64::from(r.irq());
+        r.read(C);
+    }
+    assert_eq!(taken, 2000 * 50_000_003 / 500_000_000, "2 Hz over 100 s, noticed late every time");
+}
+
+#[test]
+fn enabling_what_is_flagged_interrupts_at_once() {
+    let r = Rig::new();
+    r.run_to(SECOND);
+    for (enable, flag) in [(B_PIE, C_PF), (B_UIE, C_UF)] {
+        assert!(!r.irq());
+        r.write(B, B_24H | enable);
+        assert!(r.irq(), "{flag:x}");
+        r.write(B, B_24H);
+        assert!(!r.irq(), "IRQF follows the enables");
+    }
+    r.write(B, B_24H | B_UIE | B_PIE);
+    assert_eq!(r.read(C) & (C_IRQF | C_PF | C_UF), C_IRQF | C_PF | C_UF);
+    assert_eq!(r.read(C), 0, "reading clears all flags");
+    assert!(!r.irq());
+}
+
+#[test]
+fn registers_keep_what_they_should() {
+    let r = Rig::new();
+    r.write(A, 0xA6);
+    assert_eq!(r.read(A), 0x26, "UIP is read-only");
+    r.write(C, 0xFF);
+    r.write(D, 0);
+    assert_eq!([r.read(C), r.read(D)], [0, D_VRT]);
+    r.write(B, 0x7F);
+    assert_eq!(r.read(B), 0x7F);
+    r.write(B, 0xFF);
+    assert_eq!(r.read(B), !B_UIE, "SET clears UIE");
+    let pattern = |i: usize| (i as u8) ^ 0x5A;
+    for i in D + 1..CENTURY {
+        r.write(i, pattern(i));
+    }
+    assert!((D + 1..CENTURY).all(|i| r.read(i) == pattern(i)));
+    assert_eq!(r.rtc.lock().unwrap().port_in(Port(INDEX), Width::W8), 0xFF);
+    r.rtc.lock().unwrap().reset(ResetKind::Bus);
+    assert_eq!(r.read(B), !(B_PIE | B_AIE | B_UIE | B_SQWE), "RESET clears enables and SQWE");
+    assert_eq!(r.read(D + 1), pattern(D + 1), "and leaves the battery's part alone");
+}
+
+/// "Time, calendar and alarm locations": the twelve-hour clock counts 12, 1, 2 … 11, bit 7 is PM.
+#[test]
+fn twelve_hour_clock_in_both_formats() {
+    for (mode, hours) in
+        [(0, [0x12, 0x01, 0x11, 0x92, 0x81, 0x91]), (B_DM, [12, 1, 11, 0x80 | 12, 0x81, 0x80 | 11])]
+    {
+        let r = Rig::new();
+        r.write(B, B_SET | mode);
+        for (register, value) in [(SECONDS, 58), (MINUTES, 59), (HOURS, 11 | 0x80)] {
+            let bcd = |v: u8| (v & 0x80) | ((v & 0x7F) / 10) << 4 | ((v & 0x7F) % 10);
+            r.write(register, if mode == 0 { bcd(value) } else { value });
+        }
+        r.write(B, mode);
+        for (hour, expected) in [(0, 0), (1, 1), (11, 2), (12, 3), (13, 4), (23, 5)] {
+            r.run_to((2 + hour * 3600) * SECOND);
+            assert_eq!(r.read(HOURS), hours[expected], "hour {hour}");
+        }
+    }
+}
+
+#[test]
+fn twelve_hour_alarm_knows_pm() {
+    let r = Rig::new();
+    r.write(B, B_SET | B_DM);
+    for (register, value) in [(SECONDS, 59), (MINUTES, 59), (HOURS, 11)] {
+        r.write(register, value);
+    }
+    for (register, value) in [(SECONDS, 0), (MINUTES, 0), (HOURS, 0x80 | 12)] {
+        r.write(register + 1, value);
+    }
+    r.read(C);
+    r.write(B, B_DM | B_AIE);
+    r.run_to(SECOND);
+    assert!(r.irq(), "noon is 12 PM");
+    r.read(C);
+    r.run_to(SECOND + 43_200 * SECOND);
+    assert!(!r.irq(), "midnight is 12 AM");
+    r.run_to(SECOND + 86_400 * SECOND);
+    assert!(r.irq());
+}
+
+/// The weekday is a counter that midnight moves, not a function of the date.
+#[test]
+fn weekday_counts_for_itself() {
+    let r = Rig::new();
+    r.write(WEEKDAY, 6);
+    for (day, expected) in [(0, 6), (1, 7), (2, 1), (9, 1)] {
+        r.run_to(day * 86_400 * SECOND);
+        assert_eq!(r.read(WEEKDAY), expected, "after {day} days");
+    }
+}
+
+#[test]
+fn calendar_rolls_over_leap_days_years_and_centuries() {
+    for (from, to) in [
+        ([0x28, 0x02, 0x23, 0x20], [0x01, 0x03, 0x23, 0x20]),
+        ([0x28, 0x02, 0x24, 0x20], [0x29, 0x02, 0x24, 0x20]),
+        ([0x28, 0x02, 0x00, 0x20], [0x29, 0x02, 0x00, 0x20]),
+        ([0x30, 0x04, 0x26, 0x20], [0x01, 0x05, 0x26, 0x20]),
+        ([0x31, 0x12, 0x99, 0x19], [0x01, 0x01, 0x00, 0x20]),
+    ] {
+        let r = Rig::new();
+        r.write(B, B_SET | B_24H);
+        let date = [DAY, MONTH, YEAR, CENTURY];
+        for (register, value) in
+            date.into_iter().zip(from).chain([(HOURS, 0x23), (MINUTES, 0x59), (SECONDS, 0x59)])
+        {
+            r.write(register, value);
+        }
+        r.write(B, B_24H);
+        r.run_to(SECOND);
+        assert_eq!(date.map(|i| r.read(i)), to);
+    }
+}
+
+/// "Update cycle": SET, and the divider in reset, leave no update and no UIP.
+#[test]
+fn no_update_in_progress_while_the_clock_stands() {
+    for (register, value) in [(B, B_SET | B_24H), (A, 0x66), (A, 0x76)] {
+        let r = Rig::new();
+        r.read(C);
+        r.write(register, value);
+        for ns in (0..3 * SECOND).step_by(1_000_003) {
+            r.run_to(ns);
+            assert_eq!(r.read(A) & A_UIP, 0);
+        }
+        assert_eq!(r.read(C) & C_UF, 0);
+        assert_eq!(r.read(SECONDS), 0x58);
+    }
+}
