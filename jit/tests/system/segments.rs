@@ -1,7 +1,7 @@
 //! Limits, types and null selectors (SDM 3A, 5.3 to 5.5).
 
-use crate::bed::{CODE, DATA, GDT, Start, both, sel};
-use paravane_cpu::{SegReg, gpr};
+use crate::bed::{Bed, CODE, DATA, GDT, Start, both, pf, pte, sel};
+use paravane_cpu::{SegReg, Segment, gpr};
 
 /// A descriptor: base, limit in its granularity, and the attributes of bits 40–47 and 52–55 as in `Segment`.
 pub fn descriptor(base: u64, limit: u64, attributes: u64) -> u64 {
@@ -227,4 +227,42 @@ fn lar_lsl_verr_verw() {
             assert_eq!((bed.cpu.gpr[gpr::RAX], bed.cpu.gpr[gpr::RBX]), (7, 0), "an empty descriptor");
         });
     }
+}
+
+/// 16-bit code at linear addresses above 64 KiB, with ES at `es`.
+fn small_code(bed: &mut Bed, es: u64, limit: u32) {
+    bed.cpu.seg[SegReg::Cs as usize].attributes = 0x809B;
+    bed.cpu.seg[SegReg::Es as usize] = Segment { base: es, limit, attributes: 0x93, selector: sel::DATA16 };
+}
+
+#[test]
+fn repetitions_end_at_pages_and_limits() {
+    let program = program!(16: "mov al, 0x5A", "mov di, 0x10", "mov cx, 0x20", "rep stosb", "mov di, 0xF0", "mov cx, 0x20"; "rep stosb");
+    both(Start::Paged32, |bed| {
+        small_code(bed, DATA + 0xF00, 0xFFFF);
+        bed.map(DATA + 0x1000, DATA + 0x1000, pte::P);
+        bed.page_faults(&program, DATA + 0x1000, pf::P | pf::W);
+        assert_eq!((bed.cpu.gpr[gpr::RDI], bed.cpu.gpr[gpr::RCX]), (0x100, 0x10));
+        assert_eq!(bed.get64(DATA + 0xFF8), 0x5A5A_5A5A_5A5A_5A5A);
+    });
+    both(Start::Protected, |bed| {
+        small_code(bed, DATA, 0xFF);
+        bed.faults(&program, 13, 0);
+        assert_eq!((bed.cpu.gpr[gpr::RDI], bed.cpu.gpr[gpr::RCX]), (0x100, 0x10));
+        assert_eq!((bed.get64(DATA + 0xF8), bed.get64(DATA + 0x100)), (0x5A5A_5A5A_5A5A_5A5A, 0));
+    });
+}
+
+#[test]
+fn repetitions_wrap_at_64_kib() {
+    both(Start::Real, |bed| {
+        let program = program!(16: "mov ax, 0x8000", "mov es, ax", "mov edi, 0x12340010", "mov ecx, 0x56780004", "rep stosb",
+            "mov di, 0xFFFC", "mov cx, 8", "rep stosb");
+        for _ in 0..2 {
+            bed.reset();
+            bed.cpu.gpr[gpr::RAX] = 0;
+            bed.finish(&program);
+            assert_eq!((bed.cpu.gpr[gpr::RDI], bed.cpu.gpr[gpr::RCX]), (0x1234_0004, 0x5678_0000));
+        }
+    });
 }
