@@ -158,7 +158,7 @@ fn syscall_and_sysret() {
 fn interrupts_wait_for_the_shadow_and_wake_from_halt() {
     let mut bed = Bed::protected();
     bed.gate(0x40, 14, 0, 8, 0x9000);
-    bed.bus.pending.lock().expect("queue").push(0x40);
+    bed.bus.pending.lock().expect("queue").push_back(0x40);
     bed.attention.set(Attention::INTERRUPT);
     bed.poll();
     assert_eq!(bed.cpu.rip, CODE, "IF is clear");
@@ -499,7 +499,7 @@ fn the_engine_runs_to_halt_and_keeps_interrupts_for_later() {
     bed.gate(0x40, 14, 0, 8, 0x9000);
     bed.put(CODE, &[0x43, 0xFB, 0x43, 0xF4]); // INC EBX; STI; INC EBX; HLT
     bed.put(0x9000, &[0x41, 0xCF]); // INC ECX; IRET
-    bed.bus.pending.lock().expect("queue").push(0x40);
+    bed.bus.pending.lock().expect("queue").push_back(0x40);
     bed.attention.set(Attention::INTERRUPT);
     let model = bed.core.model().clone();
     let vector = Box::new(crate::testbed::NoVector);

@@ -4,6 +4,8 @@
 //! implements. Guest faults are values ([`Fault`]), never panics.
 #![forbid(unsafe_code)]
 
+#[cfg(any(test, feature = "testbed"))]
+mod board;
 mod bus;
 mod control;
 mod core;
@@ -28,6 +30,8 @@ mod transfer;
 mod vme;
 
 pub use self::core::{Core, Step};
+#[cfg(any(test, feature = "testbed"))]
+pub use board::Board;
 pub use bus::{CpuBus, CpuidResult, MsrFault};
 pub use cpuid::{CpuModel, HostFeatures, MODEL_NAMES, model_by_name};
 pub use engine::{Attention, Budget, Engine, Exit, VectorUnit};

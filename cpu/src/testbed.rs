@@ -1,6 +1,6 @@
 //! A bare processor with memory for unit tests.
 
-use crate::bus::{CpuBus, CpuidResult, MsrFault};
+use crate::board::Board;
 use crate::core::{Core, Step, Unit};
 use crate::cpuid::{HostFeatures, model_by_name};
 use crate::engine::{Attention, VectorUnit};
@@ -8,48 +8,7 @@ use crate::exec::Exec;
 use crate::fault::Fault;
 use crate::mmu::{Flushes, Tlb};
 use crate::state::{CpuState, DescriptorTable, FpuState, SegReg, Segment, cr0};
-use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, Port, VpIndex, Width};
-use std::sync::Mutex;
-
-/// A machine with nothing but one interrupt source and a port log.
-#[derive(Default)]
-pub(crate) struct NoBus {
-    pub pending: Mutex<Vec<u8>>,
-    pub written: Mutex<Vec<(u16, u32)>>,
-}
-
-impl CpuBus for NoBus {
-    fn mmio_load(&self, _: VpIndex, _: PhysAddr, w: Width) -> u64 {
-        w.mask()
-    }
-    fn mmio_store(&self, _: VpIndex, _: PhysAddr, _: Width, _: u64) {}
-    fn port_in(&self, _: VpIndex, port: Port, w: Width) -> u32 {
-        u32::from(port.0) & w.mask() as u32
-    }
-    fn port_out(&self, _: VpIndex, port: Port, _: Width, v: u32) {
-        self.written.lock().expect("log").push((port.0, v));
-    }
-    fn acknowledge(&self, _: VpIndex) -> Option<u8> {
-        self.pending.lock().expect("queue").pop()
-    }
-    fn cpuid(&self, _: VpIndex, _: u32, _: u32) -> Option<CpuidResult> {
-        None
-    }
-    fn rdmsr(&self, _: VpIndex, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn wrmsr(&self, _: VpIndex, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn read_cr8(&self, _: VpIndex) -> u64 {
-        0
-    }
-    fn write_cr8(&self, _: VpIndex, _: u64) {}
-    fn tsc(&self, _: VpIndex) -> u64 {
-        1000
-    }
-    fn fpu_error(&self, _: VpIndex) {}
-}
+use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, VpIndex};
 
 /// A vector unit that has nothing.
 pub(crate) struct NoVector;
@@ -73,7 +32,7 @@ impl VectorUnit for NoVector {
 pub(crate) struct Bed {
     pub cpu: CpuState,
     pub mem: GuestMemory,
-    pub bus: NoBus,
+    pub bus: Board,
     pub core: Core,
     pub attention: Attention,
 }
@@ -97,7 +56,7 @@ impl Bed {
         cpu.rip = CODE;
         cpu.gpr[4] = 0x7000;
         cpu.idtr = DescriptorTable { base: 0, limit: 0x3FF };
-        Bed { cpu, mem, bus: NoBus::default(), core, attention }
+        Bed { cpu, mem, bus: Board::default(), core, attention }
     }
 
     /// Flat 32-bit protected mode without paging at CPL 0. Selectors 8 and 10H are code and data of DPL 0, 1BH and

@@ -4,45 +4,11 @@
 //! into one section; the tests only copy them into the guest's memory.
 
 use paravane_cpu::{
-    Attention, Budget, CpuBus, CpuState, CpuidResult, Engine, Exit, HostFeatures, Interpreter, MsrFault,
-    SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
+    Attention, Board, Budget, CpuState, Engine, Exit, HostFeatures, Interpreter, SegReg, Segment, cr0, cr4,
+    efer, flags, gpr, model_by_name,
 };
 use paravane_jit::{HostVectorUnit, JitOptions, Translator};
-use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, Port, VpIndex, Width};
-
-/// A machine with nothing in it.
-struct Nothing;
-
-impl CpuBus for Nothing {
-    fn mmio_load(&self, _: VpIndex, _: PhysAddr, _: Width) -> u64 {
-        u64::MAX
-    }
-    fn mmio_store(&self, _: VpIndex, _: PhysAddr, _: Width, _: u64) {}
-    fn port_in(&self, _: VpIndex, _: Port, _: Width) -> u32 {
-        u32::MAX
-    }
-    fn port_out(&self, _: VpIndex, _: Port, _: Width, _: u32) {}
-    fn acknowledge(&self, _: VpIndex) -> Option<u8> {
-        None
-    }
-    fn cpuid(&self, _: VpIndex, _: u32, _: u32) -> Option<CpuidResult> {
-        None
-    }
-    fn rdmsr(&self, _: VpIndex, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn wrmsr(&self, _: VpIndex, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn read_cr8(&self, _: VpIndex) -> u64 {
-        0
-    }
-    fn write_cr8(&self, _: VpIndex, _: u64) {}
-    fn tsc(&self, _: VpIndex) -> u64 {
-        0
-    }
-    fn fpu_error(&self, _: VpIndex) {}
-}
+use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, VpIndex};
 
 const CODE: u64 = 0x10_0000;
 const STACK: u64 = 0x20_0000;
@@ -86,7 +52,7 @@ fn state() -> CpuState {
 
 fn run(engine: &mut dyn Engine, mem: &GuestMemory) -> CpuState {
     let mut c = state();
-    let exit = engine.run(&mut c, mem, &Nothing, Budget::UNLIMITED);
+    let exit = engine.run(&mut c, mem, &Board::default(), Budget::UNLIMITED);
     assert_eq!(exit, Exit::Halt, "at {:#x}", c.rip);
     c
 }

@@ -305,11 +305,11 @@ fn gcd(a: u64, b: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testbed::NoBus;
+    use crate::board::Board;
 
     fn leaf(name: &str, leaf: u32, sub: u32) -> CpuidResult {
         let model = model_by_name(name, &HostFeatures::everything()).expect("a model");
-        model.cpuid(&CpuState::reset(0), &NoBus::default(), VpIndex(0), leaf, sub)
+        model.cpuid(&CpuState::reset(0), &Board::default(), VpIndex(0), leaf, sub)
     }
 
     #[test]

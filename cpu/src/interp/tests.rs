@@ -1,7 +1,7 @@
 //! Whole instructions through [`execute`] on a small flat machine; expected values from SDM 2.
 
 use super::execute;
-use crate::bus::{CpuBus, CpuidResult, MsrFault};
+use crate::board::Board;
 use crate::cpuid::{HostFeatures, model_by_name};
 use crate::engine::{Attention, VectorUnit};
 use crate::exec::{Exec, Outcome};
@@ -11,40 +11,7 @@ use crate::state::flags::{AF, CF, DF, FIXED, OF, PF, SF, ZF};
 use crate::state::gpr::{R8, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use crate::state::{CpuState, FpuState, SegReg, Segment, cr0, cr4, efer};
 use iced_x86::{Decoder, DecoderOptions};
-use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, Port, VpIndex, Width};
-
-struct NoBus;
-
-impl CpuBus for NoBus {
-    fn mmio_load(&self, _: VpIndex, _: PhysAddr, _: Width) -> u64 {
-        u64::MAX
-    }
-    fn mmio_store(&self, _: VpIndex, _: PhysAddr, _: Width, _: u64) {}
-    fn port_in(&self, _: VpIndex, _: Port, _: Width) -> u32 {
-        u32::MAX
-    }
-    fn port_out(&self, _: VpIndex, _: Port, _: Width, _: u32) {}
-    fn acknowledge(&self, _: VpIndex) -> Option<u8> {
-        None
-    }
-    fn cpuid(&self, _: VpIndex, _: u32, _: u32) -> Option<CpuidResult> {
-        None
-    }
-    fn rdmsr(&self, _: VpIndex, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn wrmsr(&self, _: VpIndex, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn read_cr8(&self, _: VpIndex) -> u64 {
-        0
-    }
-    fn write_cr8(&self, _: VpIndex, _: u64) {}
-    fn tsc(&self, _: VpIndex) -> u64 {
-        1
-    }
-    fn fpu_error(&self, _: VpIndex) {}
-}
+use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, VpIndex};
 
 /// Records what it was given; adds one to RBX and answers memory operands with AAH bytes.
 #[derive(Default)]
@@ -127,7 +94,7 @@ impl Pc {
             next_rip: instr.next_ip(),
             cpu: &mut self.cpu,
             mem: &self.mem,
-            bus: &NoBus,
+            bus: &Board::default(),
             vp: VpIndex(0),
             model: &model,
             attention: &Attention::default(),

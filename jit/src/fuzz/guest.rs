@@ -6,11 +6,8 @@ use crate::host::{
     CODE_LIMIT_16, DATA_BASE_16, DATA_LIMIT_16, NativeLayout, NativeMode, NativeState, NativeStop,
     SELECTORS_16,
 };
-use paravane_cpu::{
-    Budget, CpuBus, CpuState, CpuidResult, Engine, Exit, MsrFault, SegReg, Segment, attr, cr0, cr4, efer,
-    flags,
-};
-use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, Port, RamOffset, VpIndex, Width};
+use paravane_cpu::{Board, Budget, CpuState, Engine, Exit, SegReg, Segment, attr, cr0, cr4, efer, flags};
+use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, RamOffset};
 use std::io;
 
 const PAGE: u64 = 4096;
@@ -83,7 +80,7 @@ impl Guest {
         cpu.rflags = case.state.rflags | flags::FIXED | flags::IF;
         cpu.fpu.clone_from(&case.state.fpu);
         cpu.rip = case.rip;
-        match engine.run(&mut cpu, &self.memory, &Nothing, Budget::UNLIMITED) {
+        match engine.run(&mut cpu, &self.memory, &Board::default(), Budget::UNLIMITED) {
             Exit::Halt => {
                 self.outcome(&cpu, outcome);
                 Ok(())
@@ -241,49 +238,4 @@ pub struct GuestCase<'a> {
     pub state: &'a NativeState,
     /// Where to start.
     pub rip: u64,
-}
-
-/// A machine with nothing in it.
-struct Nothing;
-
-impl CpuBus for Nothing {
-    fn mmio_load(&self, _: VpIndex, _: PhysAddr, _: Width) -> u64 {
-        u64::MAX
-    }
-
-    fn mmio_store(&self, _: VpIndex, _: PhysAddr, _: Width, _: u64) {}
-
-    fn port_in(&self, _: VpIndex, _: Port, _: Width) -> u32 {
-        u32::MAX
-    }
-
-    fn port_out(&self, _: VpIndex, _: Port, _: Width, _: u32) {}
-
-    fn acknowledge(&self, _: VpIndex) -> Option<u8> {
-        None
-    }
-
-    fn cpuid(&self, _: VpIndex, _: u32, _: u32) -> Option<CpuidResult> {
-        None
-    }
-
-    fn rdmsr(&self, _: VpIndex, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-
-    fn wrmsr(&self, _: VpIndex, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-
-    fn read_cr8(&self, _: VpIndex) -> u64 {
-        0
-    }
-
-    fn write_cr8(&self, _: VpIndex, _: u64) {}
-
-    fn tsc(&self, _: VpIndex) -> u64 {
-        0
-    }
-
-    fn fpu_error(&self, _: VpIndex) {}
 }

@@ -10,13 +10,12 @@
 //! into one section; the tests only copy them into the guest's memory.
 
 use paravane_cpu::{
-    Attention, Budget, CpuBus, CpuState, CpuidResult, DescriptorTable, Engine, Exit, FpuState, HostFeatures,
-    Interpreter, MsrFault, SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
+    Attention, Board, Budget, CpuState, DescriptorTable, Engine, Exit, FpuState, HostFeatures, Interpreter,
+    SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
 };
 use paravane_jit::{HostVectorUnit, JitOptions, Translator};
-use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig, PhysAddr, Port, VpIndex, Width};
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, mpsc};
+use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig, PhysAddr, VpIndex};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 pub const GDT: u64 = 0x1000;
@@ -132,65 +131,6 @@ pub struct Taken {
     /// The interrupted stack pointer and segment, where they were pushed.
     pub sp: u64,
     pub ss: u64,
-}
-
-/// Everything around the processor: ports are recorded, interrupts come from a queue.
-#[derive(Default)]
-pub struct Board {
-    pub written: Mutex<Vec<(u16, u32)>>,
-    pub pending: Mutex<VecDeque<u8>>,
-    /// Set at the first write to port 80H.
-    raise: Mutex<Option<(Attention, u32, u8)>>,
-    /// How often FERR# was raised, and the interrupt that answers it.
-    pub fpu_errors: Mutex<u32>,
-    on_fpu_error: Mutex<Option<(Attention, u8)>>,
-}
-
-impl CpuBus for Board {
-    fn mmio_load(&self, _: VpIndex, _: PhysAddr, width: Width) -> u64 {
-        width.mask()
-    }
-    fn mmio_store(&self, _: VpIndex, _: PhysAddr, _: Width, _: u64) {}
-    fn port_in(&self, _: VpIndex, port: Port, width: Width) -> u32 {
-        u32::from(port.0) & width.mask() as u32
-    }
-    fn port_out(&self, _: VpIndex, port: Port, _: Width, value: u32) {
-        self.written.lock().expect("log").push((port.0, value));
-        if port.0 == 0x80
-            && let Some((attention, what, vector)) = self.raise.lock().expect("source").take()
-        {
-            if what == Attention::INTERRUPT {
-                self.pending.lock().expect("queue").push_back(vector);
-            }
-            attention.set(what);
-        }
-    }
-    fn acknowledge(&self, _: VpIndex) -> Option<u8> {
-        self.pending.lock().expect("queue").pop_front()
-    }
-    fn cpuid(&self, _: VpIndex, _: u32, _: u32) -> Option<CpuidResult> {
-        None
-    }
-    fn rdmsr(&self, _: VpIndex, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn wrmsr(&self, _: VpIndex, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn read_cr8(&self, _: VpIndex) -> u64 {
-        0
-    }
-    fn write_cr8(&self, _: VpIndex, _: u64) {}
-    fn tsc(&self, _: VpIndex) -> u64 {
-        1000
-    }
-    fn fpu_error(&self, _: VpIndex) {
-        *self.fpu_errors.lock().expect("count") += 1;
-        if let Some((attention, vector)) = self.on_fpu_error.lock().expect("wire").take() {
-            self.pending.lock().expect("queue").push_back(vector);
-            attention.set(Attention::INTERRUPT);
-        }
-    }
 }
 
 struct Watcher(Attention);
@@ -477,18 +417,17 @@ impl Bed {
 
     /// An interrupt `vector` arrives when the guest writes port 80H.
     pub fn interrupt_at_port(&self, vector: u8) {
-        *self.board.raise.lock().expect("source") =
-            Some((self.attention.clone(), Attention::INTERRUPT, vector));
+        self.board.raise_at_port(&self.attention, Attention::INTERRUPT, vector);
     }
 
     /// An NMI arrives when the guest writes port 80H.
     pub fn nmi_at_port(&self) {
-        *self.board.raise.lock().expect("source") = Some((self.attention.clone(), Attention::NMI, 0));
+        self.board.raise_at_port(&self.attention, Attention::NMI, 0);
     }
 
     /// FERR# is wired to interrupt `vector`.
     pub fn interrupt_on_fpu_error(&self, vector: u8) {
-        *self.board.on_fpu_error.lock().expect("wire") = Some((self.attention.clone(), vector));
+        self.board.raise_at_fpu_error(&self.attention, vector);
     }
 
     // ---- running ------------------------------------------------------------------------------------------
@@ -620,8 +559,7 @@ impl Bed {
 
     /// Values written to port E9H.
     pub fn reports(&self) -> Vec<u32> {
-        let log = self.board.written.lock().expect("log");
-        log.iter().filter(|(port, _)| *port == 0xE9).map(|&(_, v)| v).collect()
+        self.board.written_to(0xE9)
     }
 
     /// 16, 32 or 64.

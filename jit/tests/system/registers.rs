@@ -58,6 +58,18 @@ fn cr3_and_cr4_bits() {
     });
 }
 
+/// CR8 is the task priority, of four bits.
+#[test]
+fn cr8() {
+    both(Start::Long, |bed| {
+        bed.finish(&program!(64: "mov eax, 9", "mov cr8, rax", "mov rbx, -1", "mov rbx, cr8"));
+        assert_eq!(bed.cpu.gpr[gpr::RBX], 9);
+        bed.faults(&program!(64: "mov eax, 16"; "mov cr8, rax"), 13, 0);
+        bed.user();
+        bed.faults(&program!(64: ; "mov rax, cr8"), 13, 0);
+    });
+}
+
 #[test]
 fn efer_bits() {
     both(Start::Long, |bed| {
