@@ -179,3 +179,40 @@ fn linear_addresses_wrap_at_4_gib() {
         assert_eq!(bed.cpu.gpr[gpr::RBX], 0x4433_2211);
     });
 }
+
+/// An instruction whose second page may be read but not executed, or is the supervisor's: #PF there, at the instruction.
+#[test]
+fn instructions_that_run_into_a_forbidden_page() {
+    both(Start::Long, |bed| {
+        for (user, bits, error) in [
+            (false, pte::ALL | pte::XD, pf::P | pf::I),
+            (true, pte::ALL | pte::XD, pf::P | pf::U | pf::I),
+            (true, pte::P | pte::RW, pf::P | pf::U | pf::I),
+        ] {
+            bed.restore();
+            bed.gate(0x50, 14, 3, crate::bed::HANDLERS + 0x500);
+            // MOV EAX, imm32 over the border; a NOP before it makes a block of two.
+            bed.put(0x30_0FFD, &[0x90, 0xB8, 0x11, 0x22, 0x33, 0x44, 0xCD, 0x50]);
+            if user {
+                bed.user();
+            }
+            let start = bed.cpu.clone();
+            for (bits, fault) in [(pte::ALL, false), (bits, true), (pte::ALL, false)] {
+                bed.map(0x30_1000, 0x30_1000, bits);
+                bed.flush();
+                bed.cpu = start.clone();
+                bed.cpu.rip = 0x30_0FFD;
+                bed.go();
+                let t = bed.taken();
+                if fault {
+                    assert_eq!(
+                        (t.vector, t.error, t.rip, bed.cpu.cr2),
+                        (14, Some(error), 0x30_0FFE, 0x30_1000)
+                    );
+                } else {
+                    assert_eq!((t.vector, bed.cpu.gpr[gpr::RAX]), (0x50, 0x4433_2211));
+                }
+            }
+        }
+    });
+}

@@ -157,3 +157,101 @@ fn non_canonical_branch_targets_fault_at_the_branch() {
         assert_eq!(bed.taken().sp, STACK);
     });
 }
+
+/// What SYSCALL and SYSRET load, whatever the tables say: selectors by arithmetic, flags by mask (SDM 2B, SYSCALL, SYSRET).
+#[test]
+fn selectors_and_flags_of_syscall() {
+    both(Start::Long, |bed| {
+        set_up(bed);
+        // RPL bits in STAR: SYSCALL forces them to zero, SYSRET to three.
+        bed.cpu.msr.star = 0x0020_0013 << 32;
+        bed.cpu.msr.sfmask = flags::IF | flags::IOPL | flags::NT | flags::AC | flags::CF;
+        bed.put(CODE + 0x800, program!(64: "pushfq", "pop r8", "mov r9d, cs", "mov r10d, ss", "mov rbx, r11", "mov r11, -1", "sysretq").bytes);
+        bed.user();
+        bed.cpu.rflags |= flags::IF | flags::ID | flags::AC | flags::NT;
+        bed.run(&program!(64: "stc", "std", "syscall", "cld", "int 0x50"));
+        let (t, g) = (bed.taken(), bed.cpu.gpr);
+        assert_eq!((g[9], g[10], t.cs, t.ss), (0x10, 0x18, 0x33, 0x2B));
+        assert_eq!(
+            g[gpr::R8]
+                & (flags::IF | flags::IOPL | flags::NT | flags::AC | flags::CF | flags::DF | flags::ID),
+            flags::DF | flags::ID
+        );
+        assert_eq!(
+            g[gpr::RBX] & (flags::IF | flags::NT | flags::AC | flags::CF | flags::DF),
+            flags::IF | flags::NT | flags::AC | flags::CF | flags::DF
+        );
+        // All of R11 but RF, VM and reserved bits; TF among them: #DB behind the next instruction.
+        assert_eq!((t.vector, t.flags & 0xFF_FFFF), (1, 0x3C_7BD7 & !flags::DF | flags::TF));
+    });
+}
+
+#[test]
+fn where_system_calls_do_not_exist() {
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.cpu.efer &= !1;
+        bed.faults(&program!(64: "nop"; "sysretq"), 6, None);
+    });
+    for start in [Start::Compat, Start::Protected] {
+        both(start, |bed| {
+            set_up(bed);
+            bed.faults(&program!(32: "nop"; "syscall"), 6, None);
+            bed.faults(&program!(32: "nop"; "sysret"), 6, None);
+        });
+    }
+    both(Start::Real, |bed| {
+        bed.cpu.msr.sysenter_cs = 0x10;
+        bed.faults(&program!(16: "nop"; "sysenter"), 13, None);
+        bed.faults(&program!(16: "nop"; "sysexit"), 13, None);
+    });
+}
+
+/// SYSENTER from compatibility mode enters 64-bit mode; SYSEXIT goes to either. A null IA32_SYSENTER_CS is #GP(0).
+#[test]
+fn sysenter_and_sysexit_in_long_mode() {
+    both(Start::Compat, |bed| {
+        set_up(bed);
+        bed.put(CODE + 0x800, program!(64: "mov r8, -1", "mov r9d, cs", "mov r10, rsp", "pushfq", "pop r11", "mov rcx, 0x78000", "mov edx, 0x100A00", "sysexit").bytes);
+        bed.put(CODE + 0xA00, program!(32: "mov eax, 1", ".byte 0x40", "int 0x50").bytes);
+        bed.user();
+        bed.cpu.rflags |= flags::IF;
+        bed.run(&program!(32: "sysenter"));
+        let (t, g) = (bed.taken(), bed.cpu.gpr);
+        assert_eq!((g[gpr::R8], g[9], g[10], g[11] & flags::IF), (u64::MAX, 0x10, STACK, 0));
+        // The 32-bit code segment is 16 above, its stack 24 above IA32_SYSENTER_CS.
+        assert_eq!((t.vector, t.cs, t.ss, t.sp, g[gpr::RAX]), (0x50, 0x23, 0x2B, USER_STACK, 2));
+        for cs in [0, 3] {
+            bed.reset();
+            set_up(bed);
+            bed.cpu.msr.sysenter_cs = cs;
+            bed.faults(&program!(32: "nop"; "sysenter"), 13, 0);
+            bed.faults(&program!(32: "nop"; "sysexit"), 13, 0);
+        }
+    });
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.faults(&program!(64: "mov rdx, 0x800000000000", "xor ecx, ecx"; "sysexitq"), 13, 0);
+        bed.faults(&program!(64: "mov rcx, 0x800000000000", "xor edx, edx"; "sysexitq"), 13, 0);
+        bed.user();
+        bed.faults(&program!(64: "nop"; "sysexitq"), 13, 0);
+    });
+}
+
+#[test]
+fn segment_bases() {
+    both(Start::Long, |bed| {
+        bed.faults(&program!(64: "nop"; "rdfsbase rax"), 6, None);
+        bed.cpu.cr4 |= paravane_cpu::cr4::FSGSBASE;
+        bed.put64(DATA, 77);
+        bed.finish(&program!(64: "mov eax, 0x200000", "wrgsbase rax", "mov rbx, gs:[0]", "mov rcx, -1", "wrfsbase ecx", "rdfsbase rdx", "rdgsbase esi"));
+        let g = bed.cpu.gpr;
+        assert_eq!((g[gpr::RBX], g[gpr::RDX], g[gpr::RSI]), (77, 0xFFFF_FFFF, DATA));
+        bed.faults(&program!(64: "mov rax, 0x800000000000"; "wrgsbase rax"), 13, 0);
+    });
+    both(Start::Compat, |bed| {
+        bed.cpu.cr4 |= paravane_cpu::cr4::FSGSBASE;
+        bed.faults(&program!(32: ; ".byte 0xF3, 0x0F, 0xAE, 0xC0"), 6, None);
+        bed.faults(&program!(32: ; ".byte 0x0F, 0x01, 0xF8"), 6, None); // SWAPGS
+    });
+}

@@ -233,3 +233,61 @@ fn io_permission_bitmap() {
         });
     }
 }
+
+/// The ends of the permission bitmap: two bytes are always read, and must lie within the TSS (SDM 1, 19.5.2).
+#[test]
+fn ends_of_the_permission_bitmap() {
+    both(Start::Protected, |bed| {
+        bed.put(TSS + 104, &[0; 0x42]);
+        bed.gate(0x50, 14, 3, HANDLERS + 0x500);
+        let allowed = |bed: &mut Bed, limit: u32, port: u64| {
+            bed.reset();
+            bed.user();
+            bed.cpu.tr.limit = limit;
+            bed.cpu.gpr[gpr::RDX] = port;
+            bed.run(&program!(32: "in al, dx", "int 0x50"));
+            match bed.taken().vector {
+                0x50 => true,
+                v => {
+                    assert_eq!((v, bed.taken().error), (13, Some(0)));
+                    false
+                }
+            }
+        };
+        // Byte 0x3F of the map is the last within the limit: ports 0x1F0 and on need a byte more.
+        assert!(allowed(bed, 104 + 0x3F, 0x1F7));
+        assert!(!allowed(bed, 104 + 0x3F, 0x1F8));
+        assert!(!allowed(bed, 104 + 0x3E, 0x1F0));
+        // A word over two bytes of the map.
+        bed.put(TSS + 104 + 2, &[1]);
+        bed.reset();
+        bed.user();
+        bed.cpu.tr.limit = 104 + 0x3F;
+        bed.faults(&program!(32: "mov edx, 0xF"; "in ax, dx"), 13, 0);
+        bed.faults(&program!(32: "mov edx, 0xD"; "in eax, dx"), 13, 0);
+        assert!(allowed(bed, 104 + 0x3F, 0xF));
+        // The map's base beyond the limit; a 16-bit TSS has no map; a TSS of 103 bytes has no base.
+        bed.put16(TSS + 102, 0x200);
+        assert!(!allowed(bed, 104 + 0x3F, 0));
+        bed.put16(TSS + 102, 104);
+        assert!(!allowed(bed, 102, 0));
+        bed.reset();
+        bed.user();
+        bed.cpu.tr.attributes = 0x83;
+        bed.put16(TSS + 2, 0x6F00);
+        bed.put16(TSS + 4, sel::DATA);
+        bed.cpu.tr.limit = 104 + 0x3F;
+        bed.faults(&program!(32: "nop"; "in al, 0x10"), 13, 0);
+    });
+    both(Start::Pae, |bed| {
+        // The map lies in a page that is not there: #PF on the processor's behalf, supervisor read.
+        bed.cpu.tr.base = 0x30_0F00;
+        bed.cpu.tr.limit = 0x1FF;
+        let tss: Vec<u8> = (0..104).step_by(8).flat_map(|i| bed.get64(TSS + i).to_le_bytes()).collect();
+        bed.put(0x30_0F00, &tss);
+        bed.put16(0x30_0F00 + 102, 0x100);
+        bed.map(0x30_1000, 0, 0);
+        bed.user();
+        bed.page_faults(&program!(32: "nop"; "in al, 0x10"), 0x30_1002, 0);
+    });
+}
