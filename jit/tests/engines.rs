@@ -77,7 +77,10 @@ fn agree_in_slices(program: &[u8]) {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         let budget = Budget { instructions: 1 + (random >> 33) % 40 };
         let until = x.instructions + budget.instructions;
-        let exits = [interp.run(&mut x, &a, &Nothing, budget), jit.run(&mut y, &b, &Nothing, budget)];
+        let exits = [
+            interp.run(&mut x, &a, &Board::default(), budget),
+            jit.run(&mut y, &b, &Board::default(), budget),
+        ];
         assert_eq!(exits[0], exits[1], "exits at {:#x} and {:#x}", x.rip, y.rip);
         assert_eq!(x.instructions, y.instructions, "retired instructions at {:#x} and {:#x}", x.rip, y.rip);
         assert_eq!(x.rip, y.rip, "rip after {} instructions", x.instructions);
