@@ -105,15 +105,28 @@ impl Fetcher {
         Ok(&self.slots[slot])
     }
 
-    /// Whether an invalid instruction goes on behind its 15th byte. The decoder does not tell; without its first prefix
-    /// (so long an instruction repeats them) it would be whole in 14 bytes otherwise.
+    /// Whether an invalid instruction goes on behind its 15th byte. The decoder does not tell, but it does at the end of
+    /// what it is given: a byte less, without a prefix that means nothing.
     fn too_long(&self, bits: u32, bytes: &[u8]) -> bool {
         if bytes.len() < MAX_LEN {
             return false;
         }
-        let mut decoder = Decoder::new(bits, &bytes[1..MAX_LEN], self.options);
+        let mut rest = [0; MAX_LEN - 1];
+        let idle = idle_prefix(bytes);
+        rest[..idle].copy_from_slice(&bytes[..idle]);
+        rest[idle..].copy_from_slice(&bytes[idle + 1..MAX_LEN]);
+        let mut decoder = Decoder::new(bits, &rest, self.options);
         decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes
     }
+}
+
+/// Position of a prefix that changes neither length nor validity: a segment's, or one that is there twice. (An instruction
+/// of 15 bytes has several prefixes.)
+fn idle_prefix(bytes: &[u8]) -> usize {
+    let is_prefix = |b: &u8| matches!(b, 0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 | 0xF2 | 0xF3);
+    let prefixes = bytes.iter().take_while(|b| is_prefix(b)).count();
+    let is_idle = |&n: &usize| !matches!(bytes[n], 0x66 | 0x67 | 0xF0..) || bytes[..n].contains(&bytes[n]);
+    (0..prefixes).find(is_idle).unwrap_or(0)
 }
 
 /// Whether the bytes of `cached` are the first of `raw`.

@@ -170,6 +170,9 @@ fn memory(host: &Outcome, engine: &Outcome, latitude: Latitude, lines: &mut Vec<
         let below = host.state.gpr[4].wrapping_sub(n as u64) & 0xFFF;
         latitude.return_slot && (1..=8).contains(&below)
     };
+    if host.arena == engine.arena {
+        return;
+    }
     let different = |n: &usize| host.arena[*n] != engine.arena[*n] && !slot(*n);
     let Some(first) = (0..host.arena.len()).find(different) else { return };
     let last = (0..host.arena.len()).rfind(different).unwrap_or(first);

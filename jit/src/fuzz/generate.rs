@@ -38,6 +38,8 @@ pub struct Generator {
     pub bits: u32,
     /// Where code and arena lie, as the code addresses them.
     pub layout: NativeLayout,
+    /// Addresses to point operands at rather than at the arena; usually none.
+    pub(super) aims: Vec<u64>,
     /// Operands of all kinds, to cut arenas and vector registers from.
     pool: Vec<u8>,
 }
@@ -50,7 +52,7 @@ impl Generator {
     pub fn new(bits: u32, layout: NativeLayout) -> Generator {
         let mut random = Random::new(0);
         let pool = (0..POOL / 8).flat_map(|_| random.lanes().to_le_bytes()).collect();
-        Generator { bits, layout, pool }
+        Generator { bits, layout, aims: Vec::new(), pool }
     }
 
     /// A case of form `code`, or none if the dice produced nothing encodable and harmless.
@@ -80,15 +82,20 @@ impl Generator {
 
     /// Whether a case of one instruction may run natively, and to some purpose.
     pub(super) fn is_acceptable(&self, case: &Case) -> bool {
-        let now = Situation {
+        let now = self.situation(case);
+        now.is_harmless() && !super::vendor::differs(&now)
+    }
+
+    /// A case of one instruction as it begins.
+    pub(super) fn situation<'a>(&self, case: &'a Case) -> Situation<'a> {
+        Situation {
             instruction: &case.instruction,
             bytes: &case.code,
             state: &case.state,
             arena: &case.arena,
             layout: self.layout,
             bits: self.bits,
-        };
-        now.is_harmless() && !super::vendor::differs(&now)
+        }
     }
 
     /// Random registers.

@@ -20,7 +20,9 @@ const TSS: u64 = KERNEL + 2 * PAGE;
 const HANDLERS: u64 = KERNEL + 3 * PAGE;
 const STACK_TOP: u64 = KERNEL + KERNEL_PAGES * PAGE;
 const CODE_PHYS: u64 = 0x20_0000;
-const DATA_PHYS: u64 = 0x21_0000;
+/// The arena is the end of RAM: what crosses it would leave the host's mapping.
+const DATA_PHYS: u64 = RAM - 3 * PAGE;
+const RAM: u64 = 8 << 20;
 const TABLES_PHYS: u64 = 0x1000;
 const VECTORS: u64 = 32;
 
@@ -44,7 +46,8 @@ pub struct Guest {
 impl Guest {
     /// Builds the page tables and descriptor tables.
     pub fn new(layout: NativeLayout) -> io::Result<Guest> {
-        let memory = GuestMemory::new(MemoryConfig::pc(8 << 20))?;
+        assert_eq!(DATA_PHYS + layout.data_len(), RAM, "an arena of three pages");
+        let memory = GuestMemory::new(MemoryConfig::pc(RAM))?;
         let template = CpuState::reset(0);
         let mut guest = Guest { memory, layout, template, next_table: TABLES_PHYS + PAGE };
         let writable = layout.writable_pages;
@@ -61,6 +64,11 @@ impl Guest {
     /// The guest's memory, to build engines on.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// Where the host has the arena.
+    pub fn host_arena(&self) -> u64 {
+        self.memory.host_base() as u64 + DATA_PHYS
     }
 
     /// Runs `case` until the exception that ends it, and puts into `outcome` where that was.

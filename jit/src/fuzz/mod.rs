@@ -20,6 +20,7 @@ mod place;
 mod program;
 mod random;
 mod safety;
+mod siege;
 mod state;
 mod trace;
 mod vendor;
@@ -33,6 +34,7 @@ pub use guest::{Guest, GuestCase};
 pub use program::{Pools, Program};
 pub use random::Random;
 pub use safety::Situation;
+pub use siege::Siege;
 
 use watch::Watch;
 

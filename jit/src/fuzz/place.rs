@@ -9,6 +9,9 @@ use iced_x86::{CodeSize, Instruction, Mnemonic, OpKind, Register};
 impl Generator {
     /// Where memory operands may lie: aligned, anywhere, across a page, at the arena's ends, read-only.
     fn target(&self, size: u64, random: &mut Random) -> u64 {
+        if !self.aims.is_empty() && !random.one_in(4) {
+            return random.pick(&self.aims).wrapping_add(random.below(3) * 4);
+        }
         let data = self.layout.data;
         let length = self.layout.data_len();
         let writable = self.layout.writable_pages * 4096;

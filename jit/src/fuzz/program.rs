@@ -131,7 +131,8 @@ impl Program {
         while at < code.len() {
             let offset = START + at as u64;
             let instruction = bench.generator.decode(&code[at..], bench.generator.layout.code + offset);
-            let bytes = code.get(at..at + instruction.len())?.to_vec();
+            let length = if instruction.is_invalid() { code.len() - at } else { instruction.len() };
+            let bytes = code.get(at..at + length)?.to_vec();
             at += bytes.len();
             program.steps.push(Step::new(offset, Vec::new(), bytes, instruction, bench.bits()));
         }

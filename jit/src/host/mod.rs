@@ -6,11 +6,15 @@
 //! operands and faults included, and is the oracle the engines are compared with.
 
 mod area;
+#[cfg(feature = "fuzz")]
+mod canary;
 mod ldt;
 mod native;
 mod vector;
 
 pub use area::CodeArea;
+#[cfg(feature = "fuzz")]
+pub use canary::{Canaries, HostMapping, host_mappings};
 pub use native::{
     CODE_LIMIT_16, DATA_BASE_16, DATA_LIMIT_16, Native, NativeLayout, NativeMode, NativeState, NativeStop,
     SELECTORS_16,
