@@ -1,4 +1,7 @@
 //! Executes a program on the host one instruction at a time, each only after it was found harmless.
+//!
+//! Invariant of the one unsafe call: the step passed [`Situation::is_harmless`] with the registers and the arena it starts
+//! from, and does not branch into itself, so that it ends in the arena and the code page, or in a fault.
 
 use super::Bench;
 use super::compare;
