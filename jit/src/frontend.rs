@@ -1,7 +1,7 @@
 //! Guest bytes to a block: decodes one basic block and drives the emitter over it.
 
 use crate::block::Mode;
-use crate::classify::{Class, Forms, stack_word};
+use crate::classify::{Class, Form, Forms, stack_word};
 use crate::context::Reason;
 use crate::emit::{Emitter, Site};
 use crate::flags::{self, FlagSet};
@@ -35,7 +35,7 @@ pub(crate) struct Translated {
     /// Guest bytes translated.
     pub(crate) len: u32,
     /// (host offset, guest offset) of each instruction.
-    pub(crate) sites: Vec<(u32, u32)>,
+    pub(crate) sites: Box<[(u32, u32)]>,
     /// Host offset of the direct entry.
     pub(crate) entry: u32,
     /// Instructions translated.
@@ -54,7 +54,10 @@ pub(crate) struct Crossing {
 #[derive(Default)]
 pub(crate) struct Frontend {
     instrs: Vec<Instruction>,
+    /// What each of them is.
+    forms: Vec<Form>,
     live: Vec<FlagSet>,
+    sites: Vec<(u32, u32)>,
 }
 
 impl Source<'_> {
@@ -108,6 +111,7 @@ impl Frontend {
     /// Decodes up to the end of the block; returns bytes consumed. The last instruction may be one that ends it.
     fn decode(&mut self, source: &Source<'_>, forms: &mut Forms, crossing: bool) -> u32 {
         self.instrs.clear();
+        self.forms.clear();
         let bytes = &source.bytes[source.at..];
         // Nothing beyond the segment's limit is fetched.
         let room = if source.reaches(source.rip) { (source.limit - source.rip).saturating_add(1) } else { 0 };
@@ -120,11 +124,11 @@ impl Frontend {
             if instr.is_invalid() {
                 break;
             }
+            let form = forms.form(&instr);
             self.instrs.push(instr);
+            self.forms.push(form);
             len += instr.len() as u32;
-            let class = forms.form(&instr).class;
-            let straight = class.straight();
-            if !straight || crossing {
+            if !form.class.straight() || crossing {
                 break;
             }
         }
@@ -132,11 +136,11 @@ impl Frontend {
     }
 
     /// Flags live before each instruction, given those live after the last; all of them if they must be `exact`.
-    fn liveness(&mut self, forms: &mut Forms, mut after: FlagSet, exact: bool) {
+    fn liveness(&mut self, mut after: FlagSet, exact: bool) {
         self.live.clear();
         self.live.resize(self.instrs.len(), FlagSet::NONE);
         for (i, instr) in self.instrs.iter().enumerate().rev() {
-            after = match forms.form(instr).class {
+            after = match self.forms[i].class {
                 _ if exact => FlagSet::ALL,
                 Class::Interpret | Class::Syscall | Class::Sysret => FlagSet::ALL,
                 _ => flags::before(instr, after),
@@ -158,7 +162,7 @@ impl Frontend {
         let decoded = self.decode(source, forms, crossing.is_some());
         emitter.start(source.address, source.rip, source.mode, first_link);
         let (after, taken, next) = self.live_out(source, forms, decoded);
-        self.liveness(forms, after, exact_flags(source.mode));
+        self.liveness(after, exact_flags(source.mode));
         let live_in = self.live.first().copied().unwrap_or(FlagSet::ALL);
         emitter.indirect_entry(source.rip, live_in);
         let entry = emitter.hot_len() as u32;
@@ -167,7 +171,7 @@ impl Frontend {
         }
         let mut counted = 0;
         if source.mode.has(Mode::COUNTED) {
-            counted = self.instrs.iter().filter(|i| forms.form(i).class != Class::Interpret).count() as u32;
+            counted = self.forms.iter().filter(|f| f.class != Class::Interpret).count() as u32;
             if source.mode.has(Mode::BUDGETED) {
                 emitter.check_budget(counted, source.rip, live_in);
             }
@@ -175,7 +179,7 @@ impl Frontend {
         }
         let mut out = Translated {
             len: decoded.max(1),
-            sites: Vec::with_capacity(self.instrs.len() + 1),
+            sites: Box::default(),
             entry,
             instructions: self.instrs.len() as u32,
             counted,
@@ -184,23 +188,24 @@ impl Frontend {
         let plans = if source.mode.0 & ungrouped != 0 || crossing.is_some() {
             Vec::new()
         } else {
-            groups::plan(&self.instrs, &self.live, forms, code64)
+            groups::plan(&self.instrs, &self.forms, &self.live, code64)
         };
         let mut ended = false;
+        self.sites.clear();
         for i in 0..self.instrs.len() {
-            let instr = self.instrs[i];
-            out.sites.push((emitter.hot_len() as u32, (instr.ip() - source.rip) as u32));
+            let (instr, form) = (self.instrs[i], self.forms[i]);
+            self.sites.push((emitter.hot_len() as u32, (instr.ip() - source.rip) as u32));
             emitter.at(instr.ip(), counted.saturating_sub(i as u32));
             let site = Site { before: self.live[i] };
             for p in plans.iter().filter(|p| p.check == i) {
                 emitter.sync_rsp();
                 emitter.group(p, site.before);
             }
-            if !emitter.tolerates_pending_rsp(&instr, forms.form(&instr).class) {
+            if !emitter.tolerates_pending_rsp(&instr, form.class) {
                 emitter.sync_rsp();
             }
             let start = emitter.mark();
-            if emit_one(&instr, source, forms, emitter, site, (taken, next), &mut ended).is_err() {
+            if emit_one(&instr, &form, source, emitter, site, (taken, next), &mut ended).is_err() {
                 emitter.rewind(start);
                 emitter.sync_rsp();
                 emitter.interpret(instr.ip());
@@ -220,7 +225,7 @@ impl Frontend {
         emitter.sync_rsp();
         if !ended {
             let next_rip = self.end(source, decoded);
-            out.sites.push((emitter.hot_len() as u32, decoded));
+            self.sites.push((emitter.hot_len() as u32, decoded));
             if self.instrs.len() < MAX_INSTRUCTIONS && crossing.is_none() && self.ran_out(source, decoded) {
                 // An undecodable or page-crossing instruction: a block of its own, or the interpreter's #UD or #PF.
                 emitter.at(next_rip, 0);
@@ -235,6 +240,7 @@ impl Frontend {
                 emitter.direct_exit(next_rip, next, false);
             }
         }
+        out.sites = self.sites.as_slice().into();
         out
     }
 
@@ -256,7 +262,7 @@ impl Frontend {
             _ => return (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
         };
         let either = |a: FlagSet, b: FlagSet| FlagSet(a.0 | b.0);
-        match forms.form(last).class {
+        match self.forms[self.instrs.len() - 1].class {
             Class::Jcc | Class::Loop | Class::JumpIfCountZero => {
                 let (t, n) =
                     (live_at(source, forms, last.near_branch_target()), live_at(source, forms, next_rip));
@@ -283,14 +289,13 @@ impl Frontend {
 /// Emits one instruction; sets `ended` if it ends the block.
 fn emit_one(
     instr: &Instruction,
+    form: &Form,
     source: &Source<'_>,
-    forms: &mut Forms,
     emitter: &mut Emitter,
     site: Site,
     (taken, next): (FlagSet, FlagSet),
     ended: &mut bool,
 ) -> Result<(), crate::emit::Unfit> {
-    let form = forms.form(instr);
     let mode = source.mode;
     let next_rip = source.next_rip(instr);
     let unprivileged = mode.has(Mode::USER) || mode.has(Mode::MIDDLE);
@@ -306,13 +311,13 @@ fn emit_one(
                 return Err(crate::emit::Unfit);
             }
             let at = (instr.ip() - source.rip) as usize + source.at;
-            emitter.identity(instr, &source.bytes[at..at + instr.len()], &form, site)
+            emitter.identity(instr, &source.bytes[at..at + instr.len()], form, site)
         }
         Class::Nop => Ok(()),
         // In translated code DF is as the mode has it.
         Class::Cld if mode.has(Mode::DOWN) => Err(crate::emit::Unfit),
         Class::Cld => Ok(()),
-        Class::BitString => emitter.bit_string(instr, &form, site),
+        Class::BitString => emitter.bit_string(instr, form, site),
         Class::String => emitter.string(instr, site),
         // Virtual-8086 mode has its own rules for IF.
         Class::Pushf if mode.has(Mode::LEGACY) && mode.has(Mode::USER) => Err(crate::emit::Unfit),

@@ -5,7 +5,7 @@
 //! delta in r13, and each member becomes a single instruction with `[base + r13 + disp]`. Where the check
 //! fails the block goes on in its ungrouped copy; a group check never raises the guest's fault.
 
-use crate::classify::{Class, Forms, stack_word};
+use crate::classify::{Class, Form, stack_word};
 use crate::flags::FlagSet;
 use crate::regs;
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
@@ -135,17 +135,17 @@ impl Search {
 }
 
 /// Finds the useful groups of a block, the most useful first.
-pub(crate) fn plan(instrs: &[Instruction], live: &[FlagSet], forms: &mut Forms, code64: bool) -> Vec<Plan> {
+pub(crate) fn plan(instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) -> Vec<Plan> {
     let stack =
         |c: Class| matches!(c, Class::Push | Class::Pop | Class::Call | Class::CallIndirect | Class::Ret);
     let memory = |i: &Instruction| i.memory_base() != Register::None;
-    let candidates = instrs.iter().filter(|i| memory(i) || stack(forms.form(i).class)).count();
+    let candidates = instrs.iter().zip(forms).filter(|(i, f)| memory(i) || stack(f.class)).count();
     if candidates < 2 {
         return Vec::new();
     }
     let mut s = Search { open: Vec::with_capacity(4), done: Vec::new(), since: [0; 16] };
     for (i, instr) in instrs.iter().enumerate() {
-        let form = forms.form(instr);
+        let form = forms[i];
         let ends = matches!(
             form.class,
             Class::Interpret

@@ -68,8 +68,12 @@ impl Translator {
     }
 
     fn translate_block(&mut self, cpu: &CpuState, key: BlockKey, page: RamOffset) -> Option<BlockId> {
-        self.protect(page);
-        self.mem.ram_read(page, &mut self.page_bytes[..]);
+        // The copy stays good while the page holds code: writes to it take the code away first.
+        if self.page_copied != Some(page) || !self.mem.has_code(page) {
+            self.protect(page);
+            self.mem.ram_read(page, &mut self.page_bytes[..]);
+            self.page_copied = Some(page);
+        }
         let at = (key.address & 0xFFF) as usize;
         let mut crossing = None;
         let mut extra = None;
@@ -118,7 +122,7 @@ impl Translator {
             start,
             entry: CodeOffset(start.0 + t.entry),
             code_len: self.code.len() as u32,
-            sites: t.sites.into_boxed_slice(),
+            sites: t.sites,
             incoming: Vec::new(),
             cached: false,
             live: true,

@@ -90,6 +90,8 @@ pub struct Translator {
     budget_short: bool,
     code: Vec<u8>,
     page_bytes: Box<[u8; 4096]>,
+    /// Which page `page_bytes` is a copy of.
+    page_copied: Option<RamOffset>,
 }
 
 // SAFETY: the raw pointers point into values owned by the translator, or are null while it may move.
@@ -147,6 +149,7 @@ impl Translator {
             budget_short: false,
             code: Vec::new(),
             page_bytes: Box::new([0; 4096]),
+            page_copied: None,
             cache,
         })
     }
