@@ -2,10 +2,11 @@
 //!
 //! This package joins the parts: [`cli`] says what is wanted, [`machine`] wires memory, devices and processors
 //! together (the only place that knows addresses, ports and interrupt numbers), [`run`] drives them, [`compare`]
-//! measures, [`doctor`] looks at the host, [`stats`] writes the counters down.
+//! measures, [`debug`] lets a debugger in, [`doctor`] looks at the host, [`stats`] writes the counters down.
 
 pub mod cli;
 pub mod compare;
+pub mod debug;
 pub mod doctor;
 pub mod lockstep;
 pub mod machine;

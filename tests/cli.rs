@@ -94,7 +94,6 @@ fn what_is_not_there_yet_is_refused_by_name() {
         (&["--console", "x"], "--console"),
         (&["--display", "vnc=127.0.0.1:5900"], "--display vnc"),
         (&["--screenshot", "x.png"], "--screenshot"),
-        (&["--gdb", "127.0.0.1:1234"], "--gdb"),
         (&["--control", "unix=x"], "--control"),
         (&["--trace", "x"], "--trace"),
         (&["--personality", "kvm"], "--personality kvm"),

@@ -13,9 +13,11 @@ use crate::fault::{Fault, Vector};
 use crate::fetch::{Decoded, Fetcher};
 use crate::interp;
 use crate::mmu::{Flushes, Tlb};
+use crate::plan::{DebugPlan, DebugStop, WatchHit};
 use crate::state::{CpuState, LinAddr, SegReg, Shadow, flags, gpr};
 use iced_x86::{FlowControl, Mnemonic};
-use paravane_memory::{GuestMemory, RamOffset, VpIndex};
+use paravane_memory::{GuestMemory, PhysAddr, RamOffset, VpIndex};
+use std::sync::Arc;
 
 /// How a step ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,6 +40,8 @@ pub(crate) struct Unit {
     pub vp: VpIndex,
     pub tlb: Tlb,
     pub flushes: Flushes,
+    /// What the debugger asks for.
+    pub plan: Arc<DebugPlan>,
 }
 
 impl Unit {
@@ -62,6 +66,8 @@ impl Unit {
             flushes: &mut self.flushes,
             outcome: Outcome::Done,
             debug_hits: 0,
+            plan: (!self.plan.watch.is_empty()).then_some(&*self.plan),
+            watch_hit: None,
             transferred: false,
             delivered: false,
         }
@@ -76,6 +82,8 @@ pub struct Core {
     record: Flushes,
     /// Breakpoints hit by an instruction that loaded SS.
     held_back: u64,
+    /// A watched access nobody was told of yet.
+    hit: Option<WatchHit>,
     faults: u64,
     interrupts: u64,
     last: Mnemonic,
@@ -85,12 +93,14 @@ impl Core {
     /// A core of `model` for processor `vp`.
     pub fn new(model: CpuModel, vector: Box<dyn VectorUnit>, attention: Attention, vp: VpIndex) -> Core {
         let fetcher = Fetcher::new(model.decoder_options());
-        let unit = Unit { model, vector, attention, vp, tlb: Tlb::new(), flushes: Flushes::default() };
+        let (tlb, flushes, plan) = (Tlb::new(), Flushes::default(), Arc::default());
+        let unit = Unit { model, vector, attention, vp, tlb, flushes, plan };
         Core {
             unit,
             fetcher,
             record: Flushes::default(),
             held_back: 0,
+            hit: None,
             faults: 0,
             interrupts: 0,
             last: Mnemonic::INVALID,
@@ -154,8 +164,12 @@ impl Core {
             transferred: ex.transferred,
             partial: ex.next_rip == rip && decoded.instr.is_string_instruction(),
         };
+        let hit = ex.watch_hit;
         match result {
-            Ok(()) => self.retire(cpu, mem, bus, &end),
+            Ok(()) => {
+                self.hit = self.hit.or(hit);
+                self.retire(cpu, mem, bus, &end)
+            }
             Err(fault) => {
                 if !end.transferred {
                     cpu.gpr[gpr::RSP] = rsp;
@@ -252,8 +266,9 @@ impl Core {
         self.unit.tlb.check_layout(cpu, mem);
         let mut ex = self.unit.exec(cpu, mem, bus, event.rip);
         let result = exception::deliver(&mut ex, event);
-        let hits = ex.debug_hits;
+        let (hits, hit) = (ex.debug_hits, ex.watch_hit);
         self.held_back |= hits;
+        self.hit = self.hit.or(hit);
         cpu.shadow = Shadow::None;
         self.obey();
         result
@@ -291,6 +306,64 @@ impl Core {
             // Interrupts are benign: their delivery's fault is handled on its own.
             Err(fault) => self.raise(cpu, mem, bus, fault),
         }
+    }
+
+    /// One instruction for a debugger: see [`crate::Engine::step`]. A halted processor stays so until something wakes it.
+    pub fn single_step(
+        &mut self,
+        cpu: &mut CpuState,
+        mem: &GuestMemory,
+        bus: &dyn CpuBus,
+        interrupts: bool,
+    ) -> Step {
+        if interrupts || cpu.halted {
+            let before = self.interrupts;
+            let step = self.poll(cpu, mem, bus);
+            if step != Step::Done || self.interrupts != before {
+                return step;
+            }
+        }
+        if cpu.halted {
+            return Step::Halt;
+        }
+        loop {
+            let before = (cpu.rip, cpu.instructions, self.faults);
+            let step = self.step(cpu, mem, bus);
+            let same = step == Step::Done && before == (cpu.rip, cpu.instructions, self.faults);
+            if !same || self.hit.is_some() || self.unit.attention.get() & Attention::STOP != 0 {
+                return step;
+            }
+        }
+    }
+
+    /// What the debugger asks for.
+    pub fn plan(&self) -> &Arc<DebugPlan> {
+        &self.unit.plan
+    }
+
+    /// Stops where `plan` says, and returns the plan before. The engine around this must drop what it derived from that.
+    pub fn set_plan(&mut self, plan: &Arc<DebugPlan>) -> Arc<DebugPlan> {
+        self.hit = None;
+        std::mem::replace(&mut self.unit.plan, Arc::clone(plan))
+    }
+
+    /// The breakpoint at the next instruction.
+    pub fn breakpoint(&self, cpu: &CpuState, mem: &GuestMemory) -> Option<DebugStop> {
+        if !self.unit.plan.breaks() {
+            return None;
+        }
+        self.unit.plan.stops_at(cpu, mem).map(DebugStop::Breakpoint)
+    }
+
+    /// The watched access of the last step, once.
+    #[inline]
+    pub fn take_hit(&mut self) -> Option<DebugStop> {
+        self.hit.take().map(DebugStop::Watch)
+    }
+
+    /// Which accesses to a page the debugger watches: see [`DebugPlan::watches_page`].
+    pub fn watches_page(&self, lin: LinAddr, phys: PhysAddr) -> (bool, bool) {
+        self.unit.plan.watches_page(lin, phys)
     }
 
     /// What translations the guest asked to forget since the last call.
@@ -351,7 +424,7 @@ struct End {
 
 /// Linear address of the instruction at CS:RIP.
 #[inline]
-pub(crate) fn instruction_address(cpu: &CpuState) -> LinAddr {
+pub fn instruction_address(cpu: &CpuState) -> LinAddr {
     if cpu.code64() {
         LinAddr(cpu.rip)
     } else {

@@ -2,6 +2,7 @@
 
 use crate::bus::CpuBus;
 use crate::fault::Fault;
+use crate::plan::{DebugPlan, DebugStop};
 use crate::state::{CpuState, FpuState};
 use paravane_memory::{GuestMemory, RamOffset, VpIndex};
 use std::sync::Arc;
@@ -75,12 +76,19 @@ pub enum Exit {
     TripleFault,
     /// An instruction no engine implements, named by `CpuState::rip`; never a silent skip.
     Unsupported,
+    /// The debugger's plan asked for it.
+    Debug(DebugStop),
 }
 
 /// Executes guest instructions on one vCPU.
 pub trait Engine: Send {
     /// Runs until something needs the machine. Interrupts are acknowledged and delivered inside.
     fn run(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, budget: Budget) -> Exit;
+    /// Executes one instruction, all of a REP, whatever breakpoints are armed, and delivers what it raises. With
+    /// `interrupts` (or while halted) a pending interrupt is taken first, and taking it is the step. [`Exit::Budget`]: done.
+    fn step(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, interrupts: bool) -> Exit;
+    /// Stops where `plan` says from now on, in place of what was asked for before.
+    fn set_debug(&mut self, plan: &Arc<DebugPlan>);
     /// Forgets everything derived from the page of guest memory holding `page`.
     fn invalidate(&mut self, page: RamOffset);
     /// Forgets every cached address translation (layout change, state loaded from outside).

@@ -10,6 +10,7 @@ use crate::debug;
 use crate::engine::{Attention, VectorUnit};
 use crate::fault::{Fault, Vector};
 use crate::mmu::{Access, Entry, Flushes, Privilege, Tlb};
+use crate::plan::{DebugPlan, WatchHit};
 use crate::segment;
 use crate::state::{CpuState, LinAddr, SegReg, Segment, cr0, flags, gpr};
 use paravane_memory::{GuestMemory, Mapped, PAGE_SIZE, PhysAddr, RamOffset, VpIndex, Width};
@@ -42,6 +43,10 @@ pub(crate) struct Exec<'a> {
     pub outcome: Outcome,
     /// DR6 bits of breakpoints hit by this instruction: a `#DB` trap after it.
     pub debug_hits: u64,
+    /// The debugger's plan, if it watches anything.
+    pub plan: Option<&'a DebugPlan>,
+    /// The first watched access.
+    pub watch_hit: Option<WatchHit>,
     /// RIP and RFLAGS were loaded as a whole (delivery, IRET, task switch): nothing is rolled back, RF stays.
     pub transferred: bool,
     /// An interrupt was delivered or a task switched: no single-step trap follows.
@@ -154,6 +159,8 @@ impl Exec<'_> {
         if in_page + size as u64 <= PAGE_SIZE {
             let entry = self.tlb.lookup(self.cpu, self.mem, lin, Access::Write, privilege)?;
             if let Some(at) = entry.ram(in_page) {
+                self.observe(lin, &entry, size, false);
+                self.observe(lin, &entry, size, true);
                 return Ok(self.rmw_ram(at, size, locked, f));
             }
         }
@@ -198,11 +205,31 @@ impl Exec<'_> {
     pub fn span(&mut self, lin: LinAddr, write: bool) -> Result<Option<(RamOffset, u64)>, Fault> {
         let access = if write { Access::Write } else { Access::Read };
         let entry = self.tlb.lookup(self.cpu, self.mem, lin, access, self.privilege())?;
-        if self.cpu.dr[7] & 0xFF != 0 {
+        let in_page = lin.0 & (PAGE_SIZE - 1);
+        let watched = |p: &DebugPlan| p.watches_page(lin, entry.phys(in_page)) != (false, false);
+        if self.cpu.dr[7] & 0xFF != 0 || self.plan.is_some_and(watched) {
             return Ok(None);
         }
-        let in_page = lin.0 & (PAGE_SIZE - 1);
         Ok(entry.ram(in_page).map(|at| (at, PAGE_SIZE - in_page)))
+    }
+
+    /// Tells the debugger of an access inside one page that is about to be made.
+    #[inline]
+    fn observe(&mut self, lin: LinAddr, entry: &Entry, size: usize, write: bool) {
+        if let Some(plan) = self.plan
+            && self.watch_hit.is_none()
+        {
+            self.watch_hit = plan.hit(lin, entry.phys(lin.0 & (PAGE_SIZE - 1)), size as u64, write);
+        }
+    }
+
+    /// Likewise of an access to ports.
+    pub fn observe_port(&mut self, port: u16, size: usize, write: bool) {
+        if let Some(plan) = self.plan
+            && self.watch_hit.is_none()
+        {
+            self.watch_hit = plan.port_hit(port, size as u64, write);
+        }
     }
 
     /// Mask of the stack pointer's bits in use.
@@ -298,6 +325,7 @@ impl Exec<'_> {
         let in_page = lin.0 & (PAGE_SIZE - 1);
         if in_page + size as u64 <= PAGE_SIZE {
             let entry = self.tlb.lookup(self.cpu, self.mem, lin, Access::Read, privilege)?;
+            self.observe(lin, &entry, size, false);
             return Ok(match entry.ram(in_page) {
                 Some(at) => self.mem.ram_load(at, size),
                 None => self.mmio_load(entry.phys(in_page), size),
@@ -320,6 +348,7 @@ impl Exec<'_> {
         let in_page = lin.0 & (PAGE_SIZE - 1);
         if in_page + size as u64 <= PAGE_SIZE {
             let entry = self.tlb.lookup(self.cpu, self.mem, lin, Access::Write, privilege)?;
+            self.observe(lin, &entry, size, true);
             match entry.ram(in_page) {
                 Some(at) => {
                     self.mem.ram_store(at, size, value);
@@ -355,12 +384,14 @@ impl Exec<'_> {
     /// Loads bytes at a linear address.
     pub fn load_bytes_linear(
         &mut self,
-        lin: LinAddr,
+        mut lin: LinAddr,
         mut buf: &mut [u8],
         privilege: Privilege,
     ) -> Result<(), Fault> {
         for p in self.pieces(lin, buf.len(), Access::Read, privilege)?.into_iter().flatten() {
             let (now, rest) = buf.split_at_mut(p.len);
+            self.observe(lin, &p.entry, p.len, false);
+            lin = self.wrap(lin.0.wrapping_add(p.len as u64));
             match p.entry.ram(p.in_page) {
                 Some(at) => self.mem.ram_read(at, now),
                 None => self.mmio_load_bytes(p.entry.phys(p.in_page), now),
@@ -373,12 +404,14 @@ impl Exec<'_> {
     /// Stores bytes at a linear address.
     pub fn store_bytes_linear(
         &mut self,
-        lin: LinAddr,
+        mut lin: LinAddr,
         mut buf: &[u8],
         privilege: Privilege,
     ) -> Result<(), Fault> {
         for p in self.pieces(lin, buf.len(), Access::Write, privilege)?.into_iter().flatten() {
             let (now, rest) = buf.split_at(p.len);
+            self.observe(lin, &p.entry, p.len, true);
+            lin = self.wrap(lin.0.wrapping_add(p.len as u64));
             match p.entry.ram(p.in_page) {
                 Some(at) => {
                     self.mem.ram_write(at, now);

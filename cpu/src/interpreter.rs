@@ -4,8 +4,10 @@ use crate::bus::CpuBus;
 use crate::core::{Core, Step};
 use crate::cpuid::CpuModel;
 use crate::engine::{Attention, Budget, Engine, Exit, VectorUnit};
+use crate::plan::DebugPlan;
 use crate::state::{CpuState, flags};
 use paravane_memory::{GuestMemory, RamOffset, VpIndex};
+use std::sync::Arc;
 
 /// Executes guest code one instruction at a time.
 pub struct Interpreter {
@@ -76,6 +78,9 @@ impl Engine for Interpreter {
             if cpu.instructions.wrapping_sub(start) >= budget.instructions {
                 return Exit::Budget;
             }
+            if let Some(stop) = self.core.breakpoint(cpu, mem) {
+                return Exit::Debug(stop);
+            }
             match self.core.step(cpu, mem, bus) {
                 Step::Done | Step::Halt => {}
                 Step::TripleFault => return Exit::TripleFault,
@@ -84,7 +89,29 @@ impl Engine for Interpreter {
             if self.core.has_flushes() {
                 self.core.take_flushes();
             }
+            if let Some(stop) = self.core.take_hit() {
+                return Exit::Debug(stop);
+            }
         }
+    }
+
+    fn step(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, interrupts: bool) -> Exit {
+        if std::mem::take(&mut self.aside) {
+            self.core.attention().set(Attention::INTERRUPT);
+        }
+        let step = self.core.single_step(cpu, mem, bus, interrupts);
+        self.core.take_flushes();
+        match (self.core.take_hit(), step) {
+            (_, Step::TripleFault) => Exit::TripleFault,
+            (_, Step::Unsupported) => Exit::Unsupported,
+            (Some(stop), _) => Exit::Debug(stop),
+            (None, Step::Halt) => Exit::Halt,
+            (None, Step::Done) => Exit::Budget,
+        }
+    }
+
+    fn set_debug(&mut self, plan: &Arc<DebugPlan>) {
+        self.core.set_plan(plan);
     }
 
     fn invalidate(&mut self, page: RamOffset) {

@@ -20,6 +20,7 @@ mod interp;
 mod interpreter;
 pub mod mmu;
 mod msr;
+mod plan;
 mod segment;
 mod state;
 mod syscall;
@@ -29,7 +30,7 @@ mod testbed;
 mod transfer;
 mod vme;
 
-pub use self::core::{Core, Step};
+pub use self::core::{Core, Step, instruction_address};
 #[cfg(any(test, feature = "testbed"))]
 pub use board::Board;
 pub use bus::{CpuBus, CpuidResult, MsrFault};
@@ -38,6 +39,7 @@ pub use engine::{Attention, Budget, Engine, Exit, VectorUnit};
 pub use fault::{Fault, Vector};
 pub use interp::{operand_alignment, x87_opcode};
 pub use interpreter::Interpreter;
-pub use mmu::{Access, Flushes, Privilege, Translation, inspect, translate};
+pub use mmu::{Access, Flushes, Peek, PeekEnd, PeekStep, Privilege, Translation, inspect, peek, translate};
 pub use paravane_memory::{Port, VpIndex};
+pub use plan::{DebugPlan, DebugStop, Space, WatchHit, WatchKind, Watchpoint};
 pub use state::*;

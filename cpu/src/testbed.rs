@@ -137,6 +137,7 @@ impl Bed {
             vp: VpIndex(0),
             tlb: Tlb::new(),
             flushes: Flushes::default(),
+            plan: Default::default(),
         };
         let next = self.cpu.rip;
         f(&mut unit.exec(&mut self.cpu, &self.mem, &self.bus, next))

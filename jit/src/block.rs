@@ -91,6 +91,13 @@ pub(crate) struct BlockKey {
     pub(crate) mode: Mode,
 }
 
+impl BlockKey {
+    /// Linear address of the first byte.
+    pub(crate) fn linear(&self) -> u64 {
+        self.mode.linear(self.address)
+    }
+}
+
 /// Index into the block list.
 pub(crate) type BlockId = u32;
 

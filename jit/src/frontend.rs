@@ -28,6 +28,8 @@ pub(crate) struct Source<'a> {
     pub(crate) mode: Mode,
     /// Decoder options of the processor model.
     pub(crate) options: u32,
+    /// Bytes from `address` to the next breakpoint on its page, where there is one: no block goes on past it.
+    pub(crate) stop: Option<u32>,
 }
 
 /// What became of the source.
@@ -81,7 +83,8 @@ impl Source<'_> {
 fn live_at(source: &Source<'_>, forms: &mut Forms, target: u64) -> FlagSet {
     let at = source.code_address(target);
     let whole_page = source.at as u64 == source.address & 0xFFF;
-    if at & !0xFFF != source.address & !0xFFF || !whole_page {
+    // A debugger sees the flags at its breakpoints, and at whatever leads to them.
+    if at & !0xFFF != source.address & !0xFFF || !whole_page || source.stop.is_some() {
         return FlagSet::ALL;
     }
     let at = (at & 0xFFF) as usize;
@@ -118,7 +121,7 @@ impl Frontend {
         let bytes = &bytes[..bytes.len().min(room.min(1 << 16) as usize)];
         let mut decoder = Decoder::with_ip(source.mode.bits(), bytes, source.rip, source.options);
         let mut len = 0;
-        while self.instrs.len() < MAX_INSTRUCTIONS {
+        while self.instrs.len() < MAX_INSTRUCTIONS && source.stop.is_none_or(|stop| len < stop) {
             let mut instr = Instruction::default();
             decoder.decode_out(&mut instr);
             if instr.is_invalid() {

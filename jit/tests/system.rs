@@ -34,6 +34,8 @@ mod modes;
 mod modified;
 #[path = "system/paging.rs"]
 mod paging;
+#[path = "system/plan.rs"]
+mod plan;
 #[path = "system/registers.rs"]
 mod registers;
 #[path = "system/segmented.rs"]

@@ -3,6 +3,7 @@
 mod values;
 
 use crate::compare::{CompareConfig, Guest};
+use crate::debug::GdbAddress;
 use crate::machine::{Boot, ClockKind, DiskConfig, EngineKind, MachineConfig, SerialConfig};
 use clap::{Args, Parser, Subcommand};
 use std::fmt;
@@ -140,11 +141,11 @@ pub struct RunArgs {
     /// Write the screen to a PNG file at exit (not there yet).
     #[arg(long, value_name = "F.png")]
     pub screenshot: Option<PathBuf>,
-    /// Debugger connection (not there yet).
-    #[arg(long, value_name = "SPEC")]
+    /// Let a debugger in at HOST:PORT or unix=F (a socket), for `target remote` of a stock gdb; a triple fault is kept for it.
+    #[arg(long, value_name = "ADDR")]
     pub gdb: Option<String>,
-    /// Wait for the debugger (not there yet).
-    #[arg(long)]
+    /// Stop before the first instruction, until the debugger lets the guest go on.
+    #[arg(long, requires = "gdb")]
     pub wait: bool,
     /// Control socket (not there yet).
     #[arg(long, value_name = "SPEC")]
@@ -242,8 +243,6 @@ impl RunArgs {
             ("--bios", self.bios.is_some()),
             ("--console", self.console.is_some()),
             ("--screenshot", self.screenshot.is_some()),
-            ("--gdb", self.gdb.is_some()),
-            ("--wait", self.wait),
             ("--control", self.control.is_some()),
             ("--trace", self.trace.is_some()),
         ];
@@ -270,9 +269,15 @@ impl RunArgs {
         }
     }
 
+    /// Where a debugger may connect.
+    pub fn gdb_address(&self) -> Result<Option<GdbAddress>, CliError> {
+        self.gdb.as_deref().map(values::parse_gdb).transpose()
+    }
+
     /// Checks everything that can be checked without opening a file.
     pub fn config(&self) -> Result<MachineConfig, CliError> {
         self.refuse()?;
+        self.gdb_address()?;
         let Some(kernel) = self.kernel.clone() else {
             return Err(if self.disk.is_empty() {
                 bad("--kernel", "nothing to run: give --kernel F (and --initrd, --disk)")

@@ -1,6 +1,7 @@
 //! The small languages inside option values: sizes, ports, disks, serial ports.
 
 use super::{CliError, bad};
+use crate::debug::GdbAddress;
 use crate::machine::{DiskBus, DiskConfig, SerialConfig};
 use std::path::PathBuf;
 
@@ -31,6 +32,23 @@ pub fn parse_port(text: &str) -> Result<u16, CliError> {
         None => text.parse(),
     };
     parsed.map_err(|_| bad("--debug-exit", format!("'{text}' is no I/O port: write for example 0xf4")))
+}
+
+/// `HOST:PORT`, `:PORT` (this host only) or `unix=F`.
+pub(super) fn parse_gdb(text: &str) -> Result<GdbAddress, CliError> {
+    if let Some(path) = text.strip_prefix("unix=").filter(|p| !p.is_empty()) {
+        return Ok(GdbAddress::Unix(PathBuf::from(path)));
+    }
+    match text.rsplit_once(':') {
+        Some((host, port)) if port.parse::<u16>().is_ok() => {
+            let host = if host.is_empty() { "127.0.0.1" } else { host };
+            Ok(GdbAddress::Tcp(format!("{host}:{port}")))
+        }
+        _ => Err(bad(
+            "--gdb",
+            format!("'{text}' is no address: write for example 127.0.0.1:1234 or unix=/tmp/gdb"),
+        )),
+    }
 }
 
 /// The answer to a value that is either planned or unknown.

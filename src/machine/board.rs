@@ -95,12 +95,12 @@ pub(super) struct Wiring<'a> {
 pub(super) struct Board {
     pub(super) cpu_bus: Arc<MachineBus>,
     bus: Arc<Bus>,
-    fabric: Arc<InterruptFabric>,
+    pub(super) fabric: Arc<InterruptFabric>,
     a20: Arc<A20Gate>,
-    pci: Arc<Mutex<PciBus>>,
+    pub(super) pci: Arc<Mutex<PciBus>>,
     router: Arc<PirqRouter>,
     /// In the order they are reset; the PCI bus resets its functions itself.
-    devices: Vec<DeviceHandle>,
+    pub(super) devices: Vec<DeviceHandle>,
     /// Kept for the draining at reset.
     backends: Vec<Arc<dyn BlockBackend>>,
     /// Those of them that complete between slices.

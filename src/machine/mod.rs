@@ -9,6 +9,7 @@ mod cpubus;
 mod engine;
 mod entropy;
 mod error;
+mod inspect;
 mod lab_port;
 mod lockstep;
 mod post;
@@ -21,6 +22,7 @@ pub use config::{Boot, ClockKind, DiskBus, DiskConfig, EngineKind, MachineConfig
 pub use cpubus::MachineBus;
 pub use engine::probe_translator;
 pub use error::MachineError;
+pub use inspect::{Fields, Inspector, PciFunction};
 pub use lab_port::LabPort;
 pub use lockstep::LockstepDisk;
 pub use serial::{SerialEnd, SerialInput};
@@ -213,6 +215,11 @@ impl Machine {
     /// Everything that is counted.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// The machine's devices, to look at.
+    pub fn inspector(&self) -> Inspector {
+        Inspector::new(&self.board, &self.counters)
     }
 
     /// Where the end is told.

@@ -2,12 +2,14 @@
 
 use super::serial::Serial;
 use super::terminal::RawMode;
-use super::{Finished, Lifecycle, Request, drive, signals};
+use super::{Finished, Lifecycle, Request, Watchers, drive, signals};
 use crate::cli::RunArgs;
+use crate::debug::{Debugger, Link};
 use crate::machine::{HostEnds, Machine, SerialConfig};
 use crate::stats;
 use std::error::Error;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// Runs the command.
 pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
@@ -29,7 +31,22 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         false => None,
     };
     serial.start(raw.is_some())?;
-    let finished = drive(&mut machine, None);
+    let (debugger, debug) = match args.gdb_address()? {
+        Some(address) => {
+            let link = Link::new(machine.vcpu(), args.wait);
+            let inspector = Arc::new(machine.inspector());
+            let opened =
+                Debugger::listen(&address, Arc::clone(&link), machine.lifecycle().clone(), inspector);
+            let debugger =
+                opened.map_err(|e| format!("--gdb {}: {e}", args.gdb.as_deref().unwrap_or_default()))?;
+            (Some(debugger), Some(link))
+        }
+        None => (None, None),
+    };
+    let finished = drive(&mut machine, Watchers { probe: None, debug });
+    if let Some(debugger) = debugger {
+        debugger.finish(finished.as_ref().map_or(1, |f| f.request.exit_code()));
+    }
     serial.finish(finished.as_ref().is_ok_and(|f| !matches!(f.request, Request::Quit | Request::Signal(_))));
     drop(raw);
     let finished = finished?;

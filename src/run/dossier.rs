@@ -1,6 +1,6 @@
 //! What is told about a processor that shut down.
 
-use paravane_cpu::{CpuState, Segment};
+use paravane_cpu::CpuState;
 use std::fmt::Write;
 
 const GPR_NAMES: [&str; 16] = [
@@ -23,50 +23,52 @@ pub fn mode(cpu: &CpuState) -> &'static str {
 
 /// Registers, one topic a line.
 pub fn registers(cpu: &CpuState) -> String {
-    let mut text = String::new();
+    let mut text = general_registers(cpu) + &segment_registers(cpu);
     // Writing to a string never fails.
-    let _infallible = write_registers(&mut text, cpu);
+    let _infallible = writeln!(
+        text,
+        "  cr0 {:#x}  cr2 {:#x}  cr3 {:#x}  cr4 {:#x}  efer {:#x}",
+        cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4, cpu.efer
+    );
     text
 }
 
-fn write_registers(out: &mut String, cpu: &CpuState) -> std::fmt::Result {
-    writeln!(
-        out,
-        "  {}, CPL {}, rip {:#x}, rflags {:#x}, {} instructions retired",
+/// Mode, RIP and the general registers.
+pub fn general_registers(cpu: &CpuState) -> String {
+    let mut out = format!(
+        "  {}, CPL {}, rip {:#x}, rflags {:#x}, {} instructions retired\n",
         mode(cpu),
         cpu.cpl,
         cpu.rip,
         cpu.rflags,
         cpu.instructions
-    )?;
+    );
     for (four, names) in cpu.gpr.chunks(4).zip(GPR_NAMES.chunks(4)) {
         for (value, name) in four.iter().zip(names) {
-            write!(out, "  {name:<3} {value:016x}")?;
+            let _infallible = write!(out, "  {name:<3} {value:016x}");
         }
         out.push('\n');
     }
-    for (segment, name) in cpu.seg.iter().zip(SEGMENT_NAMES) {
-        write_segment(out, name, segment)?;
+    out
+}
+
+/// Segment and table registers with their hidden parts.
+pub fn segment_registers(cpu: &CpuState) -> String {
+    let mut out = String::new();
+    let all = cpu.seg.iter().zip(SEGMENT_NAMES).chain([(&cpu.ldtr, "ldt"), (&cpu.tr, "tr")]);
+    for (s, name) in all {
+        let _infallible = writeln!(
+            out,
+            "  {name:<3} {:04x}  base {:#x}  limit {:#x}  attributes {:#06x}",
+            s.selector, s.base, s.limit, s.attributes
+        );
     }
-    write_segment(out, "tr", &cpu.tr)?;
-    writeln!(
-        out,
-        "  cr0 {:#x}  cr2 {:#x}  cr3 {:#x}  cr4 {:#x}  efer {:#x}",
-        cpu.cr0, cpu.cr2, cpu.cr3, cpu.cr4, cpu.efer
-    )?;
-    writeln!(
+    let _infallible = writeln!(
         out,
         "  gdt {:#x}+{:#x}  idt {:#x}+{:#x}",
         cpu.gdtr.base, cpu.gdtr.limit, cpu.idtr.base, cpu.idtr.limit
-    )
-}
-
-fn write_segment(out: &mut String, name: &str, s: &Segment) -> std::fmt::Result {
-    writeln!(
-        out,
-        "  {name:<3} {:04x}  base {:#x}  limit {:#x}  attributes {:#06x}",
-        s.selector, s.base, s.limit, s.attributes
-    )
+    );
+    out
 }
 
 #[cfg(test)]

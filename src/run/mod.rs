@@ -1,6 +1,7 @@
 //! Running a machine: threads, time, the terminal, and how it ends.
 
 mod command;
+mod debugged;
 pub mod dossier;
 mod event_loop;
 mod lifecycle;
@@ -12,12 +13,15 @@ pub mod terminal;
 mod vcpu;
 
 pub use command::command;
+pub use dossier::{general_registers, mode, segment_registers};
 pub use event_loop::EventLoop;
 pub use lifecycle::{Lifecycle, Request};
 pub use output::{Output, OutputHandle};
 pub use park::Vcpu;
+pub use serial::remove_stale_socket;
 pub use vcpu::{BOOT_VP, Lockstep, PanicGuard, Probe, TimeKeeper, VcpuRunner};
 
+use crate::debug::Link;
 use crate::machine::{Machine, MachineError, Time};
 use crate::stats::{self, Snapshot};
 use std::sync::Arc;
@@ -38,9 +42,17 @@ pub struct Finished {
     pub stats: Snapshot,
 }
 
-/// Runs `machine` to its end, through as many resets as the guest asks for. `probe` is called on the vCPU's thread
-/// whenever it was stopped though nobody asked for the end.
-pub fn drive(machine: &mut Machine, probe: Option<Probe>) -> Result<Finished, MachineError> {
+/// Who looks at a machine while it runs.
+#[derive(Default)]
+pub struct Watchers {
+    /// Called on the vCPU's thread whenever it was stopped though nobody asked for the end.
+    pub probe: Option<Probe>,
+    /// Who may debug it.
+    pub debug: Option<Arc<Link>>,
+}
+
+/// Runs `machine` to its end, through as many resets as the guest asks for.
+pub fn drive(machine: &mut Machine, watchers: Watchers) -> Result<Finished, MachineError> {
     let _events = match machine.time() {
         Time::Host(clock) => {
             let events = EventLoop::start(Arc::clone(machine.timers()), Arc::clone(clock));
@@ -49,7 +61,8 @@ pub fn drive(machine: &mut Machine, probe: Option<Probe>) -> Result<Finished, Ma
         Time::Instructions(_) => None,
     };
     let mut runner = VcpuRunner::new(machine)?;
-    runner.probe = probe;
+    runner.probe = watchers.probe;
+    runner.debug = watchers.debug;
     let mut resets = 0;
     let mut last = None;
     while let Some(mut ended) = on_own_thread(runner)? {

@@ -104,7 +104,7 @@ impl Serial {
 
     /// A socket that one client at a time may connect to; output without a client is lost, as on an open line.
     fn socket(&mut self, path: &Path) -> Result<SerialEnd, MachineError> {
-        remove_stale(path);
+        remove_stale_socket(path);
         let listener = UnixListener::bind(path).map_err(|e| MachineError::File(path.to_owned(), e))?;
         self.sockets.push(path.to_owned());
         let client: Arc<Mutex<Option<UnixStream>>> = Arc::default();
@@ -147,7 +147,7 @@ fn spawn(reader: impl FnOnce() + Send + 'static) -> io::Result<()> {
 }
 
 /// A socket file that nobody listens on any more is in our way.
-fn remove_stale(path: &Path) {
+pub fn remove_stale_socket(path: &Path) {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
     if is_socket && UnixStream::connect(path).is_err() {
         let _still_there = std::fs::remove_file(path);

@@ -3,8 +3,9 @@
 use super::dossier;
 use super::lifecycle::{Lifecycle, Request};
 use super::park::Vcpu;
+use crate::debug::{Armed, Link, Stop};
 use crate::machine::{InstructionClock, LockstepDisk, Machine, MachineBus, MachineError};
-use paravane_cpu::{Attention, Budget, CpuState, Engine, Exit, flags};
+use paravane_cpu::{Attention, Budget, CpuState, DebugPlan, Engine, Exit, flags};
 use paravane_devices::{Clock, TimerQueue};
 use paravane_memory::{GuestMemory, VpIndex};
 use std::sync::Arc;
@@ -76,6 +77,12 @@ pub struct VcpuRunner {
     pub time: TimeKeeper,
     /// Called when the vCPU was stopped though nobody asked for the end.
     pub probe: Option<Probe>,
+    /// Who may debug it.
+    pub debug: Option<Arc<Link>>,
+    /// What the debugger armed.
+    pub armed: Arc<Armed>,
+    /// What of it the engine has.
+    pub plan: Arc<DebugPlan>,
 }
 
 impl VcpuRunner {
@@ -90,11 +97,18 @@ impl VcpuRunner {
             lifecycle: machine.lifecycle().clone(),
             time: machine.time_keeper(),
             probe: None,
+            debug: None,
+            armed: Arc::default(),
+            plan: Arc::default(),
         })
     }
 
     /// Runs until a lifecycle request is there.
     pub fn run(&mut self) {
+        if self.debug.as_ref().is_some_and(|link| link.wants_stop()) {
+            self.vcpu.stop();
+        }
+        self.engine.set_debug(&self.plan);
         while !self.slice(u64::MAX) {}
     }
 
@@ -109,8 +123,9 @@ impl VcpuRunner {
             Exit::Halt => self.halted(),
             Exit::Budget => {}
             Exit::Stop => return self.stopped(),
+            Exit::Debug(stop) => return self.debug_event(stop),
             Exit::TripleFault => {
-                self.lifecycle.request(Request::TripleFault(dossier::registers(&self.cpu)));
+                self.shut_down();
                 return true;
             }
             Exit::Unsupported => {
@@ -128,14 +143,14 @@ impl VcpuRunner {
         }
     }
 
-    fn time_passed(&self, instructions: u64) {
+    pub(super) fn time_passed(&self, instructions: u64) {
         if let TimeKeeper::Instructions(lockstep) = &self.time {
             lockstep.passed(instructions);
         }
     }
 
     /// Waits for attention; under the instruction clock time jumps to the next deadline instead.
-    fn halted(&self) {
+    pub(super) fn halted(&self) {
         let wanted = self.awaited();
         if let TimeKeeper::Instructions(lockstep) = &self.time
             && (self.vcpu.attention().get() & wanted != 0 || lockstep.skip())
@@ -163,11 +178,11 @@ impl VcpuRunner {
         if asked & Attention::INIT != 0 {
             self.lifecycle.request(Request::Reset("INIT"));
         }
-        if let Some(on) = self.vcpu.take_a20() {
-            self.cpu.a20 = on;
-            self.engine.flush_translations();
-        }
+        self.follow_a20();
         if self.lifecycle.requested() {
+            return true;
+        }
+        if self.debug.as_ref().is_some_and(|link| link.wants_stop()) && self.debugged(Stop::Paused) {
             return true;
         }
         if let Some(probe) = &mut self.probe {
@@ -176,7 +191,26 @@ impl VcpuRunner {
         false
     }
 
-    fn unsupported(&self) -> String {
+    pub(super) fn follow_a20(&mut self) {
+        if let Some(on) = self.vcpu.take_a20() {
+            self.cpu.a20 = on;
+            self.engine.flush_translations();
+        }
+    }
+
+    /// Shutdown: with a debugger at hand everything stays as it is until it was looked at.
+    fn shut_down(&mut self) {
+        let dossier = dossier::registers(&self.cpu);
+        if self.debug.is_some() {
+            let told = "the guest's processor shut down and is kept for the debugger";
+            eprintln!("paravane: triple fault: {told}\n{}", dossier.trim_end());
+            self.debugged(Stop::TripleFault(dossier.into()));
+        } else {
+            self.lifecycle.request(Request::TripleFault(dossier));
+        }
+    }
+
+    pub(super) fn unsupported(&self) -> String {
         format!(
             "the guest ran an instruction that paravane does not know, at cs:rip {:#x}:{:#x} in {}",
             self.cpu.seg[1].selector,

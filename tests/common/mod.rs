@@ -33,6 +33,7 @@ impl Scratch {
     }
 
     /// A sparse image of `size` bytes.
+    #[allow(dead_code, reason = "not every test has disks")]
     pub fn image(&self, name: &str, size: u64) -> PathBuf {
         let path = self.path(name);
         std::fs::File::create(&path).and_then(|f| f.set_len(size)).expect("image");
@@ -60,6 +61,7 @@ pub struct Running {
 }
 
 /// `paravane run` with a kernel, a command line and more options.
+#[allow(dead_code, reason = "not every test runs a guest of its own")]
 pub fn run(guest: &Guest, append: &str, more: &[&str]) -> Running {
     let mut command = Command::new(env!("CARGO_BIN_EXE_paravane"));
     command.arg("run").arg("--kernel").arg(&guest.kernel).arg("--initrd").arg(&guest.initrd);
@@ -131,6 +133,7 @@ impl Running {
     }
 
     /// SIGKILL.
+    #[allow(dead_code, reason = "not every test is that hard")]
     pub fn kill(&mut self) {
         self.child.kill().expect("killed");
         self.child.wait().expect("exit status");

@@ -116,7 +116,7 @@ fn repeat(
         let done = step(ex, count.min(left))?;
         shape.set(ex.cpu, gpr::RCX, count - done.elements);
         left -= done.elements.min(left);
-        if ex.debug_hits != 0 {
+        if ex.debug_hits != 0 || ex.watch_hit.is_some() {
             // A data breakpoint traps after the iteration that hit it (SDM 3B, 17.3.1.2).
             left = 0;
         }

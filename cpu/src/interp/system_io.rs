@@ -30,9 +30,10 @@ fn port(ex: &Exec<'_>, i: &Instruction, n: u32) -> u16 {
 }
 
 /// Checks permission and breakpoints.
-fn claim(ex: &mut Exec<'_>, port: u16, size: usize) -> Result<Port, Fault> {
+fn claim(ex: &mut Exec<'_>, port: u16, size: usize, way: Way) -> Result<Port, Fault> {
     ex.check_io(port, size)?;
     ex.debug_hits |= debug::io_hits(ex.cpu, Port(port), size as u64);
+    ex.observe_port(port, size, way == Way::Out);
     Ok(Port(port))
 }
 
@@ -41,7 +42,7 @@ pub(super) fn port_in(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> {
     let to = i.op0_register();
     let size = register_size(to);
     let port = port(ex, i, 1);
-    let port = claim(ex, port, size)?;
+    let port = claim(ex, port, size, Way::In)?;
     let value = ex.bus.port_in(ex.vp, port, width(size));
     write_gpr(ex.cpu, to, u64::from(value));
     Ok(())
@@ -52,7 +53,7 @@ pub(super) fn port_out(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> 
     let from = i.op1_register();
     let size = register_size(from);
     let port = port(ex, i, 0);
-    let port = claim(ex, port, size)?;
+    let port = claim(ex, port, size, Way::Out)?;
     let value = read_gpr(ex.cpu, from) & width(size).mask();
     ex.bus.port_out(ex.vp, port, width(size), value as u32);
     Ok(())
@@ -104,7 +105,7 @@ fn repeat(
         if left == 0 {
             return Ok(());
         }
-        if ex.attention.get() != 0 || ex.debug_hits != 0 {
+        if ex.attention.get() != 0 || ex.debug_hits != 0 || ex.watch_hit.is_some() {
             break;
         }
     }
@@ -127,7 +128,8 @@ fn in_one_go(ex: &mut Exec<'_>, i: &Instruction, seg: SegReg, mask: u64, size: u
     let index = if way == Way::In { gpr::RDI } else { gpr::RSI };
     let (count, at) = (ex.cpu.gpr[gpr::RCX] & mask, ex.cpu.gpr[index] & mask);
     let port = ex.cpu.gpr[gpr::RDX] as u16;
-    if !i.has_rep_prefix() || !plain || count < 2 || ex.check_io(port, size).is_err() {
+    let watched = ex.plan.is_some_and(|p| p.port_hit(port, size as u64, way == Way::Out).is_some());
+    if !i.has_rep_prefix() || !plain || watched || count < 2 || ex.check_io(port, size).is_err() {
         return false;
     }
     let Ok(lin) = ex.linear(seg, at, size, way == Way::In) else { return false };
@@ -162,7 +164,7 @@ pub(super) fn ins(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(),
         return Ok(());
     }
     repeat(ex, i, gpr::RDI, mask, size, |ex, at| {
-        let port = claim(ex, ex.cpu.gpr[gpr::RDX] as u16, size)?;
+        let port = claim(ex, ex.cpu.gpr[gpr::RDX] as u16, size, Way::In)?;
         ex.probe_write(SegReg::Es, at, size)?;
         let value = ex.bus.port_in(ex.vp, port, width(size));
         ex.store(SegReg::Es, at, size, u64::from(value))
@@ -178,7 +180,7 @@ pub(super) fn outs(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<()
         return Ok(());
     }
     repeat(ex, i, gpr::RSI, mask, size, |ex, at| {
-        let port = claim(ex, ex.cpu.gpr[gpr::RDX] as u16, size)?;
+        let port = claim(ex, ex.cpu.gpr[gpr::RDX] as u16, size, Way::Out)?;
         let value = ex.load(seg, at, size)?;
         ex.bus.port_out(ex.vp, port, width(size), value as u32);
         Ok(())

@@ -103,6 +103,8 @@ impl Pc {
             flushes: &mut Flushes::default(),
             outcome: Outcome::Done,
             debug_hits: 0,
+            plan: None,
+            watch_hit: None,
             transferred: false,
             delivered: false,
         };

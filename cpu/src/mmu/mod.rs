@@ -1,10 +1,12 @@
 //! Paging: from linear to physical addresses (SDM 3A, chapter 4).
 
 mod flushes;
+mod peek;
 mod tlb;
 mod walk;
 
 pub use flushes::Flushes;
+pub use peek::{Peek, PeekEnd, PeekStep, peek};
 pub(crate) use tlb::{Entry, Tlb};
 pub(crate) use walk::mask_a20;
 pub use walk::{PHYS_BITS, inspect, translate};

@@ -8,18 +8,18 @@ use paravane_memory::{GuestMemory, Mapped, PhysAddr, RamOffset};
 /// MAXPHYADDR: physical address bits, as CPUID 8000_0008H says.
 pub const PHYS_BITS: u32 = 40;
 
-const P: u64 = 1 << 0;
+pub(super) const P: u64 = 1 << 0;
 const W: u64 = 1 << 1;
 const U: u64 = 1 << 2;
 const A: u64 = 1 << 5;
 const D: u64 = 1 << 6;
-const PS: u64 = 1 << 7;
+pub(super) const PS: u64 = 1 << 7;
 const G: u64 = 1 << 8;
 const XD: u64 = 1 << 63;
 /// Address bits of 8-byte entries.
-const ADDRESS: u64 = ((1 << PHYS_BITS) - 1) & !0xFFF;
+pub(super) const ADDRESS: u64 = ((1 << PHYS_BITS) - 1) & !0xFFF;
 /// Bits 51 to MAXPHYADDR, reserved in 8-byte entries.
-const BEYOND: u64 = ((1 << 52) - 1) & !((1 << PHYS_BITS) - 1);
+pub(super) const BEYOND: u64 = ((1 << 52) - 1) & !((1 << PHYS_BITS) - 1);
 
 /// Page-fault error code bits.
 mod code {

@@ -51,6 +51,9 @@ impl Translator {
         let lin = mode.linear(address);
         let (page, slot) = self.fetch_page(cpu, lin)?;
         let key = BlockKey { at: RamOffset(page.0 + (lin & 0xFFF)), address, mode };
+        if self.breaks_at(&key) {
+            return None;
+        }
         if let Some(id) = self.blocks.find(&key) {
             let Some(second) = self.blocks.blocks[id as usize].crosses_into else { return Some((id, slot)) };
             // An instruction on two pages: the second must still be what it was.
@@ -93,9 +96,10 @@ impl Translator {
             extra = Some(next.0 >> PAGE_SHIFT);
         }
         let options = self.core.model().decoder_options();
+        let stop = self.next_breakpoint(&key);
         let (rip, limit) = self.place(&key);
         let source =
-            Source { bytes, at: source_at, address: key.address, rip, limit, mode: key.mode, options };
+            Source { bytes, at: source_at, address: key.address, rip, limit, mode: key.mode, options, stop };
         let first_link = self.blocks.links.len() as u32;
         let t = self.frontend.translate(&source, &mut self.forms, &mut self.emitter, first_link, crossing);
         let start = self.cache.next();
@@ -185,7 +189,7 @@ impl Translator {
     }
 
     /// Removes a block: nothing jumps to it any more.
-    fn retire(&mut self, id: BlockId) {
+    pub(super) fn retire(&mut self, id: BlockId) {
         let block = &mut self.blocks.blocks[id as usize];
         if !block.live {
             return;

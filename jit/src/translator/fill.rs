@@ -75,17 +75,23 @@ impl Translator {
         let delta = (self.mem.host_base() as u64 + ram.0).wrapping_sub(page);
         let large = t.page_shift > 12;
         let code = self.mem.has_code(ram);
+        let (watch_reads, watch_writes) = self.core.watches_page(LinAddr(ea), t.phys);
+        if (write && watch_writes) || (!write && watch_reads) {
+            return false;
+        }
         if write && (rom || code || (soft && !t.writable)) {
             self.stats.miss_code += u64::from(code);
             self.stats.miss_soft += u64::from(soft);
             return false;
         }
-        if write || (t.writable && !rom && !code) {
+        if write || (t.writable && !rom && !code && !watch_writes) {
             self.mem.wrote(ram, 1);
             self.remember_writer(ram, page);
             self.delta.set(view, true, page, delta, t.global, large);
         }
-        self.delta.set(view, false, page, delta, t.global, large);
+        if !watch_reads {
+            self.delta.set(view, false, page, delta, t.global, large);
+        }
         true
     }
 

@@ -10,6 +10,7 @@
 //!   no other borrow of them.
 
 mod blocks;
+mod debug;
 mod fill;
 mod run;
 mod stats;
@@ -28,10 +29,13 @@ use crate::signal::{self, SignalStack};
 use crate::stubs::{self, Stubs};
 use crate::vectors::{self, LiveVectors};
 use fill::{Writers, miss_helper};
-use paravane_cpu::{Attention, Budget, Core, CpuBus, CpuModel, CpuState, Engine, Exit, Shadow, Step, flags};
+use paravane_cpu::{
+    Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Shadow, Step, flags,
+};
 use paravane_memory::{GuestMemory, PAGE_SHIFT, RamOffset, VpIndex};
 use stats::Stats;
 use std::io;
+use std::sync::Arc;
 
 /// What the user may choose about the translator.
 #[derive(Clone, Copy, Debug)]
@@ -200,12 +204,18 @@ impl Engine for Translator {
             };
             // A budget may end exactly where the interpreter takes over.
             if interpret && cpu.instructions < self.limit {
-                match self.step(cpu, bus) {
+                if let Some(stop) = self.core.breakpoint(cpu, &self.mem) {
+                    break Exit::Debug(stop);
+                }
+                match self.interpret(cpu, bus) {
                     Step::Done => {}
                     Step::Halt => {}
                     Step::TripleFault => break Exit::TripleFault,
                     Step::Unsupported => break Exit::Unsupported,
                 }
+            }
+            if let Some(stop) = self.core.take_hit() {
+                break Exit::Debug(stop);
             }
             if self.options.single_blocks && !cpu.halted {
                 break Exit::Budget;
@@ -214,6 +224,14 @@ impl Engine for Translator {
         // SAFETY: the context is valid.
         unsafe { vectors::save(self.context, &mut cpu.fpu) };
         exit
+    }
+
+    fn step(&mut self, cpu: &mut CpuState, _mem: &GuestMemory, bus: &dyn CpuBus, interrupts: bool) -> Exit {
+        self.single_step(cpu, bus, interrupts)
+    }
+
+    fn set_debug(&mut self, plan: &Arc<DebugPlan>) {
+        self.follow_plan(plan);
     }
 
     fn invalidate(&mut self, page: RamOffset) {

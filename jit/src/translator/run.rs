@@ -58,7 +58,7 @@ impl Translator {
     }
 
     /// One instruction by the interpreter core.
-    pub(super) fn step(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus) -> Step {
+    pub(super) fn interpret(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus) -> Step {
         self.stats.interpreted += 1;
         if let Some((host_ip, host_dp)) = vectors::pending_error() {
             self.x87_pointers(cpu, host_ip, host_dp);
@@ -96,6 +96,12 @@ impl Translator {
         if a & (Attention::STOP | Attention::INIT | Attention::STARTUP) != 0 {
             return Some(Exit::Stop);
         }
+        self.follow_attention(a);
+        None
+    }
+
+    /// Does what the attention flags `a` ask of the engine.
+    pub(super) fn follow_attention(&mut self, a: u32) {
         if a & Attention::LAYOUT != 0 {
             self.attention.take(Attention::LAYOUT);
             self.flush(false);
@@ -108,15 +114,19 @@ impl Translator {
         // Kept aside while the guest does not let them in, so that polls in translated code stay quiet.
         self.interrupt_pending |= self.attention.take(Attention::INTERRUPT) != 0;
         self.nmi_pending |= self.attention.take(Attention::NMI) != 0;
-        None
     }
 
     /// Takes pending interrupts if the guest lets them in.
     pub(super) fn interrupts(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus) -> Step {
+        self.offering_interrupts(|this| this.core.poll(cpu, &this.mem, bus))
+    }
+
+    /// Lets the core see the interrupts that were set aside.
+    pub(super) fn offering_interrupts(&mut self, run: impl FnOnce(&mut Self) -> Step) -> Step {
         let nmi = if self.nmi_pending { Attention::NMI } else { 0 };
         let interrupt = if self.interrupt_pending { Attention::INTERRUPT } else { 0 };
         self.attention.set(nmi | interrupt);
-        let step = self.core.poll(cpu, &self.mem, bus);
+        let step = run(self);
         // What the core did not take waits on.
         self.nmi_pending = self.attention.take(Attention::NMI) != 0;
         self.interrupt_pending = self.attention.take(Attention::INTERRUPT) != 0;

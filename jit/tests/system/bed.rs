@@ -10,8 +10,8 @@
 //! into one section; the tests only copy them into the guest's memory.
 
 use paravane_cpu::{
-    Attention, Board, Budget, CpuState, DescriptorTable, Engine, Exit, FpuState, HostFeatures, Interpreter,
-    SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
+    Attention, Board, Budget, CpuState, DebugPlan, DescriptorTable, Engine, Exit, FpuState, HostFeatures,
+    Interpreter, SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
 };
 use paravane_jit::{HostVectorUnit, JitOptions, Translator};
 use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig, PhysAddr, VpIndex};
@@ -480,6 +480,16 @@ impl Bed {
         timer.join().expect("timer");
         self.attention.take(Attention::STOP);
         exit
+    }
+
+    /// What the debugger wants to be told.
+    pub fn arm(&mut self, plan: DebugPlan) {
+        self.engine.set_debug(&Arc::new(plan));
+    }
+
+    /// One step of the debugger.
+    pub fn step(&mut self, interrupts: bool) -> Exit {
+        self.engine.step(&mut self.cpu, &self.mem, &*self.board, interrupts)
     }
 
     /// Runs `program` to a HLT.

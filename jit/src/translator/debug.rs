@@ -1,0 +1,91 @@
+//! The debugger's plan in translated code. An armed address never gets a block and ends the blocks that lead to it, so that
+//! control comes back there; the pages around watched bytes stay poison in the views concerned, so that their accesses come to
+//! `Core`, which looks at each.
+
+use super::Translator;
+use crate::block::{BlockId, BlockKey};
+use crate::vectors;
+use paravane_cpu::{CpuBus, CpuState, DebugPlan, Exit, Step};
+use paravane_memory::{Mapped, PAGE_SHIFT, PhysAddr, RamOffset};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+impl Translator {
+    /// Obeys `plan` instead of the one before: drops what was translated without regard to the difference.
+    pub(super) fn follow_plan(&mut self, plan: &Arc<DebugPlan>) {
+        let old = self.core.set_plan(plan);
+        if old.watch != plan.watch {
+            self.flush(false);
+        }
+        let page = |at: &u64| at >> PAGE_SHIFT;
+        let linear: BTreeSet<u64> = old.linear.symmetric_difference(&plan.linear).map(page).collect();
+        let physical: BTreeSet<u64> = old
+            .physical
+            .symmetric_difference(&plan.physical)
+            .filter_map(|&at| self.backing(at).map(|at| at.0 >> PAGE_SHIFT))
+            .collect();
+        if linear.is_empty() && physical.is_empty() {
+            return;
+        }
+        for id in 0..self.blocks.blocks.len() {
+            let block = &self.blocks.blocks[id];
+            let (lin, at) = (block.key.linear() >> PAGE_SHIFT, block.key.at.0 >> PAGE_SHIFT);
+            let next = block.crosses_into;
+            let concerned = linear.contains(&lin)
+                || physical.contains(&at)
+                || next.is_some_and(|next| linear.contains(&(lin + 1)) || physical.contains(&next));
+            if concerned {
+                self.retire(id as BlockId);
+            }
+        }
+    }
+
+    /// The backing of a physical address.
+    fn backing(&self, at: u64) -> Option<RamOffset> {
+        match self.mem.resolve(PhysAddr(at).page()) {
+            Mapped::Ram(page) | Mapped::Rom(page) => Some(RamOffset(page.0 + PhysAddr(at).page_offset())),
+            Mapped::Mmio => None,
+        }
+    }
+
+    /// Whether a breakpoint is armed where `key` begins.
+    pub(super) fn breaks_at(&self, key: &BlockKey) -> bool {
+        let plan = self.core.plan();
+        plan.breaks()
+            && (plan.linear.contains(&key.linear())
+                || plan.physical.iter().any(|&at| self.backing(at) == Some(key.at)))
+    }
+
+    /// Bytes from the start of `key` to the next breakpoint on the page; more than a page can hold where the only ones are
+    /// before it.
+    pub(super) fn next_breakpoint(&self, key: &BlockKey) -> Option<u32> {
+        let plan = self.core.plan();
+        if !plan.breaks() {
+            return None;
+        }
+        let (page, offset) = (key.linear() & !0xFFF, key.linear() & 0xFFF);
+        let linear = plan.linear.range(page..=page | 0xFFF).map(|at| at & 0xFFF);
+        let backing = |at: &u64| self.backing(*at).filter(|at| at.0 & !0xFFF == key.at.0 & !0xFFF);
+        let physical = plan.physical.iter().filter_map(backing).map(|at| at.0 & 0xFFF);
+        let distance = |at: u64| if at > offset { (at - offset) as u32 } else { u32::MAX };
+        linear.chain(physical).map(distance).min()
+    }
+
+    /// See [`paravane_cpu::Engine::step`].
+    pub(super) fn single_step(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus, interrupts: bool) -> Exit {
+        if self.begin(cpu).is_err() {
+            return Exit::Unsupported;
+        }
+        self.follow_attention(self.attention.get());
+        let step = self.offering_interrupts(|this| this.core.single_step(cpu, &this.mem, bus, interrupts));
+        // SAFETY: the context is valid.
+        unsafe { vectors::save(self.context, &mut cpu.fpu) };
+        match (self.core.take_hit(), step) {
+            (_, Step::TripleFault) => Exit::TripleFault,
+            (_, Step::Unsupported) => Exit::Unsupported,
+            (Some(stop), _) => Exit::Debug(stop),
+            (None, Step::Halt) => Exit::Halt,
+            (None, Step::Done) => Exit::Budget,
+        }
+    }
+}

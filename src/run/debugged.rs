@@ -1,0 +1,138 @@
+//! A vCPU under a debugger: what it does when it is stopped, and how it goes on.
+
+use super::dossier;
+use super::lifecycle::Request;
+use super::vcpu::VcpuRunner;
+use crate::debug::{Armed, Link, Resume, Stop};
+use paravane_cpu::{DebugStop, Exit, instruction_address};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// The run is to end.
+struct Ended;
+
+impl VcpuRunner {
+    /// Stops where `armed` says from now on. The debugger takes its breakpoints out at every stop and puts them back: what did
+    /// not change in the end costs nothing.
+    fn arm(&mut self, armed: &Arc<Armed>) {
+        self.armed = Arc::clone(armed);
+        let plan = armed.plan();
+        if plan != *self.plan {
+            self.plan = Arc::new(plan);
+            self.engine.set_debug(&self.plan);
+        }
+    }
+
+    /// As [`Self::arm`], for what `resume` may meet: one step meets no breakpoint.
+    pub fn arm_for(&mut self, armed: &Arc<Armed>, resume: Resume) {
+        let one_step = matches!(resume, Resume::Step { start, end, .. } if start == end);
+        if !one_step || armed.plan().watch != self.plan.watch {
+            self.arm(armed);
+        }
+    }
+
+    /// The engine stopped for the debugger; true if the run ends.
+    pub(super) fn debug_event(&mut self, stop: DebugStop) -> bool {
+        let stop = match self.relevant(stop) {
+            Some(stop) => Ok(stop),
+            None => self.step(false),
+        };
+        match stop {
+            Ok(Stop::Stepped) => false,
+            Ok(stop) => self.debugged(stop),
+            Err(Ended) => true,
+        }
+    }
+
+    /// What the debugger is told; nothing where a condition does not hold.
+    fn relevant(&self, stop: DebugStop) -> Option<Stop> {
+        match stop {
+            DebugStop::Breakpoint(at) => {
+                self.armed.stops(at, &self.cpu, &self.mem).map(|owner| Stop::Breakpoint(at, owner))
+            }
+            DebugStop::Watch(hit) => Some(Stop::Watch(hit)),
+        }
+    }
+
+    /// Stands still until the debugger lets it go on; true if the run ends.
+    pub(super) fn debugged(&mut self, stop: Stop) -> bool {
+        let Some(link) = self.debug.clone() else { return false };
+        let mut stop = stop;
+        loop {
+            let at = instruction_address(&self.cpu);
+            let reported = matches!(stop, Stop::Breakpoint(..)).then_some(at);
+            if self.lifecycle.requested() {
+                return true;
+            }
+            link.stopped(stop.clone());
+            let Some(resume) = link.serve(self) else { return true };
+            if let Stop::TripleFault(dossier) = stop {
+                self.lifecycle.request(Request::TripleFault(dossier.to_string()));
+                return true;
+            }
+            let next = match resume {
+                Resume::Step { start, end, interrupts } => self.steps(&link, start..end, interrupts),
+                // What was reported is executed before it can be reported again.
+                Resume::Continue
+                    if self.plan.stops_at(&self.cpu, &self.mem) == reported && reported.is_some() =>
+                {
+                    match self.step(false) {
+                        Ok(Stop::Stepped) => return false,
+                        other => other,
+                    }
+                }
+                Resume::Continue => return false,
+            };
+            match next {
+                Ok(next) => stop = next,
+                Err(Ended) => return true,
+            }
+        }
+    }
+
+    /// Steps at least once, and on while RIP is in `range`.
+    fn steps(&mut self, link: &Link, range: Range<u64>, interrupts: bool) -> Result<Stop, Ended> {
+        loop {
+            let stop = self.step(interrupts)?;
+            if stop != Stop::Stepped || !range.contains(&instruction_address(&self.cpu).0) {
+                return Ok(stop);
+            }
+            if link.wants_stop() {
+                return Ok(Stop::Paused);
+            }
+            let here = self.plan.stops_at(&self.cpu, &self.mem).map(DebugStop::Breakpoint);
+            if let Some(stop) = here.and_then(|stop| self.relevant(stop)) {
+                return Ok(stop);
+            }
+        }
+    }
+
+    /// One instruction. A halted processor waits for what wakes it, or for the debugger.
+    fn step(&mut self, interrupts: bool) -> Result<Stop, Ended> {
+        loop {
+            let before = self.cpu.instructions;
+            let exit = self.engine.step(&mut self.cpu, &self.mem, &*self.bus, interrupts);
+            let passed = self.cpu.instructions.wrapping_sub(before);
+            self.time_passed(passed);
+            self.follow_a20();
+            if self.lifecycle.requested() {
+                return Err(Ended);
+            }
+            match exit {
+                Exit::Halt if passed == 0 => {
+                    self.halted();
+                    if self.debug.as_ref().is_some_and(|link| link.wants_stop()) {
+                        return Ok(Stop::Paused);
+                    }
+                }
+                Exit::Halt | Exit::Budget | Exit::Stop => return Ok(Stop::Stepped),
+                Exit::Debug(stop) => return Ok(self.relevant(stop).unwrap_or(Stop::Stepped)),
+                Exit::TripleFault => return Ok(Stop::TripleFault(dossier::registers(&self.cpu).into())),
+                Exit::Unsupported => {
+                    self.lifecycle.request(Request::Host(self.unsupported()));
+                    return Err(Ended);
+                }
+            }
+        }
+    }
+}
