@@ -13,6 +13,22 @@ pub fn is_prefix(byte: u8) -> bool {
     PREFIXES.contains(&byte) || matches!(byte, 0x64 | 0x65)
 }
 
+/// What remains of an instruction of more than 15 bytes without prefixes that mean nothing.
+pub(super) fn shortened(bytes: &[u8]) -> Option<Vec<u8>> {
+    if bytes.len() <= 15 {
+        return None;
+    }
+    let mut rest = bytes.to_vec();
+    while rest.len() > 15 {
+        let prefixes = rest.iter().take_while(|&&b| is_prefix(b)).count();
+        let is_idle =
+            |&n: &usize| matches!(rest[n], 0x26 | 0x2E | 0x36 | 0x3E) || rest[..n].contains(&rest[n]);
+        let idle = (0..prefixes).find(is_idle).unwrap_or(0);
+        rest.remove(idle);
+    }
+    Some(rest)
+}
+
 impl Generator {
     /// What the processor sees: `bytes`, then INT3.
     pub(super) fn decode(&self, bytes: &[u8], ip: u64) -> Instruction {

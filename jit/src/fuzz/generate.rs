@@ -1,6 +1,6 @@
 //! Random instructions of a given form, and states in which their operands lie where they may.
 
-use super::encode::is_prefix;
+use super::encode::{is_prefix, shortened};
 use super::random::Random;
 use super::safety::Situation;
 use crate::host::{NativeLayout, NativeState};
@@ -147,8 +147,12 @@ impl Generator {
         };
         let decoded = self.decode(&bytes, ip);
         let acceptable = if decoded.is_invalid() {
-            // Too long, a prefix that the form does not take, or the undefined opcode that was asked for.
-            bytes.len() > 15 || code == Code::INVALID || is_prefix(bytes[0])
+            // Too long, a prefix that the form does not take, or the undefined opcode that was asked for. What is both too
+            // long and undefined is #GP or #UD as the processor likes.
+            match shortened(&bytes) {
+                Some(short) => !self.decode(&short, ip).is_invalid(),
+                None => code == Code::INVALID || is_prefix(bytes[0]),
+            }
         } else {
             decoded.len() == bytes.len() && super::forms::admit(decoded.code(), self.bits).is_ok()
         };
