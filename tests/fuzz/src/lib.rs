@@ -7,7 +7,9 @@
 
 mod code;
 mod disk;
-mod files;
+mod ide;
+mod image;
+mod kernel;
 mod pc;
 mod random;
 mod script;
@@ -37,8 +39,6 @@ const PICS: [Window; 3] = [Ports(0x20, 2), Ports(0xA0, 2), Ports(0x4D0, 2)];
 const PM: Window = Ports(0x600, 64);
 const IDE: [Window; 5] =
     [Ports(0x1F0, 8), Ports(0x3F6, 1), Ports(0x170, 8), Ports(0x376, 1), Ports(BUS_MASTER, 16)];
-/// PRD tables and data.
-const IDE_STRUCTURES: [u64; 4] = [0x1_0000, 0x1_FFF8, 0x2_0000, 0x1F_FFF0];
 
 const fn virtio_windows(slot: u8) -> [Window; 4] {
     [
@@ -79,7 +79,7 @@ const TARGETS: [(&str, Kind); 18] = [
             &[],
         ),
     ),
-    ("ide", traffic(&IDE, &IDE_STRUCTURES)),
+    ("ide", traffic(&IDE, &ide::STRUCTURES)),
     ("virtio-rng", traffic(&RNG, &virtio::STRUCTURES)),
     ("virtio-blk-legacy", traffic(&LEGACY_BLK, &virtio::STRUCTURES)),
     ("virtio-blk", traffic(&MODERN_BLK, &virtio::STRUCTURES)),
@@ -90,8 +90,8 @@ const TARGETS: [(&str, Kind); 18] = [
             &virtio::STRUCTURES,
         ),
     ),
-    ("kernel", Kind::Bytes(files::kernel)),
-    ("image", Kind::Bytes(files::image)),
+    ("kernel", Kind::Bytes(kernel::run)),
+    ("image", Kind::Bytes(image::run)),
     ("code", Kind::Bytes(code::run)),
 ];
 

@@ -190,11 +190,12 @@ fn string_io(pc: &Pc, s: &mut Script<'_>, op: u8) {
     }
 }
 
+/// People, and drivers that do by the book what random traffic would take long to find.
 fn outside(pc: &Pc, s: &mut Script<'_>, op: u8) {
     match op & 3 {
-        0 => pc.type_serial(s.take(usize::from(op >> 2 & 3) * 8 + 1)),
+        _ if op & 8 != 0 => crate::ide::command(pc, s),
+        0 => pc.type_serial(s.take(usize::from(op >> 2 & 1) * 20 + 1)),
         1 => pc.press([s.u8(), s.u8(), s.u8()]),
-        // A driver that starts the device: everything that random traffic would take long to find.
         2 => crate::virtio::start(pc, s),
         _ => crate::virtio::offer(pc, s),
     }

@@ -23,16 +23,16 @@ fn play(name: &str, what: &str, input: &[u8]) {
     assert!(started.elapsed() < PATIENCE, "{name}: {what} takes {:?}", started.elapsed());
 }
 
+/// `corpus/NAME.hex`: an input per line.
 fn corpus(name: &str) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
-    let mut files: Vec<_> = fs::read_dir(&folder)
-        .unwrap_or_else(|e| panic!("{}: {e}", folder.display()))
-        .map(|entry| entry.expect("corpus").path())
-        .collect();
-    files.sort();
-    assert!(!files.is_empty(), "{} is empty", folder.display());
-    for file in files {
-        play(name, &file.display().to_string(), &fs::read(&file).expect("input"));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(format!("{name}.hex"));
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let byte =
+        |pair: &[u8]| u8::from_str_radix(str::from_utf8(pair).expect("ASCII"), 16).expect("hexadecimal");
+    assert!(!text.is_empty(), "{} is empty", path.display());
+    for (number, line) in text.lines().enumerate() {
+        let input: Vec<u8> = line.as_bytes().chunks(2).map(byte).collect();
+        play(name, &format!("{}:{}", path.display(), number + 1), &input);
     }
 }
 

@@ -1,5 +1,6 @@
 //! `cargo xtask fuzz cpu | devices | TARGET…`: random instructions against the host CPU, and hostile guests and files.
 
+mod corpus;
 mod cpu;
 mod targets;
 
@@ -14,6 +15,9 @@ pub struct Options {
     /// Seconds for each width of `cpu`, or for each target
     #[arg(long, default_value_t = 300)]
     seconds: u64,
+    /// Afterwards, keep the fewest inputs that reach as much as the committed corpus of each target
+    #[arg(long)]
+    keep: bool,
     #[command(flatten)]
     cpu: cpu::Options,
 }
@@ -24,8 +28,8 @@ pub fn run(options: &Options) -> Outcome<()> {
     for what in &options.what {
         match what.as_str() {
             "cpu" => cpu::run(&options.cpu, options.seconds)?,
-            "devices" => known.iter().try_for_each(|name| targets::run(name, options.seconds))?,
-            name if known.iter().any(|k| k == name) => targets::run(name, options.seconds)?,
+            "devices" => known.iter().try_for_each(|name| target(name, options))?,
+            name if known.iter().any(|k| k == name) => target(name, options)?,
             name => {
                 let known = known.join(", ");
                 return Err(Failure::new(format!("no fuzz target is called {name}: cpu, devices, {known}")));
@@ -33,4 +37,9 @@ pub fn run(options: &Options) -> Outcome<()> {
         }
     }
     Ok(())
+}
+
+fn target(name: &str, options: &Options) -> Outcome<()> {
+    targets::run(name, options.seconds)?;
+    if options.keep { targets::keep(name) } else { Ok(()) }
 }

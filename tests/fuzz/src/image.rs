@@ -1,4 +1,4 @@
-//! Hostile files: kernels in every format that is loaded, initial RAM disks, disk images and what is asked of them.
+//! A hostile disk image, and hostile requests for it.
 
 use crate::script::Script;
 use paravane_devices::Counters;
@@ -6,9 +6,7 @@ use paravane_devices::block::{
     BlockBackend, BlockCounters, BlockData, BlockError, BlockOp, BlockQueue, BlockRequest, Completion,
     ImageOptions, QueueOptions, RawImage, Segment,
 };
-use paravane_firmware::boot::{FlatImage, LinuxProtocol, Mode, NamedFile, Request, load};
-use paravane_firmware::e820::E820;
-use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, VmMemory};
+use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr};
 use rustix::fs::{MemfdFlags, memfd_create};
 use std::fs::File;
 use std::io::Write;
@@ -17,34 +15,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 const RAM: u64 = 8 << 20;
-
-/// Loads what is behind the first bytes, which choose protocol, format and modules.
-pub fn kernel(input: &[u8]) {
-    let mut s = Script::new(input);
-    let (choice, initrd_len, cmdline) = (s.u8(), s.wild(), usize::from(s.u8()));
-    let flat = (choice & 0x30 == 0x30)
-        .then(|| FlatImage { at: s.wild(), mode: s.of(&[Mode::Real16, Mode::Protected32, Mode::Long64]) });
-    let kernel = NamedFile::new("kernel", s.rest().to_vec());
-    let initrd = NamedFile::new("initrd", vec![0x5A; (initrd_len % (2 * RAM)) as usize]);
-    let module = [NamedFile::new("module", vec![0xA5; 5000])];
-    let memory = GuestMemory::new(MemoryConfig::pc(RAM)).expect("guest memory");
-    let map = E820::pc(RAM, 0);
-    let line = "x".repeat(cmdline * 64);
-    let request = Request {
-        initrd: (choice & 1 != 0).then_some(&initrd),
-        modules: if choice & 2 != 0 { &module } else { &[] },
-        cmdline: &line,
-        protocol: [LinuxProtocol::Auto, LinuxProtocol::Protected32, LinuxProtocol::Long64]
-            [usize::from(choice >> 2 & 3) % 3],
-        flat,
-        ..Request::new(&kernel, &map)
-    };
-    match load(&VmMemory::new(&memory), &request) {
-        Ok(entry) => assert!(entry.cs.base.checked_add(entry.rip).is_some(), "{entry:x?}"),
-        // What a user would see: one line.
-        Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
-    }
-}
 
 #[derive(Default)]
 struct Done(Mutex<Vec<Result<(), BlockError>>>);
@@ -56,7 +26,7 @@ impl Completion for Done {
 }
 
 /// Opens a file of the given length as an image and asks for anything anywhere.
-pub fn image(input: &[u8]) {
+pub fn run(input: &[u8]) {
     let mut s = Script::new(input);
     let (options, bytes) = (s.u8(), u64::from(s.u16()) << (s.u8() & 7));
     let mut file = File::from(memfd_create("image", MemfdFlags::CLOEXEC).expect("memfd"));
