@@ -170,7 +170,8 @@ impl Frontend {
         emitter.indirect_entry(source.rip, live_in);
         let entry = emitter.hot_len() as u32;
         if let Some(c) = &crossing {
-            emitter.check_page(c.slot, c.page, source.rip, live_in);
+            // Where the second page is another one now, other code follows, which may want any flag.
+            emitter.check_page(c.slot, c.page, source.rip, FlagSet::ALL);
         }
         let mut counted = 0;
         if source.mode.has(Mode::COUNTED) {

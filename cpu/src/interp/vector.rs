@@ -313,11 +313,15 @@ fn on_host(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8], class: Class) -> Re
     }
     if direction != Use::Store {
         if matches!(i.mnemonic(), Fldenv | Frstor) {
-            // The control word is read first, then the last byte, then what is between.
+            // All of it must lie in the segment. Then the control word is read, the last byte, and what is between.
             let word = if matches!(size, 14 | 94) { 2 } else { 4 };
-            for part in [0, word - 1, size as u64 - 1] {
-                let lin = ex.linear(seg, at.wrapping_add(part) & address_mask(i), 1, false)?;
-                ex.span(lin, false)?;
+            let parts = [0, word - 1, size as u64 - 1].map(|n| at.wrapping_add(n) & address_mask(i));
+            let parts = parts.map(|at| ex.linear(seg, at, 1, false));
+            for part in &parts {
+                (*part)?;
+            }
+            for part in parts {
+                ex.span(part?, false)?;
             }
         }
         ex.load_bytes(seg, at, &mut operand.0[..size])?;
