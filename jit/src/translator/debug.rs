@@ -1,6 +1,8 @@
 //! The debugger's plan in translated code. An armed address never gets a block and ends the blocks that lead to it, so that
 //! control comes back there; the pages around watched bytes stay poison in the views concerned, so that their accesses come to
 //! `Core`, which looks at each.
+//!
+//! Invariant this unsafe island relies on: that of `context` in [`super`].
 
 use super::Translator;
 use crate::block::{BlockId, BlockKey};

@@ -1,4 +1,6 @@
 //! What `cpu/DEVIATIONS.md` says and no other module shows: each test holds one row of its tables.
+//!
+//! Invariant of the unsafe lines: the host's instructions here use registers, which they name, and one local.
 
 use crate::bed::{CODE, DATA, Start, TSS, both, pte, sel};
 use crate::tasks::{TSS2, second_task};
