@@ -102,13 +102,15 @@ pub(crate) fn write_cr3(ex: &mut Exec<'_>, value: u64) -> Result<(), Fault> {
     if pae_paging(ex.cpu.cr0, ex.cpu.cr4, ex.cpu.efer) {
         ex.cpu.pdptes = read_pdptes(ex.cpu, ex.mem, new).ok_or(Fault::GP0)?;
     }
-    if ex.cpu.cr3 != new {
-        ex.flushes.switched = true;
+    let switched = ex.cpu.cr3 != new;
+    ex.cpu.cr3 = new;
+    let pcid = ex.cpu.pcid();
+    if switched {
+        ex.flushes.switched = Some(pcid);
     }
     if !keep {
-        ex.flushes.non_global = true;
+        ex.flushes.space(pcid);
     }
-    ex.cpu.cr3 = new;
     Ok(())
 }
 
@@ -118,11 +120,11 @@ pub(crate) fn task_cr3(ex: &mut Exec<'_>, value: u64) {
     if pae_paging(ex.cpu.cr0, ex.cpu.cr4, ex.cpu.efer) {
         ex.cpu.pdptes = read_pdptes(ex.cpu, ex.mem, value).unwrap_or_default();
     }
-    ex.flushes.switched = true;
-    ex.flushes.non_global = true;
+    let pcid = ex.cpu.pcid();
+    ex.flushes.switched = Some(pcid);
+    ex.flushes.space(pcid);
     // The walk that loads the new task's segments must not find the old task's pages.
-    let flushes = crate::mmu::Flushes { non_global: true, ..Default::default() };
-    ex.tlb.obey(&flushes);
+    ex.tlb.obey(ex.flushes);
 }
 
 /// MOV to CR4.
@@ -146,6 +148,9 @@ pub(crate) fn write_cr4(ex: &mut Exec<'_>, value: u64) -> Result<(), Fault> {
     ex.cpu.cr4 = value;
     if (old ^ value) & CR4_PAGING != 0 {
         ex.flushes.all = true;
+    }
+    if (old ^ value) & cr4::PCIDE != 0 {
+        ex.flushes.switched = Some(ex.cpu.pcid());
     }
     Ok(())
 }
@@ -263,15 +268,13 @@ pub(crate) fn load_task_register(ex: &mut Exec<'_>, selector: u16) -> Result<(),
 /// INVPCID of `kind` with descriptor `low` (PCID) and `high` (linear address).
 pub(crate) fn invpcid(ex: &mut Exec<'_>, kind: u64, low: u64, high: u64) -> Result<(), Fault> {
     let pcid = (low & 0xFFF) as u16;
-    let current = if ex.cpu.cr4 & cr4::PCIDE != 0 { (ex.cpu.cr3 & 0xFFF) as u16 } else { 0 };
     if kind > 3 || (kind < 2 && (low >> 12 != 0 || (ex.cpu.cr4 & cr4::PCIDE == 0 && pcid != 0))) {
         return Err(Fault::GP0);
     }
     match kind {
         0 if !segment::canonical(high) => return Err(Fault::GP0),
-        0 if pcid == current => ex.flushes.page(LinAddr(high)),
-        0 => ex.flushes.tagged_page(pcid, LinAddr(high)),
-        1 if pcid == current => ex.flushes.non_global = true,
+        // Global entries need not go, but may.
+        0 => ex.flushes.page(pcid, LinAddr(high)),
         1 => ex.flushes.space(pcid),
         2 => ex.flushes.all = true,
         _ => ex.flushes.all_non_global = true,

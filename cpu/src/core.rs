@@ -220,9 +220,9 @@ impl Core {
     #[inline]
     fn obey(&mut self) {
         if !self.unit.flushes.is_empty() {
-            let f = self.unit.flushes.take();
-            self.unit.tlb.obey(&f);
-            self.record.merge(&f);
+            self.unit.tlb.obey(&self.unit.flushes);
+            self.record.merge(&self.unit.flushes);
+            self.unit.flushes.clear();
         }
     }
 
@@ -366,9 +366,15 @@ impl Core {
         self.unit.plan.watches_page(lin, phys)
     }
 
-    /// What translations the guest asked to forget since the last call.
-    pub fn take_flushes(&mut self) -> Flushes {
-        self.record.take()
+    /// Puts what translations the guest asked to forget since the last call into `taken`, whatever it held.
+    pub fn take_flushes(&mut self, taken: &mut Flushes) {
+        taken.clear();
+        std::mem::swap(&mut self.record, taken);
+    }
+
+    /// The same, for an owner that caches no translations.
+    pub fn ignore_flushes(&mut self) {
+        self.record.clear();
     }
 
     /// Whether [`Self::take_flushes`] would return anything.

@@ -86,9 +86,7 @@ impl Engine for Interpreter {
                 Step::TripleFault => return Exit::TripleFault,
                 Step::Unsupported => return Exit::Unsupported,
             }
-            if self.core.has_flushes() {
-                self.core.take_flushes();
-            }
+            self.core.ignore_flushes();
             if let Some(stop) = self.core.take_hit() {
                 return Exit::Debug(stop);
             }
@@ -100,7 +98,7 @@ impl Engine for Interpreter {
             self.core.attention().set(Attention::INTERRUPT);
         }
         let step = self.core.single_step(cpu, mem, bus, interrupts);
-        self.core.take_flushes();
+        self.core.ignore_flushes();
         match (self.core.take_hit(), step) {
             (_, Step::TripleFault) => Exit::TripleFault,
             (_, Step::Unsupported) => Exit::Unsupported,

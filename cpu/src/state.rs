@@ -388,6 +388,11 @@ impl CpuState {
         self.cr0 & cr0::PG != 0
     }
 
+    /// The current process-context identifier (SDM 3A, 4.10.1): 0 while CR4.PCIDE is clear.
+    pub fn pcid(&self) -> u16 {
+        if self.cr4 & cr4::PCIDE != 0 { (self.cr3 & 0xFFF) as u16 } else { 0 }
+    }
+
     /// EFLAGS.VM in protected mode.
     pub fn v8086(&self) -> bool {
         self.rflags & flags::VM != 0

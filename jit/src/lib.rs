@@ -18,11 +18,14 @@ mod frontend;
 pub mod fuzz;
 mod groups;
 pub mod host;
+mod large;
 mod pages;
 mod regs;
 mod segments;
 pub mod signal;
+mod spaces;
 mod stubs;
+mod tables;
 mod translator;
 mod vectors;
 

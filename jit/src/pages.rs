@@ -7,7 +7,10 @@
 
 use crate::block::Mode;
 use crate::context::XSLOTS;
+use crate::large::{Extent, LargePages};
 use hashbrown::HashMap;
+
+type Cells = [u32; XSLOTS];
 
 /// Where `lin` is in a jump cache: translated code computes the same (`emit::flow`). Addresses 64 KiB apart differ.
 fn index(lin: u64) -> usize {
@@ -17,19 +20,31 @@ fn index(lin: u64) -> usize {
 /// Entries of a jump cache.
 const ENTRIES: usize = 1 << 16;
 /// Jump caches kept at a time; modes beyond share by eviction.
-const MAX_CACHES: usize = 12;
+const MAX_CACHES: usize = 24;
 
-/// Blocks by the low bits of their linear address, for one mode.
+/// Blocks by the low bits of their linear address, for one mode; in user mode, for one address space too.
 struct JumpCache {
     mode: Mode,
+    space: Option<usize>,
     table: Box<[u64]>,
+    /// Entries and the linear pages they lead to: non-global, global.
     filled: [Vec<(u16, u64)>; 2],
 }
 
 impl JumpCache {
-    fn clear(&mut self, miss: u64) {
-        self.table.fill(miss);
-        self.filled.iter_mut().for_each(Vec::clear);
+    fn clear(&mut self, global: bool, miss: u64) {
+        for (at, _) in self.filled[usize::from(global)].drain(..) {
+            self.table[usize::from(at)] = miss;
+        }
+    }
+
+    fn clear_page(&mut self, global: bool, page: u64, miss: u64) {
+        self.filled[usize::from(global)].retain(|&(at, of)| {
+            if of == page {
+                self.table[usize::from(at)] = miss;
+            }
+            of != page
+        });
     }
 }
 
@@ -40,24 +55,44 @@ struct PageKey {
     user: bool,
 }
 
+/// What a validation cell is for, and whether the page was global when it was validated last.
+struct Slot {
+    key: PageKey,
+    global: bool,
+}
+
 /// Validation cells and jump caches of one vCPU.
+///
+/// Cells show the current address space. What was valid for user pages of the others is kept aside, and their jump caches
+/// stay as they are. A jump cache holds an entry for a page only while the page's cell is valid in that space.
 pub(crate) struct CodePages {
-    slots: HashMap<PageKey, u32>,
-    global: Vec<bool>,
+    numbers: HashMap<PageKey, u32>,
+    slots: Vec<Slot>,
+    /// Slots that were validated: non-global, global.
     valid: [Vec<u32>; 2],
+    /// Valid cells of the spaces that are not current: slots and values.
+    aside: Vec<Vec<(u32, u32)>>,
+    active: usize,
+    large: LargePages,
     caches: Vec<JumpCache>,
+    /// The caches found last: supervisor, user.
+    recent: [usize; 2],
     miss: u64,
     next_victim: usize,
 }
 
 impl CodePages {
-    /// `miss` is the executable address an empty jump-cache entry leads to.
-    pub(crate) fn new(miss: u64) -> CodePages {
+    /// For `spaces` address spaces. `miss` is the executable address an empty jump-cache entry leads to.
+    pub(crate) fn new(miss: u64, spaces: usize) -> CodePages {
         CodePages {
-            slots: HashMap::new(),
-            global: Vec::new(),
+            numbers: HashMap::new(),
+            slots: Vec::new(),
             valid: [Vec::new(), Vec::new()],
+            aside: vec![Vec::new(); spaces],
+            active: 0,
+            large: LargePages::default(),
             caches: Vec::new(),
+            recent: [0; 2],
             miss,
             next_victim: 0,
         }
@@ -66,21 +101,27 @@ impl CodePages {
     /// The cell of a linear page; `None` when all cells are taken (the caller starts over).
     pub(crate) fn slot(&mut self, lin: u64, user: bool) -> Option<u32> {
         let key = PageKey { page: lin >> 12, user };
-        if let Some(&s) = self.slots.get(&key) {
+        if let Some(&s) = self.numbers.get(&key) {
             return Some(s);
         }
-        let s = self.global.len();
+        let s = self.slots.len();
         if s >= XSLOTS {
             return None;
         }
-        self.global.push(false);
-        self.slots.insert(key, s as u32);
+        self.slots.push(Slot { key, global: false });
+        self.numbers.insert(key, s as u32);
         Some(s as u32)
     }
 
-    /// Records that `slot` was validated.
-    pub(crate) fn validated(&mut self, slot: u32, global: bool) {
-        self.global[slot as usize] = global;
+    /// Records that `slot` was validated, by a page of `1 << page_shift` bytes.
+    pub(crate) fn validated(&mut self, slot: u32, global: bool, page_shift: u8) {
+        let s = &mut self.slots[slot as usize];
+        s.global = global;
+        self.large.note(s.key.page << 12, page_shift);
+        self.mark_valid(slot, global);
+    }
+
+    fn mark_valid(&mut self, slot: u32, global: bool) {
         let valid = &mut self.valid[usize::from(global)];
         if valid.len() >= 4 * XSLOTS {
             // Single pages were dropped and validated again and again.
@@ -90,36 +131,52 @@ impl CodePages {
         valid.push(slot);
     }
 
+    /// The cache for `mode` in the current space.
+    fn find(&mut self, mode: Mode) -> Option<usize> {
+        let user = mode.has(Mode::USER);
+        let space = user.then_some(self.active);
+        let fits = |c: &JumpCache| c.mode == mode && c.space == space;
+        let recent = &mut self.recent[usize::from(user)];
+        if !self.caches.get(*recent).is_some_and(fits) {
+            *recent = self.caches.iter().position(fits)?;
+        }
+        Some(*recent)
+    }
+
     /// Address of the jump cache for `mode`.
     pub(crate) fn jump_cache(&mut self, mode: Mode) -> u64 {
-        if let Some(c) = self.caches.iter().find(|c| c.mode == mode) {
-            return c.table.as_ptr() as u64;
-        }
-        let cache =
-            JumpCache { mode, table: vec![self.miss; ENTRIES].into(), filled: [Vec::new(), Vec::new()] };
+        let at = self.find(mode).unwrap_or_else(|| self.add_cache(mode));
+        self.caches[at].table.as_ptr() as u64
+    }
+
+    fn add_cache(&mut self, mode: Mode) -> usize {
+        let space = mode.has(Mode::USER).then_some(self.active);
+        let table = vec![self.miss; ENTRIES].into();
+        let cache = JumpCache { mode, space, table, filled: [Vec::new(), Vec::new()] };
         if self.caches.len() < MAX_CACHES {
             self.caches.push(cache);
-            return self.caches.last().expect("just pushed").table.as_ptr() as u64;
+            return self.caches.len() - 1;
         }
-        let v = self.next_victim;
-        self.next_victim = (v + 1) % MAX_CACHES;
-        self.caches[v] = cache;
-        self.caches[v].table.as_ptr() as u64
+        let victim = self.next_victim;
+        self.next_victim = (victim + 1) % MAX_CACHES;
+        self.caches[victim] = cache;
+        victim
     }
 
     /// Where an indirect jump to `lin` goes now.
     pub(crate) fn lookup(&mut self, mode: Mode, lin: u64) -> u64 {
-        let at = index(lin);
-        self.caches.iter().find(|c| c.mode == mode).map_or(self.miss, |c| c.table[at])
+        self.find(mode).map_or(self.miss, |c| self.caches[c].table[index(lin)])
     }
 
     /// Lets indirect jumps to `lin` go straight to `entry`; `slot` validates its page.
     pub(crate) fn cache(&mut self, mode: Mode, lin: u64, entry: u64, slot: u32) {
-        let global = self.global[slot as usize];
-        let Some(c) = self.caches.iter_mut().find(|c| c.mode == mode) else { return };
+        let global = self.slots[slot as usize].global;
+        let Some(c) = self.find(mode) else { return };
+        let (c, miss) = (&mut self.caches[c], self.miss);
         if c.filled[usize::from(global)].len() >= 2 * ENTRIES {
             // Targets that share entries took turns: start over, so that the record stays bounded.
-            c.clear(self.miss);
+            c.clear(false, miss);
+            c.clear(true, miss);
         }
         c.table[index(lin)] = entry;
         c.filled[usize::from(global)].push((index(lin) as u16, lin >> 12));
@@ -135,47 +192,104 @@ impl CodePages {
         }
     }
 
-    /// Address translations were dropped; `keep_global` spares global pages.
-    pub(crate) fn flush(&mut self, cells: &mut [u32; XSLOTS], keep_global: bool) {
-        for g in 0..if keep_global { 1 } else { 2 } {
-            for slot in self.valid[g].drain(..) {
-                cells[slot as usize] = 0;
-            }
-            for c in &mut self.caches {
-                for (at, _) in c.filled[g].drain(..) {
-                    c.table[at as usize] = self.miss;
+    /// Caches of `space`, and if that is the current one, the supervisor's.
+    fn caches_of(&mut self, space: usize) -> impl Iterator<Item = &mut JumpCache> {
+        let active = self.active;
+        self.caches.iter_mut().filter(move |c| c.space.map_or(space == active, |s| s == space))
+    }
+
+    /// Makes `space` the current one: puts aside and takes out what is valid for user pages. What is valid for non-global
+    /// pages of the supervisor goes.
+    pub(crate) fn switch(&mut self, cells: &mut Cells, space: usize) {
+        let old = &mut self.aside[self.active];
+        for slot in self.valid[0].drain(..) {
+            let s = &self.slots[slot as usize];
+            let cell = &mut cells[slot as usize];
+            // A slot may be listed twice, or have become global since.
+            if *cell != 0 && !s.global {
+                if s.key.user {
+                    old.push((slot, *cell));
                 }
+                *cell = 0;
+            }
+        }
+        let miss = self.miss;
+        self.caches.iter_mut().filter(|c| c.space.is_none()).for_each(|c| c.clear(false, miss));
+        self.active = space;
+        let mut new = std::mem::take(&mut self.aside[space]);
+        for (slot, value) in new.drain(..) {
+            let s = &mut self.slots[slot as usize];
+            if cells[slot as usize] == 0 {
+                s.global = false;
+                cells[slot as usize] = value;
+                self.mark_valid(slot, false);
+            } else {
+                // Another space says the page is global.
+                let page = s.key.page;
+                self.caches_of(space).for_each(|c| c.clear_page(false, page, miss));
+            }
+        }
+        self.aside[space] = new;
+    }
+
+    fn invalidate_listed(&mut self, cells: &mut Cells, global: bool) {
+        for slot in self.valid[usize::from(global)].drain(..) {
+            if self.slots[slot as usize].global == global {
+                cells[slot as usize] = 0;
             }
         }
     }
 
-    /// The translation of one page was dropped.
-    pub(crate) fn flush_page(&mut self, cells: &mut [u32; XSLOTS], lin: u64) {
+    /// The non-global translations of `space` were dropped.
+    pub(crate) fn flush_space(&mut self, cells: &mut Cells, space: usize) {
+        if space == self.active {
+            self.invalidate_listed(cells, false);
+        }
+        self.aside[space].clear();
+        let miss = self.miss;
+        self.caches_of(space).for_each(|c| c.clear(false, miss));
+    }
+
+    /// Translations of all spaces were dropped; `keep_global` spares global pages.
+    pub(crate) fn flush(&mut self, cells: &mut Cells, keep_global: bool) {
+        for space in 0..self.aside.len() {
+            self.flush_space(cells, space);
+        }
+        if !keep_global {
+            self.invalidate_listed(cells, true);
+            let miss = self.miss;
+            self.caches.iter_mut().for_each(|c| c.clear(true, miss));
+            self.large.clear();
+        }
+    }
+
+    /// The translation of one page was dropped in `space` and, if it is global, in all others.
+    pub(crate) fn flush_page(&mut self, cells: &mut Cells, space: Option<usize>, lin: u64) {
+        if self.large.extent(lin) != Extent::Page {
+            return self.flush(cells, false);
+        }
+        let (page, miss) = (lin >> 12, self.miss);
         for user in [false, true] {
-            let Some(&slot) = self.slots.get(&PageKey { page: lin >> 12, user }) else { continue };
-            if cells[slot as usize] == 0 {
+            let Some(&slot) = self.numbers.get(&PageKey { page, user }) else { continue };
+            if let Some(space) = space.filter(|&space| space != self.active) {
+                self.aside[space].retain(|&(s, _)| s != slot);
+                self.caches_of(space).for_each(|c| c.clear_page(false, page, miss));
+            }
+            let global = self.slots[slot as usize].global;
+            if cells[slot as usize] == 0 || !(global || space == Some(self.active)) {
                 continue;
             }
             cells[slot as usize] = 0;
-            for c in &mut self.caches {
-                for filled in &mut c.filled {
-                    filled.retain(|&(at, page)| {
-                        let hit = page == lin >> 12;
-                        if hit {
-                            c.table[at as usize] = self.miss;
-                        }
-                        !hit
-                    });
-                }
-            }
+            self.caches_of(self.active).for_each(|c| c.clear_page(false, page, miss));
+            self.caches.iter_mut().for_each(|c| c.clear_page(true, page, miss));
         }
     }
 
     /// Forgets everything (the code cache starts over).
-    pub(crate) fn clear(&mut self, cells: &mut [u32; XSLOTS]) {
+    pub(crate) fn clear(&mut self, cells: &mut Cells) {
         self.flush(cells, false);
+        self.numbers.clear();
         self.slots.clear();
-        self.global.clear();
     }
 }
 
@@ -184,36 +298,133 @@ mod tests {
     use super::*;
 
     const MISS: u64 = 7;
+    const USER: Mode = Mode(Mode::USER);
+    const SUPERVISOR: Mode = Mode(0);
+
+    /// Code pages of three spaces, with their cells.
+    struct Bed {
+        pages: CodePages,
+        cells: Box<Cells>,
+    }
+
+    impl Bed {
+        fn new() -> Bed {
+            Bed { pages: CodePages::new(MISS, 3), cells: Box::new([0; XSLOTS]) }
+        }
+
+        /// Validates the page of `lin` with `value` and caches a jump to `lin` that goes to `value` too.
+        fn use_code(&mut self, mode: Mode, lin: u64, value: u32, global: bool) {
+            let slot = self.pages.slot(lin, mode.has(Mode::USER)).expect("slot");
+            self.cells[slot as usize] = value;
+            self.pages.validated(slot, global, 12);
+            self.pages.jump_cache(mode);
+            self.pages.cache(mode, lin, u64::from(value), slot);
+        }
+
+        /// What cell and jump cache say of `lin`; they must agree.
+        fn known(&mut self, mode: Mode, lin: u64) -> Option<u32> {
+            let slot = self.pages.slot(lin, mode.has(Mode::USER)).expect("slot");
+            let cell = Some(self.cells[slot as usize]).filter(|&v| v != 0);
+            let cached = Some(self.pages.lookup(mode, lin) as u32).filter(|&v| u64::from(v) != MISS);
+            assert_eq!(cell, cached, "{lin:#x}");
+            cell
+        }
+
+        fn switch(&mut self, space: usize) {
+            self.pages.switch(&mut self.cells, space);
+        }
+    }
 
     #[test]
     fn targets_that_take_turns_do_not_grow_the_record() {
-        let mut p = CodePages::new(MISS);
-        let mode = Mode(0);
-        p.jump_cache(mode);
-        let slot = p.slot(0x1000, false).expect("slot");
-        p.validated(slot, false);
+        let mut b = Bed::new();
         let taking_turns = [0x1000, 0x1_0FFF];
         assert_eq!(index(taking_turns[0]), index(taking_turns[1]));
+        b.use_code(SUPERVISOR, 0x1000, 1, false);
+        let slot = b.pages.slot(0x1000, false).expect("slot");
         for i in 0..3 * ENTRIES {
-            p.cache(mode, taking_turns[i & 1], 100, slot);
+            b.pages.cache(SUPERVISOR, taking_turns[i & 1], 100, slot);
         }
-        assert!(p.caches[0].filled.iter().map(Vec::len).sum::<usize>() <= 2 * ENTRIES);
+        assert!(b.pages.caches[0].filled.iter().map(Vec::len).sum::<usize>() <= 2 * ENTRIES);
     }
 
     #[test]
     fn a_flushed_page_is_found_no_more_and_others_are() {
-        let mut p = CodePages::new(MISS);
-        let (mode, mut cells) = (Mode(0), [0u32; XSLOTS]);
-        p.jump_cache(mode);
+        let mut b = Bed::new();
         for lin in [0x1000, 0x2000] {
-            let slot = p.slot(lin, false).expect("slot");
-            cells[slot as usize] = 1;
-            p.validated(slot, false);
-            p.cache(mode, lin + 4, lin, slot);
+            b.use_code(USER, lin, 1, false);
         }
-        p.flush_page(&mut cells, 0x1000);
-        assert_eq!((p.lookup(mode, 0x1004), p.lookup(mode, 0x2004)), (MISS, 0x2000));
-        p.flush(&mut cells, false);
-        assert_eq!(p.lookup(mode, 0x2004), MISS);
+        b.pages.flush_page(&mut b.cells, Some(0), 0x1000);
+        assert_eq!((b.known(USER, 0x1000), b.known(USER, 0x2000)), (None, Some(1)));
+        b.pages.flush(&mut b.cells, false);
+        assert_eq!(b.known(USER, 0x2000), None);
+    }
+
+    #[test]
+    fn user_pages_come_back_with_their_space() {
+        let mut b = Bed::new();
+        b.use_code(USER, 0x1000, 1, false);
+        b.use_code(USER, 0x3000, 1, false);
+        b.use_code(SUPERVISOR, 0x1000, 8, false);
+        b.use_code(SUPERVISOR, 0x2000, 9, true);
+        b.switch(1);
+        assert_eq!((b.known(USER, 0x1000), b.known(SUPERVISOR, 0x1000)), (None, None));
+        assert_eq!(b.known(SUPERVISOR, 0x2000), Some(9));
+        b.use_code(USER, 0x1000, 2, false);
+        b.pages.flush_page(&mut b.cells, Some(0), 0x3000);
+        b.switch(0);
+        assert_eq!((b.known(USER, 0x1000), b.known(USER, 0x3000)), (Some(1), None));
+        b.pages.flush_space(&mut b.cells, 1);
+        b.switch(1);
+        assert_eq!(b.known(USER, 0x1000), None);
+        b.switch(0);
+        assert_eq!(b.known(USER, 0x1000), Some(1));
+    }
+
+    #[test]
+    fn global_pages_are_known_in_all_spaces_and_flushed_in_all() {
+        let mut b = Bed::new();
+        for space in [0, 1] {
+            b.switch(space);
+            b.use_code(USER, 0x1000, 1, true);
+        }
+        b.pages.flush(&mut b.cells, true);
+        assert_eq!(b.known(USER, 0x1000), Some(1));
+        b.pages.flush_page(&mut b.cells, None, 0x1000);
+        for space in [0, 1] {
+            b.switch(space);
+            assert_eq!(b.known(USER, 0x1000), None);
+        }
+    }
+
+    #[test]
+    fn a_page_that_becomes_global_leaves_nothing_behind() {
+        let mut b = Bed::new();
+        b.use_code(USER, 0x1000, 1, false);
+        b.pages.flush_page(&mut b.cells, Some(0), 0x1000);
+        b.use_code(USER, 0x1000, 2, true);
+        b.pages.flush_space(&mut b.cells, 0);
+        assert_eq!(b.known(USER, 0x1000), Some(2));
+        b.pages.flush_page(&mut b.cells, Some(0), 0x1000);
+        assert_eq!(b.known(USER, 0x1000), None);
+        // The same page is one space's own and another's global one.
+        b.use_code(USER, 0x1000, 3, false);
+        b.switch(1);
+        b.use_code(USER, 0x1000, 4, true);
+        b.switch(0);
+        b.pages.flush_page(&mut b.cells, Some(0), 0x1000);
+        for space in [0, 1] {
+            b.switch(space);
+            assert_eq!(b.known(USER, 0x1000), None);
+        }
+    }
+
+    #[test]
+    fn one_address_of_a_large_page_stands_for_all() {
+        let mut b = Bed::new();
+        b.use_code(USER, 0x20_1000, 1, false);
+        b.pages.large.note(0x20_1000, 21);
+        b.pages.flush_page(&mut b.cells, Some(0), 0x3F_F000);
+        assert_eq!(b.known(USER, 0x20_1000), None);
     }
 }

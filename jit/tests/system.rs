@@ -42,6 +42,8 @@ mod registers;
 mod segmented;
 #[path = "system/segments.rs"]
 mod segments;
+#[path = "system/spaces.rs"]
+mod spaces;
 #[path = "system/switches.rs"]
 mod switches;
 #[path = "system/syscalls.rs"]

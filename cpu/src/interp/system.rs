@@ -462,7 +462,8 @@ fn invlpg(ex: &mut Exec<'_>, i: &Instruction) -> Done {
         at
     };
     if canonical(lin) {
-        ex.flushes.page(LinAddr(lin));
+        let pcid = ex.cpu.pcid();
+        ex.flushes.page(pcid, LinAddr(lin));
     }
     Ok(())
 }

@@ -192,10 +192,10 @@ impl Tlb {
         if f.all {
             return self.flush();
         }
-        if f.non_global || f.switched || f.all_non_global || !f.spaces.is_empty() {
+        if f.switched.is_some() || f.all_non_global || !f.spaces.is_empty() {
             self.flush_non_global();
         }
-        for &page in &f.pages {
+        for &(_, page) in &f.pages {
             self.flush_page(page);
         }
     }
@@ -225,9 +225,9 @@ mod tests {
         mem.write(PhysAddr(0x2000), &0x8007u32.to_le_bytes()).expect("PTE 0");
         mem.write(PhysAddr(0x2004), &0x9007u32.to_le_bytes()).expect("PTE 1");
         assert_eq!((get(&mut tlb, 0), get(&mut tlb, 0x1000)), (0x5000, 0x6000));
-        tlb.obey(&Flushes { switched: true, ..Flushes::default() });
+        tlb.obey(&Flushes { switched: Some(1), ..Flushes::default() });
         assert_eq!((get(&mut tlb, 0), get(&mut tlb, 0x1000)), (0x8000, 0x6000));
-        tlb.obey(&Flushes { pages: vec![LinAddr(0x1234)], ..Flushes::default() });
+        tlb.obey(&Flushes { pages: vec![(1, LinAddr(0x1234))], ..Flushes::default() });
         assert_eq!(get(&mut tlb, 0x1000), 0x9000);
     }
 }

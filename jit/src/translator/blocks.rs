@@ -1,8 +1,5 @@
 //! Blocks: finding the page of code, translating, chaining, and taking blocks back when their bytes change or the code cache
 //! is full.
-//!
-//! Invariant this unsafe island relies on: that of `context` in [`super`]; its cells are borrowed only for a call on
-//! `pages`, a field of its own.
 
 use super::fill::miss_helper;
 use super::{Translator, canonical};
@@ -42,7 +39,7 @@ impl Translator {
         let t = translate(cpu, &self.mem, LinAddr(lin), Access::Execute, privilege).ok()?;
         let (Mapped::Ram(o) | Mapped::Rom(o)) = self.mem.resolve(t.phys.page()) else { return None };
         self.context().xslots[slot as usize] = (o.0 >> PAGE_SHIFT) as u32 + 1;
-        self.pages.validated(slot, t.global);
+        self.pages.validated(slot, t.global, t.page_shift);
         Some((o, slot))
     }
 
@@ -226,9 +223,8 @@ impl Translator {
             self.mem.set_code(RamOffset(p << PAGE_SHIFT), false);
         }
         self.blocks.clear();
-        // SAFETY: by the module's invariant; a field borrow beside `pages`.
-        let cells = unsafe { &mut (*self.context).xslots };
-        self.pages.clear(cells);
+        let (pages, cells) = self.code_pages();
+        pages.clear(cells);
         self.cache.truncate(CodeOffset(0));
         self.stubs = stubs::emit(&mut self.cache, miss_helper);
         self.stats.cache_flushes += 1;

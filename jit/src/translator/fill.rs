@@ -9,6 +9,8 @@ use super::{Translator, canonical};
 use crate::block::Mode;
 use crate::classify::Class;
 use crate::context::{JitContext, XSLOTS};
+use crate::pages::CodePages;
+use crate::spaces::Switch;
 use crate::stubs::{JMP_BYTES, MissInfo};
 use iced_x86::{Instruction, OpAccess, Register};
 use paravane_cpu::{
@@ -73,7 +75,6 @@ impl Translator {
         };
         let page = ea & !0xFFF;
         let delta = (self.mem.host_base() as u64 + ram.0).wrapping_sub(page);
-        let large = t.page_shift > 12;
         let code = self.mem.has_code(ram);
         let (watch_reads, watch_writes) = self.core.watches_page(LinAddr(ea), t.phys);
         if (write && watch_writes) || (!write && watch_reads) {
@@ -87,10 +88,10 @@ impl Translator {
         if write || (t.writable && !rom && !code && !watch_writes) {
             self.mem.wrote(ram, 1);
             self.remember_writer(ram, page);
-            self.delta.set(view, true, page, delta, t.global, large);
+            self.delta.set(view, true, page, delta, t.global, t.page_shift);
         }
         if !watch_reads {
-            self.delta.set(view, false, page, delta, t.global, large);
+            self.delta.set(view, false, page, delta, t.global, t.page_shift);
         }
         true
     }
@@ -125,20 +126,16 @@ impl Translator {
         filled
     }
 
-    fn shows(&self, ram: RamOffset, lin: u64) -> bool {
-        let host = self.mem.host_base() as u64 + ram.0;
-        (0..3).any(|v| self.delta.written_host(v, lin) == Some(host))
-    }
-
     fn remember_writer(&mut self, ram: RamOffset, lin: u64) {
         let n = (ram.0 >> PAGE_SHIFT) as usize;
         let w = self.writers[n];
         let tag = lin | 1;
+        let host = self.mem.host_base() as u64 + ram.0;
         if w[0] == MANY || w[0] == tag || w[1] == tag {
             return;
         }
         for (i, &old) in w.iter().enumerate() {
-            if old == 0 || !self.shows(ram, old & !1) {
+            if old == 0 || !self.delta.writes(old & !1, host) {
                 self.writers[n][i] = tag;
                 return;
             }
@@ -165,35 +162,81 @@ impl Translator {
         }
     }
 
+    /// Forgets the translations of all address spaces; `keep_global` spares those of global pages.
     pub(super) fn flush(&mut self, keep_global: bool) {
         self.stats.translation_flushes += 1;
         self.delta.flush(keep_global);
-        // SAFETY: by the module's invariant; a field borrow beside `pages`.
-        let cells: &mut [u32; XSLOTS] = unsafe { &mut (*self.context).xslots };
-        self.pages.flush(cells, keep_global);
+        let (pages, cells) = self.code_pages();
+        pages.flush(cells, keep_global);
+    }
+
+    /// Forgets the non-global translations of one space.
+    fn flush_space(&mut self, space: usize) {
+        self.stats.translation_flushes += 1;
+        self.delta.flush_space(space);
+        let (pages, cells) = self.code_pages();
+        pages.flush_space(cells, space);
+    }
+
+    fn flush_page(&mut self, tag: u16, lin: u64) {
+        self.stats.page_flushes += 1;
+        let space = self.spaces.find(tag);
+        self.delta.flush_page(space, lin);
+        let (pages, cells) = self.code_pages();
+        pages.flush_page(cells, space, lin);
+    }
+
+    /// From now on the tables are those of the address space with this PCID.
+    pub(super) fn switch_space(&mut self, tag: u16) {
+        if self.spaces.is_current(tag) {
+            return;
+        }
+        self.stats.space_switches += 1;
+        let Switch { to, replaced } = self.spaces.switch(tag);
+        if replaced {
+            self.stats.spaces_replaced += 1;
+            // What is global holds in any space.
+            self.flush_space(to);
+        }
+        self.delta.switch(to);
+        let (pages, cells) = self.code_pages();
+        pages.switch(cells, to);
+    }
+
+    /// Validation cells and jump caches.
+    pub(super) fn code_pages(&mut self) -> (&mut CodePages, &mut [u32; XSLOTS]) {
+        // SAFETY: by the module's invariant; `pages` lies outside the context.
+        (&mut self.pages, unsafe { &mut (*self.context).xslots })
     }
 
     fn apply_flushes(&mut self, f: &Flushes) {
         if f.all {
-            return self.flush(false);
+            self.flush(false);
+        } else {
+            if f.all_non_global {
+                self.flush(true);
+            }
+            for &tag in &f.spaces {
+                if let Some(space) = self.spaces.find(tag) {
+                    self.flush_space(space);
+                }
+            }
+            for &(tag, lin) in &f.pages {
+                self.flush_page(tag, lin.0);
+            }
         }
-        if f.non_global || f.switched || f.all_non_global {
-            self.flush(true);
-        }
-        for &lin in &f.pages {
-            self.stats.page_flushes += 1;
-            self.delta.flush_page(lin.0);
-            // SAFETY: as in `flush`.
-            let cells: &mut [u32; XSLOTS] = unsafe { &mut (*self.context).xslots };
-            self.pages.flush_page(cells, lin.0);
+        if let Some(tag) = f.switched {
+            self.switch_space(tag);
         }
     }
 
     /// Everything the core did that the tables must follow.
     pub(super) fn follow_core(&mut self) {
-        let f = self.core.take_flushes();
-        if !f.is_empty() {
+        if self.core.has_flushes() {
+            let mut f = std::mem::take(&mut self.flushes);
+            self.core.take_flushes(&mut f);
             self.apply_flushes(&f);
+            self.flushes = f;
         }
         if self.mem.code_writes_pending() {
             for page in self.mem.take_code_writes() {

@@ -26,11 +26,13 @@ use crate::host::HostVectorUnit;
 use crate::pages::CodePages;
 use crate::segments::CodeSegments;
 use crate::signal::{self, SignalStack};
+use crate::spaces::{SPACES, Spaces};
 use crate::stubs::{self, Stubs};
 use crate::vectors::{self, LiveVectors};
 use fill::{Writers, miss_helper};
 use paravane_cpu::{
-    Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Shadow, Step, flags,
+    Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Flushes, Shadow, Step,
+    flags,
 };
 use paravane_memory::{GuestMemory, PAGE_SHIFT, RamOffset, VpIndex};
 use stats::Stats;
@@ -73,6 +75,9 @@ pub struct Translator {
     blocks: BlockTable,
     pages: CodePages,
     segments: CodeSegments,
+    spaces: Spaces,
+    /// Room for what the core wants forgotten.
+    flushes: Flushes,
     writers: Vec<Writers>,
     options: JitOptions,
     stats: Stats,
@@ -122,7 +127,9 @@ impl Translator {
         let mut cache = CodeCache::new(options.code_cache.clamp(1 << 20, 1 << 30))?;
         let stubs = stubs::emit(&mut cache, miss_helper);
         let vectors = LiveVectors::new(context, HostVectorUnit::new()?);
-        let pages = CodePages::new(cache.address(stubs.indirect));
+        let delta = DeltaTables::new(SPACES)?;
+        let pages = CodePages::new(cache.address(stubs.indirect), delta.spaces());
+        let spaces = Spaces::new(delta.spaces());
         // SAFETY: freshly mapped zeroed memory of the right size and alignment; all-zero is a valid context.
         unsafe { (*context).mxcsr = 0x1F80 };
         Ok(Translator {
@@ -130,7 +137,7 @@ impl Translator {
             attention,
             mem: mem.clone(),
             stubs,
-            delta: DeltaTables::new()?,
+            delta,
             _stack: stack,
             context,
             forms: Forms::new(model),
@@ -139,6 +146,8 @@ impl Translator {
             blocks: BlockTable::default(),
             pages,
             segments: CodeSegments::new(),
+            spaces,
+            flushes: Flushes::default(),
             writers: vec![[0; 2]; (mem.backing_len() >> PAGE_SHIFT) as usize],
             options,
             stats: Stats::default(),

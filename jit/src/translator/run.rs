@@ -52,6 +52,7 @@ impl Translator {
         }
         let attention = self.attention.cell().as_ptr() as u64;
         self.context().attention = attention;
+        self.switch_space(cpu.pcid());
         // SAFETY: the context is valid.
         unsafe { vectors::load(self.context, &cpu.fpu) };
         Ok(())

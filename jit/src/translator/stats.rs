@@ -25,6 +25,8 @@ pub(super) struct Stats {
     pub(super) cache_flushes: u64,
     pub(super) translation_flushes: u64,
     pub(super) page_flushes: u64,
+    pub(super) space_switches: u64,
+    pub(super) spaces_replaced: u64,
 }
 
 impl Translator {
@@ -49,12 +51,14 @@ impl Translator {
             ("delta_miss_code", s.miss_code),
             ("delta_miss_soft", s.miss_soft),
             ("delta_fills", self.delta.fills),
-            ("delta_table_pages", self.delta.pages),
+            ("delta_table_pages", self.delta.pages()),
             ("host_faults", s.host_faults),
             ("blocks_invalidated", s.invalidated),
             ("code_cache_flushes", s.cache_flushes),
             ("translation_flushes", s.translation_flushes),
             ("page_flushes", s.page_flushes),
+            ("space_switches", s.space_switches),
+            ("spaces_replaced", s.spaces_replaced),
         ];
         let interpreted = iced_x86::Mnemonic::values()
             .zip(&self.interpreted)
