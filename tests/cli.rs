@@ -230,7 +230,93 @@ fn a_triple_fault_ends_with_3_and_a_dossier() {
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(3), "{engine}: {text}");
         assert!(text.contains("triple fault") && text.contains("rip 0x7c05"), "{engine}: {text}");
+        for part in [
+            "1. #BP at rip 0x7c05 could not be delivered: the vector lies beyond",
+            "vector table entry 3: beyond the limit, 0x0",
+            "which raised #GP",
+            "#DF",
+            "after a double fault that is the end",
+            "last blocks",
+            "int3",
+        ] {
+            assert!(text.contains(part), "{engine}: {part} in\n{text}");
+        }
     }
+}
+
+#[test]
+fn a_triple_fault_in_long_mode_is_explained() {
+    let dir = Scratch::new("explained");
+    // The lab guest has no IDT yet where its main function starts: a #UD there has no way out.
+    let mut elf = paravane_firmware::lab::LAB_ELF.to_vec();
+    let fninit_call = elf.windows(3).position(|w| w == [0xDB, 0xE3, 0xE8]).expect("FNINIT; CALL");
+    elf[fninit_call..fninit_call + 2].copy_from_slice(&[0x0F, 0x0B]);
+    let kernel = dir.file("broken.elf", &elf);
+    for engine in ["jit", "interp"] {
+        let args = [
+            "run",
+            "--kernel",
+            &kernel,
+            "--engine",
+            engine,
+            "--memory",
+            "64M",
+            "--serial",
+            "none",
+            "--symbols",
+            &kernel,
+        ];
+        let output = paravane(&args);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{engine}: {text}");
+        for part in [
+            "1. #UD at rip 0x2000",
+            "<lab_long+0x",
+            "beyond the IDT's limit",
+            "2. #GP(0x33)",
+            "3. #DF(0x0)",
+            "64-bit mode, CPL 0",
+            "ud2",
+        ] {
+            assert!(text.contains(part), "{engine}: {part} in\n{text}");
+        }
+    }
+    let line = refusal(&["run", "--kernel", &kernel, "--symbols", &dir.file("none", b"MZ")]);
+    assert!(line.contains("--symbols") && line.contains("ELF"), "{line}");
+}
+
+#[test]
+fn a_triple_fault_resets_the_machine_if_that_is_wanted() {
+    let dir = Scratch::new("reset");
+    // The first time: mark memory, then no IDT and INT3. After the reset, which keeps memory: out F4h, 5.
+    //   cmp byte [600h], 77h; je 7C12h; mov byte [600h], 77h; lidt [7C20h]; int3; 7C12h: mov al, 5; out F4h, al
+    let mut sector = vec![
+        0x80, 0x3E, 0x00, 0x06, 0x77, 0x74, 0x0B, 0xC6, 0x06, 0x00, 0x06, 0x77, 0x0F, 0x01, 0x1E, 0x20, 0x7C,
+        0xCC,
+    ];
+    sector.extend([0xB0, 5, 0xE6, 0xF4, 0xEB, 0xFE]);
+    sector.resize(510, 0);
+    sector.extend([0x55, 0xAA]);
+    let kernel = dir.file("kernel", &sector);
+    for engine in ["jit", "interp"] {
+        let args = [
+            "run",
+            "--kernel",
+            &kernel,
+            "--engine",
+            engine,
+            "--memory",
+            "16M",
+            "--debug-exit",
+            "0xf4",
+            "--reboot",
+        ];
+        let output = paravane(&args);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(11), "{engine}: {text}");
+        assert!(text.contains("is reset") && text.contains("#BP"), "{engine}: {text}");
+    }
+    assert!(refusal(&["run", "--kernel", &kernel, "--reboot", "--no-reboot"]).contains("--no-reboot"));
 }
 
 #[test]

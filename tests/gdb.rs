@@ -449,7 +449,7 @@ fn a_triple_fault_is_kept_for_the_debugger() {
         let (mut running, socket) = small(&dir, &kernel, engine, &[]);
         let said =
             gdb(&socket, &["printf \"at %#lx\\n\", $pc", "x/i $pc", "monitor why", "p $idt_limit", "detach"]);
-        has(&said, &["at 0x7c05", "int3", "triple fault", "rip 0x7c05"]);
+        has(&said, &["at 0x7c05", "int3", "triple fault", "1. #BP", "rip 0x7c05", "last blocks"]);
         // Still there for the next who looks; going on is the end.
         let said = gdb(&socket, &["p $idt_limit", "continue"]);
         has(&said, &["= 0", "exited with code 03"]);

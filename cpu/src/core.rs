@@ -14,6 +14,7 @@ use crate::fetch::{Decoded, Fetcher};
 use crate::interp;
 use crate::mmu::{Flushes, Tlb};
 use crate::plan::{DebugPlan, DebugStop, WatchHit};
+use crate::post_mortem::{Attempt, Chain, PostMortem, Trail};
 use crate::state::{CpuState, LinAddr, SegReg, Shadow, flags, gpr};
 use iced_x86::{FlowControl, Mnemonic};
 use paravane_memory::{GuestMemory, PhysAddr, RamOffset, VpIndex};
@@ -68,6 +69,8 @@ impl Unit {
             debug_hits: 0,
             plan: (!self.plan.watch.is_empty()).then_some(&*self.plan),
             watch_hit: None,
+            delivering: None,
+            failing: "",
             transferred: false,
             delivered: false,
         }
@@ -84,6 +87,11 @@ pub struct Core {
     held_back: u64,
     /// A watched access nobody was told of yet.
     hit: Option<WatchHit>,
+    /// Exceptions that could not be delivered.
+    chain: Chain,
+    trail: Trail,
+    /// The linear address after the last instruction.
+    sequel: u64,
     faults: u64,
     interrupts: u64,
     last: Mnemonic,
@@ -101,6 +109,9 @@ impl Core {
             record: Flushes::default(),
             held_back: 0,
             hit: None,
+            chain: Chain::default(),
+            trail: Trail::new(),
+            sequel: u64::MAX,
             faults: 0,
             interrupts: 0,
             last: Mnemonic::INVALID,
@@ -138,11 +149,16 @@ impl Core {
                 return self.raise(cpu, mem, bus, Fault::new(Vector::DB));
             }
         }
+        let at = instruction_address(cpu).0;
+        if at != self.sequel {
+            self.trail.push(at);
+        }
         let decoded = match self.fetcher.fetch(&mut self.unit, cpu, mem, bus) {
             Ok(decoded) => decoded,
             Err(fault) => return self.raise(cpu, mem, bus, fault),
         };
         self.last = decoded.instr.mnemonic();
+        self.sequel = at.wrapping_add(decoded.len as u64);
         let (rsp, trap) = (cpu.gpr[gpr::RSP], cpu.rflags & flags::TF != 0);
         cpu.rflags &= !flags::RF;
         let mut next = cpu.rip.wrapping_add(decoded.len as u64);
@@ -164,7 +180,7 @@ impl Core {
             transferred: ex.transferred,
             partial: ex.next_rip == rip && decoded.instr.is_string_instruction(),
         };
-        let hit = ex.watch_hit;
+        let (hit, software) = (ex.watch_hit, ex.delivering.map(|vector| (vector, ex.failing)));
         match result {
             Ok(()) => {
                 self.hit = self.hit.or(hit);
@@ -180,7 +196,12 @@ impl Core {
                     cpu.rflags |= flags::RF;
                 }
                 self.obey();
-                self.raise(cpu, mem, bus, fault)
+                self.chain.restart();
+                if let Some((vector, failed)) = software {
+                    let fault_of = Fault::new(Vector(vector));
+                    self.chain.push(Attempt { fault: fault_of, rip: cpu.rip, failed, second: fault });
+                }
+                self.escalate(cpu, mem, bus, fault)
             }
         }
     }
@@ -228,6 +249,11 @@ impl Core {
 
     /// Delivers an exception for the instruction at `cpu.rip`, double and triple faults included.
     pub fn raise(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, fault: Fault) -> Step {
+        self.chain.restart();
+        self.escalate(cpu, mem, bus, fault)
+    }
+
+    fn escalate(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, fault: Fault) -> Step {
         let mut fault = fault;
         loop {
             self.faults += 1;
@@ -245,8 +271,9 @@ impl Core {
             };
             match self.deliver(cpu, mem, bus, &event) {
                 Ok(()) => return Step::Done,
-                Err(second) => {
+                Err((second, failed)) => {
                     note_address(cpu, &second);
+                    self.chain.push(Attempt { fault, rip: event.rip, failed, second });
                     match exception::combine(fault.vector, second) {
                         Some(next) => fault = next,
                         None => return Step::TripleFault,
@@ -262,16 +289,16 @@ impl Core {
         mem: &GuestMemory,
         bus: &dyn CpuBus,
         event: &Event,
-    ) -> Result<(), Fault> {
+    ) -> Result<(), (Fault, &'static str)> {
         self.unit.tlb.check_layout(cpu, mem);
         let mut ex = self.unit.exec(cpu, mem, bus, event.rip);
         let result = exception::deliver(&mut ex, event);
-        let (hits, hit) = (ex.debug_hits, ex.watch_hit);
+        let (hits, hit, failed) = (ex.debug_hits, ex.watch_hit, ex.failing);
         self.held_back |= hits;
         self.hit = self.hit.or(hit);
         cpu.shadow = Shadow::None;
         self.obey();
-        result
+        result.map_err(|fault| (fault, failed))
     }
 
     /// Takes an NMI or external interrupt if one is pending and allowed now; wakes a halted processor.
@@ -304,8 +331,24 @@ impl Core {
         match self.deliver(cpu, mem, bus, &event) {
             Ok(()) => Step::Done,
             // Interrupts are benign: their delivery's fault is handled on its own.
-            Err(fault) => self.raise(cpu, mem, bus, fault),
+            Err((second, failed)) => {
+                let fault = Fault::new(Vector(vector));
+                self.chain.restart();
+                self.chain.push(Attempt { fault, rip: event.rip, failed, second });
+                self.escalate(cpu, mem, bus, second)
+            }
         }
+    }
+
+    /// How the processor came to where it is.
+    pub fn post_mortem(&self) -> PostMortem {
+        PostMortem { attempts: self.chain.list(), trail: self.trail.list() }
+    }
+
+    /// Notes that execution goes on at linear `at`, by an engine that runs code itself.
+    #[inline]
+    pub fn passed(&mut self, at: u64) {
+        self.trail.push(at);
     }
 
     /// One instruction for a debugger: see [`crate::Engine::step`]. A halted processor stays so until something wakes it.

@@ -3,6 +3,7 @@
 use crate::bus::CpuBus;
 use crate::fault::Fault;
 use crate::plan::{DebugPlan, DebugStop};
+use crate::post_mortem::PostMortem;
 use crate::state::{CpuState, FpuState};
 use paravane_memory::{GuestMemory, RamOffset, VpIndex};
 use std::sync::Arc;
@@ -93,6 +94,8 @@ pub trait Engine: Send {
     fn invalidate(&mut self, page: RamOffset);
     /// Forgets every cached address translation (layout change, state loaded from outside).
     fn flush_translations(&mut self);
+    /// How the processor came to where it is.
+    fn post_mortem(&self) -> PostMortem;
     /// Values of the engine's counters by name.
     fn counters(&self) -> Vec<(String, u64)>;
 }

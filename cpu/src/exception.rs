@@ -62,6 +62,7 @@ pub(crate) fn combine(first: Vector, second: Fault) -> Option<Fault> {
 
 /// Delivers an interrupt. On `Err` the state is as before.
 pub(crate) fn deliver(ex: &mut Exec<'_>, event: &Event) -> Result<(), Fault> {
+    ex.delivering = Some(event.vector);
     if !ex.cpu.protected() {
         return real(ex, event);
     }
@@ -76,12 +77,17 @@ pub(crate) fn deliver(ex: &mut Exec<'_>, event: &Event) -> Result<(), Fault> {
     }
 }
 
+/// What most often fails in delivering.
+const PUSHING: &str = "the frame cannot be pushed on the handler's stack";
+
 fn real(ex: &mut Exec<'_>, event: &Event) -> Result<(), Fault> {
     let at = u64::from(event.vector) * 4;
+    ex.failing = "the vector lies beyond the limit of the vector table";
     if at + 3 > u64::from(ex.cpu.idtr.limit) {
         return Err(Fault::GP0);
     }
     let entry = ex.sys_load(ex.cpu.idtr.base.wrapping_add(at), 4)?;
+    ex.failing = PUSHING;
     let mut frame = Frame::current(ex, Fault::SS0);
     frame.push(ex, 2, ex.cpu.rflags)?;
     frame.push(ex, 2, u64::from(ex.cpu.segment(SegReg::Cs).selector))?;
@@ -120,18 +126,22 @@ impl Gate {
         let wide = ex.cpu.long_mode();
         let size: u64 = if wide { 16 } else { 8 };
         let at = u64::from(event.vector) * size;
+        ex.failing = "the vector lies beyond the IDT's limit";
         if at + size - 1 > u64::from(ex.cpu.idtr.limit) {
             return Err(Fault::with_code(Vector::GP, code));
         }
+        ex.failing = "the IDT entry cannot be read";
         let at = ex.cpu.idtr.base.wrapping_add(at);
         let raw = ex.sys_load(at, 8)?;
         let high = if wide { ex.sys_load(at.wrapping_add(8), 8)? & 0xFFFF_FFFF } else { 0 };
         let d = Descriptor { raw, high, at, selector: 0 };
         let kind = d.system_type().unwrap_or(0);
         let known = if wide { matches!(kind, 14 | 15) } else { matches!(kind, 5 | 6 | 7 | 14 | 15) };
+        ex.failing = "the IDT entry is no gate of this mode, or its DPL keeps the caller out";
         if !known || (!hardware && d.dpl() < ex.cpu.cpl) {
             return Err(Fault::with_code(Vector::GP, code));
         }
+        ex.failing = "the gate is not present";
         if !d.present() {
             return Err(Fault::with_code(Vector::NP, code));
         }
@@ -145,19 +155,24 @@ impl Gate {
 
     /// The handler's code segment, checked; with the privilege it runs at.
     fn code(&self, ex: &mut Exec<'_>) -> Result<(Descriptor, u8), Fault> {
+        ex.failing = "the gate's code selector is null";
         if segment::is_null(self.selector) {
             return Err(Fault::with_code(Vector::GP, self.ext));
         }
         let bad = |vector| Fault::with_code(vector, u32::from(self.selector & !3) | self.ext);
+        ex.failing = "the gate's code descriptor is outside its table, or cannot be read";
         let d = segment::fetch(ex, self.selector, Vector::GP, self.ext)?;
         let long = ex.cpu.long_mode();
         let big = d.segment().big();
+        ex.failing = "the gate's selector is no code segment that may handle this";
         if !d.is_code() || d.dpl() > ex.cpu.cpl || (long && (!d.is_long_code() || big)) {
             return Err(bad(Vector::GP));
         }
+        ex.failing = "the handler's code segment is not present";
         if !d.present() {
             return Err(bad(Vector::NP));
         }
+        ex.failing = "the handler of virtual-8086 mode is not at CPL 0";
         let cpl = if d.is_conforming() { ex.cpu.cpl } else { d.dpl() };
         if ex.cpu.v8086() && cpl != 0 {
             return Err(bad(Vector::GP));
@@ -197,6 +212,7 @@ fn image(ex: &Exec<'_>, event: &Event) -> u64 {
 
 fn long(ex: &mut Exec<'_>, event: &Event, gate: &Gate) -> Result<(), Fault> {
     let (mut code, cpl) = gate.code(ex)?;
+    ex.failing = "the TSS has no usable stack for the handler";
     let inner = cpl != ex.cpu.cpl;
     let rsp = if gate.ist != 0 {
         tss_rsp(ex, 36 + u64::from(gate.ist - 1) * 8, gate.ext)?
@@ -205,6 +221,7 @@ fn long(ex: &mut Exec<'_>, event: &Event, gate: &Gate) -> Result<(), Fault> {
     } else {
         ex.cpu.gpr[gpr::RSP]
     };
+    ex.failing = "the handler's address is not canonical";
     if !segment::canonical(gate.offset) {
         return Err(Fault::with_code(Vector::GP, gate.ext));
     }
@@ -217,6 +234,7 @@ fn long(ex: &mut Exec<'_>, event: &Event, gate: &Gate) -> Result<(), Fault> {
         privilege,
         fault: Fault::with_code(Vector::SS, gate.ext),
     };
+    ex.failing = PUSHING;
     frame.push(ex, 8, u64::from(old_ss.selector))?;
     frame.push(ex, 8, ex.cpu.gpr[gpr::RSP])?;
     frame.push(ex, 8, image(ex, event))?;
@@ -239,11 +257,13 @@ fn legacy(ex: &mut Exec<'_>, event: &Event, gate: &Gate) -> Result<(), Fault> {
     let size = if gate.kind & 8 != 0 { 4 } else { 2 };
     let inner = cpl != ex.cpu.cpl || ex.cpu.v8086();
     let from_v86 = ex.cpu.v8086();
+    ex.failing = "the TSS has no usable stack for the handler";
     let mut frame = if inner {
         inner_stack(ex, cpl, gate.ext)?
     } else {
         Frame::current(ex, Fault::with_code(Vector::SS, gate.ext))
     };
+    ex.failing = PUSHING;
     let new_ss = frame.ss;
     let seg = |ex: &Exec<'_>, s: SegReg| u64::from(ex.cpu.segment(s).selector);
     if from_v86 {
@@ -261,6 +281,7 @@ fn legacy(ex: &mut Exec<'_>, event: &Event, gate: &Gate) -> Result<(), Fault> {
     if let Some(error) = event.error {
         frame.push(ex, size, u64::from(error))?;
     }
+    ex.failing = "the handler's address lies beyond its code segment";
     if gate.offset > u64::from(code.segment().limit) {
         return Err(Fault::with_code(Vector::GP, gate.ext));
     }
@@ -302,6 +323,7 @@ fn through_task(ex: &mut Exec<'_>, event: &Event, gate: &Gate) -> Result<(), Fau
     if event.resume {
         ex.cpu.rflags |= flags::RF;
     }
+    ex.failing = "the task switch fails";
     task::switch(ex, gate.selector, Reason::Interrupt { ext: gate.ext }, event.rip)?;
     if let Some(error) = event.error {
         let size = if ex.cpu.tr.attributes & 8 != 0 { 4 } else { 2 };

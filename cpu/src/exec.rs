@@ -47,6 +47,10 @@ pub(crate) struct Exec<'a> {
     pub plan: Option<&'a DebugPlan>,
     /// The first watched access.
     pub watch_hit: Option<WatchHit>,
+    /// The vector an INT n, INT3 or INTO is being delivered through.
+    pub delivering: Option<u8>,
+    /// What fails where delivering an exception fails now; told when that ends in a shutdown.
+    pub failing: &'static str,
     /// RIP and RFLAGS were loaded as a whole (delivery, IRET, task switch): nothing is rolled back, RF stays.
     pub transferred: bool,
     /// An interrupt was delivered or a task switched: no single-step trap follows.

@@ -5,6 +5,7 @@ use crate::core::{Core, Step};
 use crate::cpuid::CpuModel;
 use crate::engine::{Attention, Budget, Engine, Exit, VectorUnit};
 use crate::plan::DebugPlan;
+use crate::post_mortem::PostMortem;
 use crate::state::{CpuState, flags};
 use paravane_memory::{GuestMemory, RamOffset, VpIndex};
 use std::sync::Arc;
@@ -118,6 +119,10 @@ impl Engine for Interpreter {
 
     fn flush_translations(&mut self) {
         self.core.flush_translations();
+    }
+
+    fn post_mortem(&self) -> PostMortem {
+        self.core.post_mortem()
     }
 
     fn counters(&self) -> Vec<(String, u64)> {

@@ -36,6 +36,8 @@ mod modified;
 mod paging;
 #[path = "system/plan.rs"]
 mod plan;
+#[path = "system/post_mortem.rs"]
+mod post_mortem;
 #[path = "system/registers.rs"]
 mod registers;
 #[path = "system/segmented.rs"]

@@ -153,9 +153,15 @@ pub struct RunArgs {
     /// A value written to this I/O port ends the process with (value << 1) | 1.
     #[arg(long, value_name = "PORT")]
     pub debug_exit: Option<String>,
-    /// End with 0 instead of rebooting when the guest asks for a reset.
-    #[arg(long)]
+    /// End with 0 instead of rebooting when the guest asks for a reset (and with 3, as always, after a triple fault).
+    #[arg(long, conflicts_with = "reboot")]
     pub no_reboot: bool,
+    /// Reset the machine after a triple fault, as a PC does, instead of ending with 3.
+    #[arg(long)]
+    pub reboot: bool,
+    /// An ELF file with symbols, for names in the dossier of a triple fault.
+    #[arg(long, value_name = "ELF")]
+    pub symbols: Option<PathBuf>,
     /// Write every counter to this file at exit.
     #[arg(long, value_name = "F.json")]
     pub stats: Option<PathBuf>,

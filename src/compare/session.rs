@@ -56,7 +56,7 @@ pub(super) fn run(guest: GuestRun, step: &(dyn Fn() + Send + Sync)) -> Result<Op
     let watch = Progress { marks: &guest.marks, lifecycle: &lifecycle, activity: &activity };
     let request = std::thread::scope(|scope| {
         scope.spawn(|| watch.run(step));
-        let result = run::drive(&mut machine, run::Watchers { probe: Some(probe), debug: None });
+        let result = run::drive(&mut machine, run::Watchers { probe: Some(probe), ..Default::default() });
         // However it ended, the watcher ends too.
         lifecycle.request(Request::Done);
         result

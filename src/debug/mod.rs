@@ -3,6 +3,7 @@
 //! * [`link`]: how a session stops the vCPU, runs commands on its thread, and lets it go on;
 //! * [`armed`]: breakpoints, watchpoints and conditions, made into the engine's `DebugPlan`;
 //! * [`registers`], [`memory`], [`show`]: what there is to look at, without disturbing it;
+//! * [`post_mortem`], [`symbols`]: the dossier of a processor that shut down;
 //! * [`target`], [`monitor`]: the stub's operations in these terms; [`listen`], [`session`]: sockets and packets.
 
 mod armed;
@@ -11,12 +12,16 @@ mod link;
 mod listen;
 mod memory;
 mod monitor;
+mod post_mortem;
 mod registers;
 mod session;
 mod show;
+mod symbols;
 mod target;
 mod wire;
 
 pub use armed::{Armed, MonitorBreak, MonitorWatch, Owner};
 pub use link::{Event, Gone, Link, Resume, Stop};
 pub use listen::{Debugger, GdbAddress};
+pub use post_mortem::dossier;
+pub use symbols::{SymbolError, Symbols};

@@ -24,6 +24,7 @@ info                  what the monitor armed; delete N: forget it
 phys on|off           memory reads and writes of the debugger are physical
 step-interrupts on|off   whether a step takes pending interrupts (off: it steps past them)
 why                   why the guest stands still
+last                  the last blocks executed and the last device accesses
 EXPR, ADDR: numbers, registers, [e] b[e] w[e] d[e] for memory, C's operators
 ";
 
@@ -87,6 +88,7 @@ fn run(target: &mut Target, word: &str, rest: &str) -> Said {
             Ok(format!("a step {what}\n"))
         }
         "why" => why(target),
+        "last" => history(target),
         _ => Err(format!("'{word}' is no monitor command; 'monitor help' lists them")),
     }
 }
@@ -233,10 +235,15 @@ fn armed(target: &Target) -> String {
     if out.is_empty() { "the monitor armed nothing\n".into() } else { out }
 }
 
+/// What the engine remembers.
+fn history(target: &Target) -> Said {
+    target.ask(|runner| runner.dossier()).map_err(|_| GONE.into())
+}
+
 fn why(target: &Target) -> Said {
     Ok(match &target.stop {
         Some(Stop::TripleFault(dossier)) => format!("triple fault: the processor shut down\n{dossier}"),
-        Some(Stop::Paused) | None => "it was interrupted\n".into(),
+        Some(Stop::Paused) | None => format!("it was interrupted; how it came here:\n{}", history(target)?),
         Some(Stop::Stepped) => "a step is done\n".into(),
         Some(Stop::Breakpoint(at, _)) => format!("a breakpoint at {at}\n"),
         Some(Stop::Watch(hit)) => {

@@ -8,6 +8,7 @@ use paravane_memory::{PAGE_SIZE, PhysAddr, Port, VpIndex, Width};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::access_log::{AccessLog, DeviceAccess};
 use crate::run::{Lifecycle, Request, Vcpu};
 
 /// IA32_APIC_BASE and its bits (SDM 3A 11.4.4).
@@ -34,6 +35,7 @@ pub struct MachineBus {
     /// FERR# raises IRQ 13; the coprocessor error latch lowers it.
     ferr: Arc<IrqLine>,
     counts: Counts,
+    log: AccessLog,
 }
 
 impl MachineBus {
@@ -52,9 +54,23 @@ impl MachineBus {
             mmio: count("exits_mmio"),
             interrupts: count("interrupts_taken"),
         };
-        let this = MachineBus { bus, fabric, clock, tsc, apic_base: AtomicU64::new(0), ferr, counts };
+        let this = MachineBus {
+            bus,
+            fabric,
+            clock,
+            tsc,
+            apic_base: AtomicU64::new(0),
+            ferr,
+            counts,
+            log: AccessLog::default(),
+        };
         this.reset();
         this
+    }
+
+    /// The last accesses to devices, the latest last.
+    pub fn last_accesses(&self) -> Vec<DeviceAccess> {
+        self.log.list()
     }
 
     /// Follows the local APIC's reset.
@@ -75,14 +91,17 @@ impl MachineBus {
 impl CpuBus for MachineBus {
     fn mmio_load(&self, vp: VpIndex, at: PhysAddr, width: Width) -> u64 {
         self.counts.mmio.add(1);
-        match self.lapic_offset(at) {
+        let value = match self.lapic_offset(at) {
             Some(offset) => u64::from(self.fabric.lapic_load(vp, offset)) & width.mask(),
             None => self.bus.mmio_load(at, width),
-        }
+        };
+        self.log.mmio(at.0, width, false, value);
+        value
     }
 
     fn mmio_store(&self, vp: VpIndex, at: PhysAddr, width: Width, value: u64) {
         self.counts.mmio.add(1);
+        self.log.mmio(at.0, width, true, value);
         match self.lapic_offset(at) {
             Some(offset) => self.fabric.lapic_store(vp, offset, value as u32),
             None => self.bus.mmio_store(at, width, value),
@@ -91,11 +110,14 @@ impl CpuBus for MachineBus {
 
     fn port_in(&self, _vp: VpIndex, port: Port, width: Width) -> u32 {
         self.counts.pio.add(1);
-        self.bus.port_in(port, width)
+        let value = self.bus.port_in(port, width);
+        self.log.port(port.0, width, false, value);
+        value
     }
 
     fn port_out(&self, _vp: VpIndex, port: Port, width: Width, value: u32) {
         self.counts.pio.add(1);
+        self.log.port(port.0, width, true, value);
         self.bus.port_out(port, width, value);
     }
 

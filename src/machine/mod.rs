@@ -1,6 +1,7 @@
 //! From configuration to a machine: memory map, devices, processors. The only place that knows interrupt numbers, ports and
 //! PCI slots.
 
+mod access_log;
 mod board;
 mod boot;
 mod clock;
@@ -17,6 +18,7 @@ mod serial;
 mod storage;
 mod tsc;
 
+pub use access_log::DeviceAccess;
 pub use clock::{HostClock, InstructionClock};
 pub use config::{Boot, ClockKind, DiskBus, DiskConfig, EngineKind, MachineConfig, SerialConfig};
 pub use cpubus::MachineBus;

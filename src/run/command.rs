@@ -4,7 +4,7 @@ use super::serial::Serial;
 use super::terminal::RawMode;
 use super::{Finished, Lifecycle, Request, Watchers, drive, signals};
 use crate::cli::RunArgs;
-use crate::debug::{Debugger, Link};
+use crate::debug::{Debugger, Link, Symbols};
 use crate::machine::{HostEnds, Machine, SerialConfig};
 use crate::stats;
 use std::error::Error;
@@ -31,6 +31,11 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         false => None,
     };
     serial.start(raw.is_some())?;
+    let symbols = match &args.symbols {
+        Some(path) => Symbols::read(path).map_err(|e| format!("--symbols {}: {e}", path.display()))?,
+        None => Symbols::default(),
+    };
+    let symbols = Arc::new(symbols);
     let (debugger, debug) = match args.gdb_address()? {
         Some(address) => {
             let link = Link::new(machine.vcpu(), args.wait);
@@ -43,7 +48,8 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         }
         None => (None, None),
     };
-    let finished = drive(&mut machine, Watchers { probe: None, debug });
+    let finished =
+        drive(&mut machine, Watchers { probe: None, debug, symbols, reset_at_shutdown: args.reboot });
     if let Some(debugger) = debugger {
         debugger.finish(finished.as_ref().map_or(1, |f| f.request.exit_code()));
     }

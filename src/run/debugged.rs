@@ -1,6 +1,5 @@
 //! A vCPU under a debugger: what it does when it is stopped, and how it goes on.
 
-use super::dossier;
 use super::lifecycle::Request;
 use super::vcpu::VcpuRunner;
 use crate::debug::{Armed, Link, Resume, Stop};
@@ -67,7 +66,7 @@ impl VcpuRunner {
             link.stopped(stop.clone());
             let Some(resume) = link.serve(self) else { return true };
             if let Stop::TripleFault(dossier) = stop {
-                self.lifecycle.request(Request::TripleFault(dossier.to_string()));
+                self.end_shut_down(dossier.to_string());
                 return true;
             }
             let next = match resume {
@@ -127,7 +126,7 @@ impl VcpuRunner {
                 }
                 Exit::Halt | Exit::Budget | Exit::Stop => return Ok(Stop::Stepped),
                 Exit::Debug(stop) => return Ok(self.relevant(stop).unwrap_or(Stop::Stepped)),
-                Exit::TripleFault => return Ok(Stop::TripleFault(dossier::registers(&self.cpu).into())),
+                Exit::TripleFault => return Ok(Stop::TripleFault(self.dossier().into())),
                 Exit::Unsupported => {
                     self.lifecycle.request(Request::Host(self.unsupported()));
                     return Err(Ended);

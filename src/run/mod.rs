@@ -21,7 +21,7 @@ pub use park::Vcpu;
 pub use serial::remove_stale_socket;
 pub use vcpu::{BOOT_VP, Lockstep, PanicGuard, Probe, TimeKeeper, VcpuRunner};
 
-use crate::debug::Link;
+use crate::debug::{Link, Symbols};
 use crate::machine::{Machine, MachineError, Time};
 use crate::stats::{self, Snapshot};
 use std::sync::Arc;
@@ -49,6 +49,10 @@ pub struct Watchers {
     pub probe: Option<Probe>,
     /// Who may debug it.
     pub debug: Option<Arc<Link>>,
+    /// Names for addresses, for people.
+    pub symbols: Arc<Symbols>,
+    /// A triple fault resets the machine.
+    pub reset_at_shutdown: bool,
 }
 
 /// Runs `machine` to its end, through as many resets as the guest asks for.
@@ -63,6 +67,8 @@ pub fn drive(machine: &mut Machine, watchers: Watchers) -> Result<Finished, Mach
     let mut runner = VcpuRunner::new(machine)?;
     runner.probe = watchers.probe;
     runner.debug = watchers.debug;
+    runner.symbols = watchers.symbols;
+    runner.reset_at_shutdown = watchers.reset_at_shutdown;
     let mut resets = 0;
     let mut last = None;
     while let Some(mut ended) = on_own_thread(runner)? {

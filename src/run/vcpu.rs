@@ -3,7 +3,7 @@
 use super::dossier;
 use super::lifecycle::{Lifecycle, Request};
 use super::park::Vcpu;
-use crate::debug::{Armed, Link, Stop};
+use crate::debug::{self, Armed, Link, Stop, Symbols};
 use crate::machine::{InstructionClock, LockstepDisk, Machine, MachineBus, MachineError};
 use paravane_cpu::{Attention, Budget, CpuState, DebugPlan, Engine, Exit, flags};
 use paravane_devices::{Clock, TimerQueue};
@@ -81,6 +81,10 @@ pub struct VcpuRunner {
     pub debug: Option<Arc<Link>>,
     /// What the debugger armed.
     pub armed: Arc<Armed>,
+    /// A triple fault resets the machine.
+    pub reset_at_shutdown: bool,
+    /// Names for addresses, for people.
+    pub symbols: Arc<Symbols>,
     /// What of it the engine has.
     pub plan: Arc<DebugPlan>,
 }
@@ -99,6 +103,8 @@ impl VcpuRunner {
             probe: None,
             debug: None,
             armed: Arc::default(),
+            reset_at_shutdown: false,
+            symbols: Arc::default(),
             plan: Arc::default(),
         })
     }
@@ -200,14 +206,33 @@ impl VcpuRunner {
 
     /// Shutdown: with a debugger at hand everything stays as it is until it was looked at.
     fn shut_down(&mut self) {
-        let dossier = dossier::registers(&self.cpu);
+        let dossier = self.dossier();
         if self.debug.is_some() {
             let told = "the guest's processor shut down and is kept for the debugger";
             eprintln!("paravane: triple fault: {told}\n{}", dossier.trim_end());
             self.debugged(Stop::TripleFault(dossier.into()));
         } else {
+            self.end_shut_down(dossier);
+        }
+    }
+
+    /// As hardware: the chipset answers a shutdown with a reset; or the run is over.
+    pub(super) fn end_shut_down(&self, dossier: String) {
+        if self.reset_at_shutdown {
+            eprintln!(
+                "paravane: triple fault: the guest's processor shut down and is reset\n{}",
+                dossier.trim_end()
+            );
+            self.lifecycle.request(Request::Reset("triple fault"));
+        } else {
             self.lifecycle.request(Request::TripleFault(dossier));
         }
+    }
+
+    /// What is known about how the processor came to where it is.
+    pub fn dossier(&self) -> String {
+        let history = self.engine.post_mortem();
+        debug::dossier(&self.cpu, &self.mem, &history, &self.bus.last_accesses(), &self.symbols)
     }
 
     pub(super) fn unsupported(&self) -> String {

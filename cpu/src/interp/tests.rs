@@ -105,6 +105,8 @@ impl Pc {
             debug_hits: 0,
             plan: None,
             watch_hit: None,
+            delivering: None,
+            failing: "",
             transferred: false,
             delivered: false,
         };

@@ -31,8 +31,8 @@ use crate::stubs::{self, Stubs};
 use crate::vectors::{self, LiveVectors};
 use fill::{Writers, miss_helper};
 use paravane_cpu::{
-    Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Flushes, Shadow, Step,
-    flags,
+    Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Flushes, PostMortem,
+    Shadow, Step, flags,
 };
 use paravane_memory::{GuestMemory, PAGE_SHIFT, RamOffset, VpIndex};
 use stats::Stats;
@@ -250,6 +250,10 @@ impl Engine for Translator {
     fn flush_translations(&mut self) {
         self.flush(false);
         self.core.flush_translations();
+    }
+
+    fn post_mortem(&self) -> PostMortem {
+        self.core.post_mortem()
     }
 
     fn counters(&self) -> Vec<(String, u64)> {

@@ -299,6 +299,7 @@ impl Translator {
             };
             entry = self.cache.address(self.blocks.blocks[id as usize].entry);
         }
+        self.core.passed(mode.linear(address));
         loop {
             let reason = self.enter(cpu, entry);
             if self.options.single_blocks && self.ends_block(reason, mode) {
@@ -310,6 +311,7 @@ impl Translator {
                 return false;
             }
             let address = self.context().rip;
+            self.core.passed(mode.linear(address));
             let resets = self.stats.cache_flushes;
             match reason {
                 Reason::Interpret => {

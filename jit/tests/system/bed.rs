@@ -11,7 +11,7 @@
 
 use paravane_cpu::{
     Attention, Board, Budget, CpuState, DebugPlan, DescriptorTable, Engine, Exit, FpuState, HostFeatures,
-    Interpreter, SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
+    Interpreter, PostMortem, SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
 };
 use paravane_jit::{HostVectorUnit, JitOptions, Translator};
 use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig, PhysAddr, VpIndex};
@@ -490,6 +490,11 @@ impl Bed {
     /// One step of the debugger.
     pub fn step(&mut self, interrupts: bool) -> Exit {
         self.engine.step(&mut self.cpu, &self.mem, &*self.board, interrupts)
+    }
+
+    /// How the processor came to where it is.
+    pub fn post_mortem(&self) -> PostMortem {
+        self.engine.post_mortem()
     }
 
     /// Runs `program` to a HLT.
