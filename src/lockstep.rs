@@ -206,7 +206,14 @@ impl Pair {
             out.push_str("  x87 or vector state differs\n");
         }
         out.push_str("guest code from where the step began:\n");
-        out.push_str(&disassembly(before, &self.interpreter.code(linear(before))));
+        let code = self.interpreter.code(linear(before));
+        out.push_str(&disassembly(before.code_bits(), before.rip, &code, SHOWN));
+        out.push_str("what the translator made of it (the ways out of the block last):\n");
+        for piece in self.translator.runner.engine.host_code(linear(before)) {
+            let what = piece.guest.map_or("entry".to_owned(), |lin| format!("{lin:x}"));
+            out.push_str(&format!("  {what}:\n"));
+            out.push_str(&disassembly(64, piece.host, &piece.bytes, usize::MAX));
+        }
         out
     }
 
@@ -259,14 +266,81 @@ fn status(bits: u32) -> u64 {
     pairs.iter().filter(|p| bits & p.0 != 0).map(|p| p.1).sum()
 }
 
-fn disassembly(cpu: &CpuState, bytes: &[u8]) -> String {
+/// `bytes` at `ip` in the manual's syntax, `most` instructions at most.
+fn disassembly(bits: u32, ip: u64, bytes: &[u8], most: usize) -> String {
     let mut out = String::new();
     let mut formatter = IntelFormatter::new();
-    let mut decoder = Decoder::with_ip(cpu.code_bits(), bytes, cpu.rip, DecoderOptions::NONE);
-    for instr in decoder.iter().take(SHOWN) {
+    let mut decoder = Decoder::with_ip(bits, bytes, ip, DecoderOptions::NONE);
+    for instr in decoder.iter().take(most) {
         let mut text = String::new();
         formatter.format(&instr, &mut text);
         let _infallible = writeln!(out, "  {:016x}  {text}", instr.ip());
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Boot;
+
+    /// A loop of three blocks in a boot sector.
+    const LOOP: &[u8] = &[
+        0x40, // inc ax
+        0x01, 0xC3, // add bx, ax
+        0xEB, 0xFB, // jmp to the start
+    ];
+
+    fn pair(name: &str) -> Pair {
+        let kernel = std::env::temp_dir().join(format!("paravane-lockstep-{}-{name}", std::process::id()));
+        let mut image = LOOP.to_vec();
+        image.resize(510, 0);
+        image.extend([0x55, 0xAA]);
+        std::fs::write(&kernel, image).expect("image");
+        let config = MachineConfig {
+            memory: 16 << 20,
+            model: "max".into(),
+            engine: EngineKind::Jit,
+            clock: ClockKind::Instructions,
+            boot: Boot::Kernel { kernel: kernel.clone(), initrd: None, append: String::new() },
+            disks: Vec::new(),
+            serial: Vec::new(),
+            debug_exit: None,
+            reboot: false,
+        };
+        let side = |kind, single| Side::new(&config, kind, single).expect("machine");
+        let pair = Pair {
+            translator: side(EngineKind::Jit, true),
+            interpreter: side(EngineKind::Interp, false),
+            stride: u64::MAX,
+            comparisons: 0,
+        };
+        std::fs::remove_file(kernel).expect("image");
+        pair
+    }
+
+    #[test]
+    fn engines_that_agree_go_on_and_a_difference_is_told_with_both_codes() {
+        let mut pair = pair("step");
+        pair.run(300, &ProgressBar::hidden()).expect("the same");
+        assert!(pair.comparisons >= 100);
+        let before = pair.interpreter.runner.cpu.clone();
+        pair.step();
+        pair.translator.runner.cpu.gpr[3] ^= 1;
+        let report = pair.same_processor(&before).expect_err("different");
+        let (guest, host) = report.split_once("what the translator made of it").expect("host code");
+        for (part, text) in [("where it differs", guest), ("add bx,ax", guest), ("add bx,ax", host)] {
+            assert!(text.contains(part), "{part} in\n{report}");
+        }
+    }
+
+    #[test]
+    fn memory_is_compared() {
+        let pair = pair("memory");
+        pair.same_memory().expect("the same");
+        let (mem, at) = (pair.interpreter.machine.memory(), RamOffset(0x9000));
+        mem.ram_write(at, &[mem.ram_load(at, 1) as u8 ^ 1]);
+        let report = pair.same_memory().expect_err("different");
+        assert!(report.contains("0x9000"), "{report}");
+    }
 }

@@ -98,6 +98,20 @@ pub trait Engine: Send {
     fn post_mortem(&self) -> PostMortem;
     /// Values of the engine's counters by name.
     fn counters(&self) -> Vec<(String, u64)>;
+    /// What the newest block that begins at linear address `lin` was translated to, instruction by instruction; empty
+    /// where there is none, as always in the interpreter.
+    fn host_code(&self, lin: u64) -> Vec<HostCode>;
+}
+
+/// Host code of one guest instruction, or of a block's entry.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostCode {
+    /// Linear address of the guest instruction; `None` for what comes before the block's first.
+    pub guest: Option<u64>,
+    /// Where the code is.
+    pub host: u64,
+    /// x86-64 machine code.
+    pub bytes: Vec<u8>,
 }
 
 /// Runs x87, MMX, SSE and AVX instructions on the host's own units, for the interpreter.

@@ -3,7 +3,7 @@
 use crate::bus::CpuBus;
 use crate::core::{Core, Step};
 use crate::cpuid::CpuModel;
-use crate::engine::{Attention, Budget, Engine, Exit, VectorUnit};
+use crate::engine::{Attention, Budget, Engine, Exit, HostCode, VectorUnit};
 use crate::plan::DebugPlan;
 use crate::post_mortem::PostMortem;
 use crate::state::{CpuState, flags};
@@ -123,6 +123,10 @@ impl Engine for Interpreter {
 
     fn post_mortem(&self) -> PostMortem {
         self.core.post_mortem()
+    }
+
+    fn host_code(&self, _lin: u64) -> Vec<HostCode> {
+        Vec::new()
     }
 
     fn counters(&self) -> Vec<(String, u64)> {

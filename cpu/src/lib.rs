@@ -36,7 +36,7 @@ pub use self::core::{Core, Step, instruction_address};
 pub use board::Board;
 pub use bus::{CpuBus, CpuidResult, MsrFault};
 pub use cpuid::{CpuModel, HostFeatures, MODEL_NAMES, model_by_name};
-pub use engine::{Attention, Budget, Engine, Exit, VectorUnit};
+pub use engine::{Attention, Budget, Engine, Exit, HostCode, VectorUnit};
 pub use fault::{Fault, Vector};
 pub use interp::{operand_alignment, x87_opcode};
 pub use interpreter::Interpreter;

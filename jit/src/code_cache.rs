@@ -76,6 +76,14 @@ impl CodeCache {
         CodeOffset(at as u32)
     }
 
+    /// A copy of `len` bytes of code, or what there is of them.
+    pub(crate) fn bytes(&self, at: CodeOffset, len: u32) -> Vec<u8> {
+        let at = (at.0 as usize).min(self.used);
+        let len = (len as usize).min(self.used - at);
+        // SAFETY: in bounds by the two lines above; the mapping is readable, and only `&mut self` writes to it.
+        unsafe { std::slice::from_raw_parts(self.rw.add(at), len) }.to_vec()
+    }
+
     /// Drops everything from `keep` on.
     pub(crate) fn truncate(&mut self, keep: CodeOffset) {
         self.used = keep.0 as usize;

@@ -5,9 +5,10 @@
 //! Invariant this unsafe island relies on: that of `context` in [`super`].
 
 use super::Translator;
-use crate::block::{BlockId, BlockKey};
+use crate::block::{Block, BlockId, BlockKey};
+use crate::code_cache::CodeOffset;
 use crate::vectors;
-use paravane_cpu::{CpuBus, CpuState, DebugPlan, Exit, Step};
+use paravane_cpu::{CpuBus, CpuState, DebugPlan, Exit, HostCode, Step};
 use paravane_memory::{Mapped, PAGE_SHIFT, PhysAddr, RamOffset};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -40,6 +41,20 @@ impl Translator {
                 self.retire(id as BlockId);
             }
         }
+    }
+
+    /// The code of `block`: its entries, its instructions, and the ways out of it.
+    pub(super) fn listing(&self, block: &Block) -> Vec<HostCode> {
+        let sites =
+            block.sites.iter().map(|&(host, guest)| (host, Some(block.key.linear() + u64::from(guest))));
+        let pieces: Vec<_> = std::iter::once((0, None)).chain(sites).collect();
+        let ends = pieces.iter().skip(1).map(|p| p.0).chain([block.code_len]);
+        let piece = |(&(from, guest), to): (&(u32, Option<u64>), u32)| {
+            let at = CodeOffset(block.start.0 + from);
+            let bytes = self.cache.bytes(at, to.saturating_sub(from));
+            HostCode { guest, host: self.cache.address(at), bytes }
+        };
+        pieces.iter().zip(ends).map(piece).filter(|c| !c.bytes.is_empty()).collect()
     }
 
     /// The backing of a physical address.

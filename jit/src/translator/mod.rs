@@ -31,8 +31,8 @@ use crate::stubs::{self, Stubs};
 use crate::vectors::{self, LiveVectors};
 use fill::{Writers, miss_helper};
 use paravane_cpu::{
-    Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Flushes, PostMortem,
-    Shadow, Step, flags,
+    Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Flushes, HostCode,
+    PostMortem, Shadow, Step, flags,
 };
 use paravane_memory::{GuestMemory, PAGE_SHIFT, RamOffset, VpIndex};
 use stats::Stats;
@@ -254,6 +254,11 @@ impl Engine for Translator {
 
     fn post_mortem(&self) -> PostMortem {
         self.core.post_mortem()
+    }
+
+    fn host_code(&self, lin: u64) -> Vec<HostCode> {
+        let newest = self.blocks.blocks.iter().rev().find(|b| b.live && b.key.linear() == lin);
+        newest.map(|block| self.listing(block)).unwrap_or_default()
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
