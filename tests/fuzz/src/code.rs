@@ -11,13 +11,12 @@
 
 use crate::script::Script;
 use paravane_cpu::{
-    Attention, Budget, CpuBus, CpuState, CpuidResult, DescriptorTable, Engine, Exit, FpuState, HostFeatures,
-    Interpreter, MsrFault, SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
+    Attention, Board, Budget, CpuState, DescriptorTable, Engine, Exit, FpuState, HostFeatures, Interpreter,
+    SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
 };
 use paravane_jit::{HostVectorUnit, JitOptions, Translator};
-use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig, PhysAddr, Port, VpIndex, Width};
+use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig, PhysAddr, VpIndex};
 use std::cell::RefCell;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -76,42 +75,6 @@ const MODES: [Mode; 8] = [
     Mode::Long,
 ];
 
-/// A machine whose ports and registers answer with their own numbers.
-struct Echo(Mutex<u64>);
-
-impl CpuBus for Echo {
-    fn mmio_load(&self, _: VpIndex, at: PhysAddr, width: Width) -> u64 {
-        at.0 & width.mask()
-    }
-    fn mmio_store(&self, _: VpIndex, _: PhysAddr, _: Width, _: u64) {}
-    fn port_in(&self, _: VpIndex, port: Port, width: Width) -> u32 {
-        u32::from(port.0) & width.mask() as u32
-    }
-    fn port_out(&self, _: VpIndex, _: Port, _: Width, _: u32) {}
-    fn acknowledge(&self, _: VpIndex) -> Option<u8> {
-        None
-    }
-    fn cpuid(&self, _: VpIndex, _: u32, _: u32) -> Option<CpuidResult> {
-        None
-    }
-    fn rdmsr(&self, _: VpIndex, _: u32) -> Result<u64, MsrFault> {
-        Err(MsrFault)
-    }
-    fn wrmsr(&self, _: VpIndex, _: u32, _: u64) -> Result<(), MsrFault> {
-        Err(MsrFault)
-    }
-    fn read_cr8(&self, _: VpIndex) -> u64 {
-        *self.0.lock().expect("CR8")
-    }
-    fn write_cr8(&self, _: VpIndex, value: u64) {
-        *self.0.lock().expect("CR8") = value;
-    }
-    fn tsc(&self, _: VpIndex) -> u64 {
-        1000
-    }
-    fn fpu_error(&self, _: VpIndex) {}
-}
-
 struct Watcher(Attention);
 
 impl CodeWatcher for Watcher {
@@ -158,7 +121,7 @@ impl Side {
         self.attention.take(Attention::STOP);
         self.runs.fetch_add(1, Ordering::SeqCst);
         let budget = Budget { instructions: INSTRUCTIONS };
-        let exit = self.engine.run(&mut cpu, &self.memory, &Echo(Mutex::new(0)), budget);
+        let exit = self.engine.run(&mut cpu, &self.memory, &Board::default(), budget);
         self.runs.fetch_add(1, Ordering::SeqCst);
         assert_ne!(exit, Exit::Unsupported, "at {:#x}: {:x?}", cpu.rip, start.code);
         let base = self.memory.host_base() as u64;
