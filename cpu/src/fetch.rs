@@ -120,12 +120,18 @@ impl Fetcher {
     }
 }
 
-/// Position of a prefix that changes neither length nor validity: a segment's, or one that is there twice. (An instruction
-/// of 15 bytes has several prefixes.)
+/// Position of a prefix that does not change the length: a segment's, one that is there twice, F2 or F3 before another of
+/// them (the last counts), or LOCK. (An instruction of 15 bytes has several prefixes.)
 fn idle_prefix(bytes: &[u8]) -> usize {
     let is_prefix = |b: &u8| matches!(b, 0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 | 0xF2 | 0xF3);
     let prefixes = bytes.iter().take_while(|b| is_prefix(b)).count();
-    let is_idle = |&n: &usize| !matches!(bytes[n], 0x66 | 0x67 | 0xF0..) || bytes[..n].contains(&bytes[n]);
+    let is_repeat = |b: &u8| matches!(b, 0xF2 | 0xF3);
+    let is_idle = |&n: &usize| match bytes[n] {
+        b if bytes[..n].contains(&b) => true,
+        0x66 | 0x67 => false,
+        0xF2 | 0xF3 => bytes[n + 1..prefixes].iter().any(is_repeat),
+        _ => true,
+    };
     (0..prefixes).find(is_idle).unwrap_or(0)
 }
 

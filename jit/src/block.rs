@@ -33,6 +33,8 @@ impl Mode {
     pub(crate) const SMAP: u32 = 1 << 9;
     /// RDTSC may be translated.
     pub(crate) const TSC: u32 = 1 << 10;
+    /// CR4.FSGSBASE.
+    pub(crate) const FSGSBASE: u32 = 1 << 23;
     /// CPL 1 or 2.
     pub(crate) const MIDDLE: u32 = 1 << 11;
     /// Real-address or virtual-8086 mode.

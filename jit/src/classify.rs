@@ -38,6 +38,10 @@ pub(crate) enum Class {
     Stac,
     Clac,
     Swapgs,
+    /// RDFSBASE, RDGSBASE.
+    ReadBase,
+    /// WRFSBASE, WRGSBASE.
+    WriteBase,
     Syscall,
     Sysret,
     /// MOV of a segment selector to a register.
@@ -208,6 +212,8 @@ fn classify_straight(instr: &Instruction) -> Class {
         M::Stac => Class::Stac,
         M::Clac => Class::Clac,
         M::Swapgs => Class::Swapgs,
+        M::Rdfsbase | M::Rdgsbase => Class::ReadBase,
+        M::Wrfsbase | M::Wrgsbase => Class::WriteBase,
         M::Rdtsc | M::Rdtscp => Class::Rdtsc,
         M::Pushfq | M::Pushfd | M::Pushf => Class::Pushf,
         M::Popfq | M::Popfd | M::Popf => Class::Popf,

@@ -360,6 +360,15 @@ fn emit_one(
             emitter.swapgs();
             Ok(())
         }
+        Class::ReadBase | Class::WriteBase if !mode.has(Mode::FSGSBASE) => Err(crate::emit::Unfit),
+        Class::ReadBase => {
+            emitter.read_base(instr);
+            Ok(())
+        }
+        Class::WriteBase => {
+            emitter.write_base(instr, site);
+            Ok(())
+        }
         Class::Rdtsc if !mode.has(Mode::TSC) => Err(crate::emit::Unfit),
         Class::Rdtsc => {
             emitter.rdtsc(instr, site);

@@ -113,6 +113,9 @@ fn conform(mode: NativeMode) {
 /// lock sub dword ptr [eax + eax * 4 + disp32], imm32 in 16-bit code.
 const SIXTEEN_BYTES: &[u8] = &[0x66, 0x3E, 0x67, 0xF0, 0x67, 0x81, 0xAC, 0x80, 0, 8, 0, 0, 1, 2, 3, 4];
 
+/// lock add dword ptr [edi + eax * 2 + disp32], imm32 in 16-bit code, with F2 and F3.
+const PREFIXES_THAT_COUNT: &[u8] = &[0x66, 0xF2, 0xF3, 0xF0, 0x67, 0x81, 0x84, 0x47, 0, 8, 0, 0, 1, 2, 3, 4];
+
 /// The first element that is accessed lies at 0x10000.
 const BEYOND_64K: &[u8] = &[
     0xBF, 0xF8, 0xFF, 0, 0, 0xC5, 0xC1, 0x76, 0xFF, 0xC5, 0xC1, 0x73, 0xFF, 0x08, 0x67, 0xC4, 0xE2, 0x41,
@@ -141,6 +144,7 @@ fn findings_stay_fixed() {
         // push 0x68; sbb bh, 0x56 as 82 /3; call +0
         (FLAT, "82 behind PUSH", &[0x6A, 0x68, 0x82, 0xDF, 0x56, 0xE8, 0, 0, 0, 0]),
         (WORD, "too long by a prefix that is there once", SIXTEEN_BYTES),
+        (WORD, "too long by prefixes of which each counts", PREFIXES_THAT_COUNT),
         (LONG, "a 16-bit PUSH behind others", &[0x6A, 1, 0x6A, 2, 0x66, 0x6A, 0xA1]),
         // mov edi, 0xFFF8; vpcmpeqd xmm7, xmm7, xmm7; vpslldq xmm7, xmm7, 8; vmaskmovps xmm3, xmm7, [di]
         (FLAT, "VMASKMOV beyond 64 KiB", BEYOND_64K),

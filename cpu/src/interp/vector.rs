@@ -313,15 +313,15 @@ fn on_host(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8], class: Class) -> Re
     }
     if direction != Use::Store {
         if matches!(i.mnemonic(), Fldenv | Frstor) {
-            // All of it must lie in the segment. Then the control word is read, the last byte, and what is between.
+            // The control word is read first, then the last byte, then what is between; each must lie in the segment
+            // before it is looked for in memory.
             let word = if matches!(size, 14 | 94) { 2 } else { 4 };
-            let parts = [0, word - 1, size as u64 - 1].map(|n| at.wrapping_add(n) & address_mask(i));
-            let parts = parts.map(|at| ex.linear(seg, at, 1, false));
-            for part in &parts {
-                (*part)?;
-            }
-            for part in parts {
-                ex.span(part?, false)?;
+            let byte = |n: u64| at.wrapping_add(n) & address_mask(i);
+            for (first, last) in [(0, word - 1), (size as u64 - 1, size as u64 - 1)] {
+                let ends = [ex.linear(seg, byte(first), 1, false)?, ex.linear(seg, byte(last), 1, false)?];
+                for lin in ends {
+                    ex.span(lin, false)?;
+                }
             }
         }
         ex.load_bytes(seg, at, &mut operand.0[..size])?;

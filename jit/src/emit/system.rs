@@ -7,7 +7,7 @@ use crate::classify::stack_word;
 use crate::context::ctx;
 use crate::regs::{self, Place, R10, R11};
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 
 impl Emitter {
     /// PUSHFQ, PUSHFD, PUSHF.
@@ -124,6 +124,41 @@ impl Emitter {
         );
     }
 
+    /// RDFSBASE, RDGSBASE.
+    pub(crate) fn read_base(&mut self, instr: &Instruction) {
+        let at = base_offset(instr);
+        if instr.op0_register().size() == 4 {
+            dynasm!(self.hot ; .arch x64 ; mov r10d, [rsp + at]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + at]);
+        }
+        self.set_guest(regs::number(instr.op0_register()), R10);
+    }
+
+    /// WRFSBASE, WRGSBASE; a base that is not canonical is the interpreter's #GP.
+    pub(crate) fn write_base(&mut self, instr: &Instruction, site: Site) {
+        let at = base_offset(instr);
+        let r = self.guest(regs::number(instr.op0_register()), R11);
+        if instr.op0_register().size() == 4 {
+            dynasm!(self.hot ; .arch x64 ; mov r10d, Rd(r) ; mov [rsp + at], r10);
+            return;
+        }
+        // Saving flags may use RAX.
+        if r != R11 {
+            dynasm!(self.hot ; .arch x64 ; mov r11, Rq(r));
+        }
+        let keep = Self::keep(site.before);
+        let grouped = self.r13_busy;
+        Self::save(&mut self.hot, keep, grouped);
+        dynasm!(self.hot ; .arch x64 ; mov r10, r11 ; shl r10, 16 ; sar r10, 16 ; cmp r10, r11);
+        let slow = self.cold_here();
+        self.hot_jcc(5, slow);
+        Self::restore(&mut self.cold, keep, grouped);
+        self.cold_interpret(self.rip);
+        Self::restore(&mut self.hot, keep, grouped);
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + at], r11);
+    }
+
     /// MOV r, Sreg.
     pub(crate) fn selector(&mut self, instr: &Instruction) {
         let at = ctx!(selectors) + instr.op1_register().number() as i32 * 2;
@@ -144,7 +179,7 @@ impl Emitter {
         let keep = Self::keep(site.before);
         let grouped = true;
         Self::save(&mut self.hot, keep, grouped);
-        let aux = instr.mnemonic() == iced_x86::Mnemonic::Rdtscp;
+        let aux = instr.mnemonic() == Mnemonic::Rdtscp;
         if keep == Keep::All {
             // RAX holds the flags, and its old value is not wanted any more.
             dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], rax);
@@ -178,4 +213,10 @@ impl Emitter {
             _ => Self::restore(&mut self.hot, keep, grouped),
         }
     }
+}
+
+/// Where the base is that `instr` reads or writes.
+fn base_offset(instr: &Instruction) -> i32 {
+    let fs = matches!(instr.mnemonic(), Mnemonic::Rdfsbase | Mnemonic::Wrfsbase);
+    ctx!(seg_base) + if fs { 32 } else { 40 }
 }

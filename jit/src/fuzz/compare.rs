@@ -118,12 +118,19 @@ impl Latitude {
             mmx,
             mxcsr: i.mnemonic() == M::Vcvtps2ph,
             return_slot: i.mnemonic() == M::Call,
-            order: matches!(i.mnemonic(), M::Call | M::Bound | M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq),
+            order: matches!(i.mnemonic(), M::Call | M::Bound | M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq)
+                || is_x87_environment(i),
             counters: i.has_rep_prefix() || i.has_repne_prefix(),
             registers: vendor::leaves_registers_at_faults(i),
             may_skip_access: matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu),
         }
     }
+}
+
+/// An x87 environment is many accesses, each with its own checks of segment and page.
+fn is_x87_environment(i: &Instruction) -> bool {
+    use Mnemonic as M;
+    matches!(i.mnemonic(), M::Fldenv | M::Frstor | M::Fnstenv | M::Fstenv | M::Fnsave | M::Fsave)
 }
 
 fn same_stop(host: &NativeStop, engine: &NativeStop, latitude: Latitude) -> bool {

@@ -169,6 +169,9 @@ impl Translator {
         if self.options.tsc_base.is_some() && (cpu.cr4 & cr4::TSD == 0 || cpu.cpl == 0) {
             m |= Mode::TSC;
         }
+        if cpu.cr4 & cr4::FSGSBASE != 0 {
+            m |= Mode::FSGSBASE;
+        }
         if self.budgeted() {
             m |= Mode::COUNTED | Mode::BUDGETED;
         } else if self.options.count_instructions {
@@ -275,8 +278,8 @@ impl Translator {
         if c.access_flag != 0 {
             cpu.rflags |= flags::AC;
         }
-        // SWAPGS, or loads in real mode.
-        let changing = if cpu.code64() { 5..6 } else { 0..6 };
+        // SWAPGS, WRFSBASE, WRGSBASE, or loads in real mode.
+        let changing = if cpu.code64() { 4..6 } else { 0..6 };
         for i in changing {
             cpu.seg[i].base = c.seg_base[i];
             cpu.seg[i].selector = c.selectors[i];

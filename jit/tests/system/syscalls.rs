@@ -1,7 +1,7 @@
 //! SYSCALL, SYSRET, SYSENTER, SYSEXIT and canonical addresses (SDM 2B; 3A, 5.8.7 and 5.8.8; 1, 3.3.7.1).
 
 use crate::bed::{Bed, CODE, DATA, HANDLERS, STACK, Start, USER_STACK, both, pf};
-use paravane_cpu::{SegReg, flags, gpr};
+use paravane_cpu::{SegReg, cr4, flags, gpr};
 
 fn set_up(bed: &mut Bed) {
     bed.cpu.msr.star = 0x0023_0010 << 32;
@@ -79,6 +79,30 @@ fn sysenter_and_sysexit() {
         bed.run(&program!(64: "mov ebx, 200", "2: mov rbp, rsp", "lea rdx, [rip + 3f]", "sysenter", "3: dec ebx", "jnz 2b", "int 0x50"));
         let t = bed.taken();
         assert_eq!((t.vector, bed.cpu.gpr[gpr::R8], t.cs, t.ss), (0x50, 200, 0x33, 0x3B));
+    });
+}
+
+/// SDM 2B, RDFSBASE to WRGSBASE: flags stay, 32-bit forms zero the upper half, a base that is not canonical is #GP(0).
+#[test]
+fn bases_of_fs_and_gs() {
+    both(Start::Long, |bed| {
+        bed.cpu.cr4 |= cr4::FSGSBASE;
+        bed.put64(DATA, 0x11);
+        bed.put64(DATA + 0x1000, 0x22);
+        bed.finish(&program!(64: "mov ecx, 20", "mov r8, 0xFFFFFFFF00000000", "mov r14d, 0x200000", "lea rax, [r14 + 0x1000]",
+            "2: cmp rcx, 10", "wrfsbase r14", "wrgsbase rax", "adc rbx, 0", "add rdx, fs:[0]", "add rdi, gs:[0]",
+            "rdfsbase r15", "rdgsbase rsi", "xchg rax, r14", "dec ecx", "jnz 2b",
+            "mov r9, -1", "wrgsbase r9d", "rdgsbase r10", "rdfsbase r8d"));
+        let r = bed.cpu.gpr;
+        assert_eq!((r[gpr::RBX], r[gpr::RDX], r[gpr::RDI]), (9, 10 * 0x33, 10 * 0x33));
+        assert_eq!((r[15], r[gpr::RSI]), (DATA + 0x1000, DATA));
+        assert_eq!((r[10], r[gpr::R8]), (0xFFFF_FFFF, DATA + 0x1000));
+        assert_eq!(bed.cpu.segment(SegReg::Fs).base, DATA + 0x1000);
+        bed.faults(&program!(64: "mov rax, 0x800000000000"; "wrfsbase rax"), 13, 0);
+        assert_eq!(bed.cpu.segment(SegReg::Fs).base, DATA + 0x1000);
+    });
+    both(Start::Long, |bed| {
+        bed.faults(&program!(64: "nop"; "rdgsbase rax"), 6, None);
     });
 }
 
