@@ -23,7 +23,7 @@ const SHOWN: usize = 24;
 
 /// Runs the command.
 pub fn command(args: &LockstepArgs) -> Result<ExitCode, Box<dyn Error>> {
-    let config = args.run.config()?;
+    let config = args.config()?;
     let mut pair = Pair {
         translator: Side::new(&config, EngineKind::Jit, args.stride.is_none())?,
         interpreter: Side::new(&config, EngineKind::Interp, false)?,

@@ -80,6 +80,22 @@ fn nonsense_is_refused() {
 }
 
 #[test]
+fn lockstep_refuses_what_it_would_not_do() {
+    for (more, name) in [
+        (&["--engine", "interp"][..], "--engine"),
+        (&["--serial", "stdio"], "--serial"),
+        (&["--gdb", ":0"], "--gdb"),
+        (&["--stats", "x"], "--stats"),
+        (&["--symbols", "x"], "--symbols"),
+        (&["--reboot"], "--reboot"),
+        (&["--stride", "0"], "--stride"),
+    ] {
+        let args = [&["lockstep", "--kernel", "k"][..], more].concat();
+        assert!(refusal(&args).contains(name), "{args:?}");
+    }
+}
+
+#[test]
 fn what_is_not_there_yet_is_refused_by_name() {
     let with_kernel = |more: &[&'static str]| {
         let mut args = vec!["run", "--kernel", "k"];

@@ -71,7 +71,7 @@ Example:
 /// Options of `paravane lockstep`.
 #[derive(Args, Debug)]
 pub struct LockstepArgs {
-    /// The guest, as for `paravane run`; --engine, --clock and --serial are lockstep's own business.
+    /// The guest, as for `paravane run`; what is not about the guest is refused.
     #[command(flatten)]
     pub run: RunArgs,
     /// Compare this many instructions.
@@ -238,6 +238,31 @@ impl std::error::Error for CliError {}
 
 pub(crate) fn bad(option: &'static str, problem: impl Into<String>) -> CliError {
     CliError::Value { option, problem: problem.into() }
+}
+
+impl LockstepArgs {
+    /// Checks everything that can be checked without opening a file.
+    pub fn config(&self) -> Result<MachineConfig, CliError> {
+        let run = &self.run;
+        let given = [
+            ("--engine", run.engine != EngineKind::Jit),
+            ("--serial", !run.serial.is_empty()),
+            ("--gdb", run.gdb.is_some()),
+            ("--stats", run.stats.is_some()),
+            ("--symbols", run.symbols.is_some()),
+            ("--reboot", run.reboot),
+        ];
+        if let Some((name, _)) = given.iter().find(|g| g.1) {
+            return Err(bad(
+                name,
+                "not for lockstep: both engines run, with nothing plugged in, to the first reset",
+            ));
+        }
+        if self.stride == Some(0) {
+            return Err(bad("--stride", "0 instructions lead nowhere; 1 or more"));
+        }
+        run.config()
+    }
 }
 
 impl RunArgs {
