@@ -1,5 +1,6 @@
 //! What devices may ask of the machine as a whole: power, reset, the A20 gate.
 
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -58,6 +59,14 @@ impl A20Gate {
         if (before != 0) != (after != 0) {
             self.control.set_a20(after != 0);
         }
+    }
+
+    /// Walks over who enables the line; loading it tells nobody, for processors have a state of their own.
+    pub fn shared_state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let mut bits = self.enabled_by.load(Ordering::Acquire);
+        bits.state(s)?;
+        self.enabled_by.store(bits, Ordering::Release);
+        Ok(())
     }
 
     /// Whether `source` enables the line.

@@ -1,5 +1,6 @@
 //! What a device is, and what it may be able to do.
 
+use crate::snapshot::Snapshot;
 use crate::time::VmTime;
 use paravane_memory::{Port, Width};
 use std::sync::{Arc, Mutex};
@@ -39,6 +40,10 @@ pub trait Device: Inspect + Send {
     }
     /// The device as something that waits for points in time.
     fn as_timed(&mut self) -> Option<&mut dyn TimedDevice> {
+        None
+    }
+    /// The device as something whose state can be saved and loaded.
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
         None
     }
 }

@@ -1,6 +1,7 @@
 //! Interrupt wires. A device owns the wire, never the number at its other end.
 
 use crate::counters::Counter;
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -52,6 +53,14 @@ impl IrqLine {
     pub fn pulse(&self) {
         self.set(true);
         self.set(false);
+    }
+
+    /// Walks over the level; loading it drives nothing, for what is at the other end has a state of its own.
+    pub fn shared_state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let mut high = self.is_high();
+        high.state(s)?;
+        self.high.store(high, Ordering::Release);
+        Ok(())
     }
 
     /// The level last driven.

@@ -18,6 +18,7 @@ pub mod irqchip;
 pub mod pci;
 pub mod pit;
 pub mod rtc;
+mod snapshot;
 mod sysports;
 mod time;
 mod timed;
@@ -37,6 +38,7 @@ pub use irqchip::{FabricConfig, InterruptFabric, IoApicWindow, PicPorts, TscCloc
 pub use paravane_memory::{Port, VpIndex, Width};
 pub use pit::Pit;
 pub use rtc::Rtc;
+pub use snapshot::{Snapshot, StateError, StateStream};
 pub use sysports::{ByteSink, CoprocessorError, DebugConsole, DebugExit, SystemPorts};
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};
 pub use timed::bind_timer;

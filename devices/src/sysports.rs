@@ -4,6 +4,7 @@
 use crate::control::{A20Gate, A20Source, MachineControl};
 use crate::device::{Device, Inspect, PioDevice, ResetKind};
 use crate::irq::IrqLine;
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use paravane_memory::{Port, Width};
 use std::fmt::Display;
 use std::sync::Arc;
@@ -50,6 +51,15 @@ impl SystemPorts {
     }
 }
 
+impl Snapshot for SystemPorts {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let SystemPorts { control: _, a20, post, port_a } = self;
+        a20.shared_state(s)?;
+        post.state(s)?;
+        port_a.state(s)
+    }
+}
+
 impl Inspect for SystemPorts {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         field("post", &format_args!("{:02x}", self.post));
@@ -66,6 +76,10 @@ impl Device for SystemPorts {
     fn reset(&mut self, _kind: ResetKind) {
         self.port_a = 0;
         self.a20.set(A20Source::Port92, false);
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
@@ -121,6 +135,8 @@ impl DebugConsole {
     }
 }
 
+crate::snapshot!(DebugConsole { line | sink });
+
 impl Inspect for DebugConsole {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         field("buffered", &self.line.len());
@@ -134,6 +150,10 @@ impl Device for DebugConsole {
 
     fn reset(&mut self, _kind: ResetKind) {
         self.flush();
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
@@ -176,6 +196,12 @@ impl CoprocessorError {
     }
 }
 
+impl Snapshot for CoprocessorError {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        self.irq.shared_state(s)
+    }
+}
+
 impl Inspect for CoprocessorError {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         field("irq13", &self.irq.is_high());
@@ -189,6 +215,10 @@ impl Device for CoprocessorError {
 
     fn reset(&mut self, _kind: ResetKind) {
         self.irq.set(false);
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
@@ -221,6 +251,8 @@ impl DebugExit {
     }
 }
 
+crate::snapshot!(DebugExit { | control });
+
 impl Inspect for DebugExit {
     fn inspect(&self, _field: &mut dyn FnMut(&str, &dyn Display)) {}
 }
@@ -231,6 +263,10 @@ impl Device for DebugExit {
     }
 
     fn reset(&mut self, _kind: ResetKind) {}
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
+    }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
         Some(self)

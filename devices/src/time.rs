@@ -1,5 +1,6 @@
 //! The machine's time and the timers that wait for it.
 
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -165,6 +166,16 @@ impl Timer {
     /// Arms or disarms.
     pub fn set(&self, at: Option<VmTime>) {
         self.queue.arm(self.id, at);
+    }
+
+    /// Walks over the time it waits for.
+    pub fn shared_state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let mut at = self.queue.pending.lock().expect("timer queue").slots[self.id].0;
+        at.state(s)?;
+        if s.loads() {
+            self.set(at);
+        }
+        Ok(())
     }
 
     /// A key for [`TimerQueue::bind`], usable after the timer moved into its device.

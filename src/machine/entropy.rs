@@ -1,5 +1,6 @@
 //! Entropy of a deterministic machine: the same bytes in every run, and said so in the name.
 
+use paravane_devices::{Snapshot, StateError, StateStream};
 use paravane_pv::virtio::EntropySource;
 use std::io;
 
@@ -16,6 +17,12 @@ impl SeededEntropy {
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
+    }
+}
+
+impl Snapshot for SeededEntropy {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        self.0.state(s)
     }
 }
 

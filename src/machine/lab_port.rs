@@ -1,6 +1,6 @@
 //! The port at which the lab guest marks what is measured.
 
-use paravane_devices::{Device, Inspect, PioDevice, ResetKind};
+use paravane_devices::{Device, Inspect, PioDevice, ResetKind, Snapshot};
 use paravane_memory::{Port, Width};
 use std::fmt::Display;
 use std::sync::Arc;
@@ -21,6 +21,8 @@ impl LabDevice {
     }
 }
 
+paravane_devices::snapshot!(LabDevice { | heard });
+
 impl Inspect for LabDevice {
     fn inspect(&self, _field: &mut dyn FnMut(&str, &dyn Display)) {}
 }
@@ -31,6 +33,10 @@ impl Device for LabDevice {
     }
 
     fn reset(&mut self, _kind: ResetKind) {}
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
+    }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
         Some(self)

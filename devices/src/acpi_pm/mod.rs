@@ -12,6 +12,7 @@ use crate::control::MachineControl;
 use crate::counters::Counter;
 use crate::device::{Device, Inspect, PioDevice, ResetKind, TimedDevice};
 use crate::irq::IrqLine;
+use crate::snapshot::Snapshot;
 use crate::time::{Clock, Timer, VmTime};
 use paravane_memory::{Port, Width};
 use spec::*;
@@ -163,6 +164,9 @@ impl AcpiPm {
     }
 }
 
+crate::snapshot!(AcpiPmWiring { sci | control, timer_32bit, unsupported_sleep });
+crate::snapshot!(AcpiPm { timer, wiring, carries, pm1_sts, pm1_en, pm1_cnt, gpe_sts, gpe_en, smi | clock });
+
 impl Inspect for AcpiPm {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         let registers = [
@@ -190,6 +194,10 @@ impl Device for AcpiPm {
         (self.gpe_sts, self.gpe_en) = (0, 0);
         self.smi = [0; 2];
         self.finish();
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {

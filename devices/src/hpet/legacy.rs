@@ -1,6 +1,7 @@
 //! Who drives IRQ 0 and IRQ 8: the PIT and the RTC, or the HPET in legacy replacement mode.
 
 use crate::irq::{IrqLine, IrqSink};
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use std::sync::{Arc, Mutex, PoisonError};
 
 #[derive(Default)]
@@ -16,7 +17,17 @@ pub struct LegacyRoute {
     irq8: IrqLine,
 }
 
+crate::snapshot!(State { replaced, high });
+
 impl LegacyRoute {
+    /// Walks over the switch and the levels at both of its sides.
+    pub fn shared_state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let LegacyRoute { state, irq0, irq8 } = self;
+        state.lock().unwrap_or_else(PoisonError::into_inner).state(s)?;
+        irq0.shared_state(s)?;
+        irq8.shared_state(s)
+    }
+
     /// Input for the PIT's OUT0.
     pub const PIT: u32 = 0;
     /// Input for the RTC's IRQ.

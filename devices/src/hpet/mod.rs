@@ -11,6 +11,7 @@ pub use legacy::LegacyRoute;
 
 use crate::device::{Device, Inspect, MmioDevice, ResetKind, TimedDevice};
 use crate::irq::{IrqLine, IrqSink};
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use crate::time::{Clock, Timer, VmTime};
 use paravane_memory::Width;
 use spec::*;
@@ -278,6 +279,17 @@ impl Hpet {
     }
 }
 
+crate::snapshot!(Comparator { config, compare, period, seen });
+crate::snapshot!(Hpet { timer, wiring, since, config, status, counter, comparators | clock });
+
+impl Snapshot for HpetWiring {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let HpetWiring { routes, legacy } = self;
+        routes.iter_mut().try_for_each(|(_, line)| line.state(s))?;
+        legacy.shared_state(s)
+    }
+}
+
 impl Inspect for Hpet {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         field("config", &format_args!("{:x}", self.config));
@@ -300,6 +312,10 @@ impl Device for Hpet {
         self.comparators = Self::power_on();
         self.wiring.legacy.set_replaced(false);
         self.finish();
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_mmio(&mut self) -> Option<&mut dyn MmioDevice> {

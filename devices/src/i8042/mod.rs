@@ -11,6 +11,7 @@ mod tests;
 use crate::control::{A20Gate, A20Source, MachineControl};
 use crate::device::{Device, Inspect, PioDevice, ResetKind};
 use crate::irq::IrqLine;
+use crate::snapshot::Snapshot;
 use paravane_memory::{Port, Width};
 use ps2::{Keyboard, Mouse};
 use spec::*;
@@ -33,14 +34,15 @@ pub struct I8042Wiring {
 }
 
 /// Who put a byte into the output buffer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum Origin {
+    #[default]
     Controller,
     Keyboard,
     Aux,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Output {
     byte: u8,
     from: Origin,
@@ -301,6 +303,24 @@ impl I8042 {
     }
 }
 
+crate::snapshot_enum!(Origin { Controller, Keyboard, Aux });
+crate::snapshot!(Output { byte, from, timeout });
+crate::snapshot!(I8042Wiring { keyboard_irq, aux_irq | control, a20, mouse });
+crate::snapshot!(I8042 {
+    wiring,
+    keyboard,
+    mouse,
+    keys,
+    moves,
+    answers,
+    buffer,
+    last,
+    released,
+    status,
+    ram,
+    expects
+});
+
 impl Inspect for I8042 {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         field("status", &format_args!("{:02x}", self.status()));
@@ -328,6 +348,10 @@ impl Device for I8042 {
         self.ram[0] = CTR_SYS | CTR_TRANSLATE;
         self.wiring.a20.set(A20Source::KeyboardController, true); // the output port's pins reset high
         self.drive_irqs();
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {

@@ -17,6 +17,8 @@ pub(super) struct Keyboard {
     last: u8,
 }
 
+crate::snapshot!(Keyboard { scanning, leds, set, expects, last });
+
 impl Keyboard {
     pub(super) fn new() -> Keyboard {
         Keyboard { scanning: true, leds: 0, set: 2, expects: None, last: ACK }
@@ -77,6 +79,14 @@ pub(super) struct Mouse {
     rate: u8,
     resolution: u8,
     expects: Option<u8>,
+}
+
+crate::snapshot!(Mouse { reporting, remote, wrap, scaling, rate, resolution, expects });
+
+impl Default for Mouse {
+    fn default() -> Mouse {
+        Mouse::new()
+    }
 }
 
 impl Mouse {

@@ -12,6 +12,7 @@ use crate::block::{BlockBackend, BlockData, BlockError, BlockOp, BlockRequest, C
 use crate::counters::{Counter, Counters};
 use crate::device::{Device, Inspect, PioDevice, ResetKind, StringPio};
 use crate::irq::IrqLine;
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use crate::{Port, Width};
 use paravane_memory::GuestMemory;
 use std::sync::{Arc, Mutex, Weak};
@@ -21,8 +22,9 @@ const CHUNK: u32 = 256;
 const SECTOR: usize = SECTOR_SIZE as usize;
 
 /// What the command in progress does.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) enum Kind {
+    #[default]
     PioRead,
     PioWrite,
     DmaRead,
@@ -34,7 +36,7 @@ pub(super) enum Kind {
 }
 
 /// The command in progress.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Job {
     pub unit: usize,
     pub kind: Kind,
@@ -651,6 +653,82 @@ impl StringPio for Channel {
     }
 }
 
+crate::snapshot_enum!(Kind { PioRead, PioWrite, DmaRead, DmaWrite, Verify, Flush, Trim });
+crate::snapshot_enum!(Phase { Idle, DataIn, DataOut, DmaWait, Busy });
+crate::snapshot!(Job { unit, kind, ext, lba, left, block });
+
+/// Saved while no back end works.
+impl Snapshot for Channel {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let Channel {
+            label: _,
+            memory: _,
+            irq,
+            completion: _,
+            drives,
+            counters: _,
+            spare: _,
+            buffer,
+            position,
+            block_end,
+            phase,
+            job,
+            prd_longer,
+            trims,
+            reset_waits,
+            selected,
+            control,
+            intrq,
+            bm_command,
+            bm_status,
+            bm_table,
+        } = self;
+        if *phase == Phase::Busy {
+            return Err(StateError::Busy("an IDE disk"));
+        }
+        irq.state(s)?;
+        drives.iter_mut().flatten().try_for_each(|drive| drive.state(s))?;
+        phase.state(s)?;
+        position.state(s)?;
+        block_end.state(s)?;
+        buffer_state(*phase, *position, buffer, s)?;
+        job.state(s)?;
+        prd_longer.state(s)?;
+        trims.state(s)?;
+        reset_waits.state(s)?;
+        selected.state(s)?;
+        control.state(s)?;
+        intrq.state(s)?;
+        bm_command.state(s)?;
+        bm_status.state(s)?;
+        bm_table.state(s)?;
+        // What was loaded must be as the registers' code relies on.
+        let sound = *position <= *block_end && *block_end <= buffer.len();
+        let job_sound = job.is_none_or(|job| job.unit < 2);
+        if sound && job_sound { Ok(()) } else { Err(StateError::Value("the IDE buffer")) }
+    }
+}
+
+/// Of the buffer only what the guest reads, or has written so far, is state: the rest is left over from former commands.
+fn buffer_state(
+    phase: Phase,
+    position: usize,
+    buffer: &mut Vec<u8>,
+    s: &mut StateStream<'_>,
+) -> Result<(), StateError> {
+    let mut len = if matches!(phase, Phase::DataIn | Phase::DataOut) { buffer.len() as u32 } else { 0 };
+    len.state(s)?;
+    if len as usize > CHUNK as usize * SECTOR {
+        return Err(StateError::Value("the length of the IDE buffer"));
+    }
+    if s.loads() {
+        buffer.clear();
+        buffer.resize(len as usize, 0);
+    }
+    let end = if phase == Phase::DataOut { position.min(len as usize) } else { len as usize };
+    s.bytes(&mut buffer[..end])
+}
+
 impl Inspect for Channel {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn std::fmt::Display)) {
         field("selected", &self.unit());
@@ -674,6 +752,10 @@ impl Device for Channel {
         self.bm_status &= bus_master::CAPABLE;
         self.drives.iter_mut().flatten().for_each(Drive::hardware_reset);
         self.software_reset();
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {

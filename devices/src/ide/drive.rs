@@ -51,6 +51,22 @@ pub(super) struct Drive {
     ultra_dma: Option<u8>,
 }
 
+crate::snapshot!(TaskFile { features, count, lba, device });
+crate::snapshot!(Drive {
+    regs,
+    status,
+    error,
+    multiple,
+    write_cache,
+    standby,
+    sleeping,
+    heads,
+    sectors_per_track,
+    multiword_dma,
+    ultra_dma
+    | backend, unit
+});
+
 impl Drive {
     pub(super) fn new(unit: u8, backend: Arc<dyn BlockBackend>) -> Drive {
         let mut d = Drive {

@@ -20,6 +20,7 @@ use crate::counters::Counters;
 use crate::device::{Device, DeviceHandle, Inspect, ResetKind};
 use crate::irq::IrqLine;
 use crate::pci::{BarKind, PciConfig, PciDevice, PciIdentity};
+use crate::snapshot::Snapshot;
 use crate::{Port, Width};
 use paravane_memory::GuestMemory;
 use std::fmt;
@@ -107,6 +108,8 @@ impl IdeController {
     }
 }
 
+crate::snapshot!(IdeController { config, channels });
+
 impl Inspect for IdeController {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn fmt::Display)) {
         for (i, c) in self.channels.iter().enumerate() {
@@ -128,6 +131,10 @@ impl Device for IdeController {
     fn reset(&mut self, kind: ResetKind) {
         self.config.reset();
         self.channels.iter().for_each(|c| c.lock().expect("IDE channel").reset(kind));
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 }
 

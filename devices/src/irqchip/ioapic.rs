@@ -48,6 +48,8 @@ pub struct IoApic {
     lines: u32,
 }
 
+crate::snapshot!(IoApic { id, select, entries, lines });
+
 impl IoApic {
     pub(super) fn new() -> IoApic {
         IoApic { id: 0, select: 0, entries: [MASKED; PINS], lines: 0 }

@@ -7,6 +7,7 @@ use super::ioapic::Message;
 use super::spec::delivery;
 use super::spec::lapic::*;
 use super::timer::{ApicTimer, TimerMode, TscClock};
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use crate::time::VmTime;
 
 /// Who gets an IPI.
@@ -115,6 +116,32 @@ pub struct LocalApic {
     icr: u64,
     lvt: [u32; 7],
 }
+
+impl Snapshot for Bitmap {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        self.0.state(s)
+    }
+}
+
+crate::snapshot!(LocalApic {
+    lint_high,
+    extint_latched,
+    timer,
+    base,
+    xapic_id,
+    tpr,
+    ldr,
+    dfr,
+    svr,
+    isr,
+    tmr,
+    irr,
+    esr,
+    esr_pending,
+    icr,
+    lvt
+    | id, bootstrap, outbox
+});
 
 impl LocalApic {
     pub(super) fn new(id: u32, hz: u64, tsc: TscClock) -> LocalApic {

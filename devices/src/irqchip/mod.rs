@@ -26,6 +26,7 @@ pub use wired_or::WiredOr;
 
 use crate::counters::{Counter, Counters};
 use crate::irq::{IrqSink, MsiSink};
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use crate::time::{Clock, Timer, TimerQueue, VmTime};
 use ioapic::IoApic;
 use lapic::LocalApic;
@@ -291,6 +292,28 @@ impl InterruptFabric {
             });
         }
         fabric
+    }
+
+    /// Walks over all controllers, their timers and what each processor is offered. Nobody is told: whoever loads it gets the
+    /// processors' attention.
+    pub fn shared_state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let InterruptFabric { chips, offers, timers, clock: _, kick: _ } = self;
+        let mut chips = chips.lock().unwrap_or_else(PoisonError::into_inner);
+        let Chips { pic, ioapic, lapics, int, armed, actions, counts: _ } = &mut *chips;
+        if !actions.is_empty() {
+            return Err(StateError::Busy("the interrupt controllers"));
+        }
+        pic.state(s)?;
+        ioapic.state(s)?;
+        lapics.as_mut_slice().state(s)?;
+        int.state(s)?;
+        armed.as_mut_slice().state(s)?;
+        for offer in offers {
+            let mut value = offer.load(Ordering::Acquire);
+            value.state(s)?;
+            offer.store(value, Ordering::Release);
+        }
+        timers.iter().try_for_each(|timer| timer.shared_state(s))
     }
 
     fn lock(&self) -> MutexGuard<'_, Chips> {

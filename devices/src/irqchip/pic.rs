@@ -39,6 +39,27 @@ pub struct Pic {
     poll: bool,
 }
 
+crate::snapshot_enum!(Expect { Command, Icw2, Icw3, Icw4 });
+crate::snapshot!(Pic {
+    lines,
+    edges,
+    isr,
+    imr,
+    elcr,
+    icw1,
+    icw2,
+    icw3,
+    icw4,
+    expect,
+    lowest,
+    special_mask,
+    rotate_in_aeoi,
+    read_isr,
+    poll
+    | slave
+});
+crate::snapshot!(PicPair { master, slave });
+
 impl Pic {
     fn new(slave: bool) -> Pic {
         Pic {

@@ -2,6 +2,7 @@
 
 use super::InterruptFabric;
 use crate::device::{Device, Inspect, MmioDevice, PioDevice, ResetKind};
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use paravane_memory::{Port, Width};
 use std::fmt::Display;
 use std::sync::Arc;
@@ -20,6 +21,13 @@ impl PicPorts {
     }
 }
 
+/// The pair itself is part of the fabric's state.
+impl Snapshot for PicPorts {
+    fn state(&mut self, _s: &mut StateStream<'_>) -> Result<(), StateError> {
+        Ok(())
+    }
+}
+
 impl Inspect for PicPorts {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         self.0.lock().pic.inspect(field);
@@ -33,6 +41,10 @@ impl Device for PicPorts {
 
     fn reset(&mut self, _kind: ResetKind) {
         self.0.reset_pic();
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {
@@ -66,6 +78,13 @@ impl IoApicWindow {
     }
 }
 
+/// The I/O APIC itself is part of the fabric's state.
+impl Snapshot for IoApicWindow {
+    fn state(&mut self, _s: &mut StateStream<'_>) -> Result<(), StateError> {
+        Ok(())
+    }
+}
+
 impl Inspect for IoApicWindow {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         self.0.lock().ioapic.inspect(field);
@@ -79,6 +98,10 @@ impl Device for IoApicWindow {
 
     fn reset(&mut self, _kind: ResetKind) {
         self.0.reset_ioapic();
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_mmio(&mut self) -> Option<&mut dyn MmioDevice> {

@@ -61,12 +61,16 @@ impl TimerMode {
 }
 
 /// A count in progress. Units are bus clocks after the divider.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Count {
     origin: VmTime,
     /// Units from `origin` to the next expiry.
     next: u128,
 }
+
+crate::snapshot_enum!(TimerMode { OneShot, Periodic, TscDeadline });
+crate::snapshot!(Count { origin, next });
+crate::snapshot!(ApicTimer { mode, initial, divide, count, deadline, tsc_offset | hz, tsc });
 
 /// The timer of one local APIC.
 #[derive(Debug)]

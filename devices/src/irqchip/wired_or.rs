@@ -1,6 +1,7 @@
 //! Several wires on one input: high while any of them is.
 
 use crate::irq::{IrqLine, IrqSink};
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Joins up to 64 sources onto one line; its own inputs are the sources' numbers.
@@ -10,6 +11,13 @@ pub struct WiredOr {
 }
 
 impl WiredOr {
+    /// Walks over who drives the line, and its level.
+    pub fn shared_state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let WiredOr { high, line } = self;
+        high.lock().unwrap_or_else(PoisonError::into_inner).state(s)?;
+        line.shared_state(s)
+    }
+
     /// Joins sources onto `line`.
     pub fn new(line: IrqLine) -> Arc<WiredOr> {
         Arc::new(WiredOr { high: Mutex::new(0), line })

@@ -8,6 +8,7 @@ use super::{PciDevice, PciHandle};
 use crate::bus::{Bus, Claim};
 use crate::control::MachineControl;
 use crate::device::{Device, Inspect, PioDevice, ResetKind, share};
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use crate::{Port, Width};
 use paravane_memory::PhysAddr;
 use std::collections::BTreeMap;
@@ -196,6 +197,24 @@ impl PioDevice for PciBus {
     }
 }
 
+/// The functions' state is part of it; their BARs move to where they were.
+impl Snapshot for PciBus {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let PciBus { bus, control: _, slots, confadd, rc } = self;
+        confadd.state(s)?;
+        rc.state(s)?;
+        for slot in slots.values_mut() {
+            let mut function = slot.function.lock().expect("PCI function");
+            function.as_snapshot().ok_or(StateError::Missing("a PCI function"))?.state(s)?;
+            drop(function);
+            if s.loads() {
+                slot.refresh(bus);
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Inspect for PciBus {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn fmt::Display)) {
         field("confadd", &format_args!("{:#010x}", self.confadd));
@@ -218,6 +237,10 @@ impl Device for PciBus {
             s.function.lock().expect("PCI function").reset(kind);
             s.refresh(&self.bus);
         }
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {

@@ -94,6 +94,8 @@ pub struct PciConfig {
     free: u8,
 }
 
+crate::snapshot!(PciConfig { bytes | writable, write_1_clears, power_on, bars, last_capability, free });
+
 impl PciConfig {
     /// A function without BARs, interrupt pin or capabilities.
     pub fn new(id: PciIdentity) -> PciConfig {

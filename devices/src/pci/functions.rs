@@ -5,6 +5,7 @@ use super::config::{PciConfig, PciIdentity, command, reg};
 use super::pirq::{DEFAULT_ROUTES, PirqRouter};
 use crate::Width;
 use crate::device::{Device, Inspect, ResetKind};
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use std::sync::Arc;
 
 const INTEL: u16 = 0x8086;
@@ -30,6 +31,10 @@ macro_rules! config_only {
             fn reset(&mut self, _kind: ResetKind) {
                 self.config.reset();
                 self.after_reset();
+            }
+
+            fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+                Some(self)
             }
         }
 
@@ -87,6 +92,7 @@ impl Default for HostBridge {
     }
 }
 
+crate::snapshot!(HostBridge { config });
 config_only!(HostBridge, "i440fx");
 
 /// 82371SB PCI-to-ISA bridge (8086:7000): PIRQ routing.
@@ -127,6 +133,14 @@ impl IsaBridge {
     }
 }
 
+impl Snapshot for IsaBridge {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let IsaBridge { config, router } = self;
+        config.state(s)?;
+        router.shared_state(s)
+    }
+}
+
 config_only!(IsaBridge, "piix3-isa");
 
 /// 82371AB power management function (8086:7113). Its I/O base is fixed at [`PowerFunction::PM_BASE`] and always
@@ -162,6 +176,7 @@ impl Default for PowerFunction {
     }
 }
 
+crate::snapshot!(PowerFunction { config });
 config_only!(PowerFunction, "piix4-pm");
 
 #[cfg(test)]

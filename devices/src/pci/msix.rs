@@ -23,6 +23,9 @@ struct Entry {
 
 const RESET_ENTRY: Entry = Entry { address: 0, data: 0, control: VECTOR_MASKED };
 
+crate::snapshot!(Entry { address, data, control });
+crate::snapshot!(MsixTable { entries, pending, control | sink, sent, capability });
+
 /// The MSI-X vectors of one function.
 pub struct MsixTable {
     sink: Arc<dyn MsiSink>,

@@ -7,6 +7,7 @@
 
 use crate::counters::Counter;
 use crate::irq::{IrqLine, IrqSink};
+use crate::snapshot::{Snapshot, StateError, StateStream};
 use std::sync::{Arc, Mutex};
 
 /// PIRQRC[A-D] as the firmware leaves them.
@@ -25,6 +26,8 @@ struct Wires {
     routes: [u8; 4],
 }
 
+crate::snapshot!(Wires { drivers, routes });
+
 /// Joins the slots' interrupt pins to interrupt controller inputs.
 pub struct PirqRouter {
     outputs: [IrqLine; 16],
@@ -36,6 +39,13 @@ impl PirqRouter {
     pub fn new(sink: &Arc<dyn IrqSink>) -> Arc<PirqRouter> {
         let outputs = std::array::from_fn(|i| IrqLine::new(Arc::clone(sink), i as u32, Counter::detached()));
         Arc::new(PirqRouter { outputs, wires: Mutex::new(Wires { drivers: [0; 4], routes: DEFAULT_ROUTES }) })
+    }
+
+    /// Walks over the routes and the levels on both sides.
+    pub fn shared_state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let PirqRouter { outputs, wires } = self;
+        wires.lock().expect("PIRQ wires").state(s)?;
+        outputs.iter().try_for_each(|line| line.shared_state(s))
     }
 
     /// The wire of pin `pin` (0 is INTA#) of `slot`; its assertions are counted in `raised`.

@@ -52,6 +52,28 @@ pub(super) struct Counter {
     status: Option<u8>,
 }
 
+crate::snapshot_enum!(Phase { Waiting, Load, Count, Strobe, Wrapped });
+crate::snapshot_enum!(Access { Low, High, Both });
+crate::snapshot!(Counter {
+    at,
+    phase,
+    left,
+    current,
+    control,
+    mode,
+    access,
+    bcd,
+    gate,
+    out,
+    null,
+    has_count,
+    count,
+    written_low,
+    read_high_next,
+    latched,
+    status,
+});
+
 impl Counter {
     pub(super) fn new(gate: bool) -> Counter {
         Counter {

@@ -8,6 +8,7 @@ mod tests;
 
 use crate::device::{Device, Inspect, PioDevice, ResetKind, TimedDevice};
 use crate::irq::IrqLine;
+use crate::snapshot::Snapshot;
 use crate::time::{Clock, Timer, VmTime};
 use counter::Counter;
 use paravane_memory::{Port, Width};
@@ -92,6 +93,8 @@ impl Pit {
     }
 }
 
+crate::snapshot!(Pit { timer, out0, counters, port_b | clock });
+
 impl Inspect for Pit {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         for (i, counter) in self.counters.iter().enumerate() {
@@ -111,6 +114,10 @@ impl Device for Pit {
         self.port_b = 0;
         self.timer.disarm();
         self.sync(self.clock.now());
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {

@@ -11,6 +11,7 @@ mod tests;
 
 use crate::device::{Device, Inspect, PioDevice, ResetKind, TimedDevice};
 use crate::irq::IrqLine;
+use crate::snapshot::Snapshot;
 use crate::time::{Clock, Timer, VmTime};
 use calendar::Fields;
 use paravane_memory::{Port, Width};
@@ -294,6 +295,8 @@ impl Rtc {
     }
 }
 
+crate::snapshot!(Rtc { timer, irq, updated, divider_start, periods, index, nmi_masked, ram | clock });
+
 impl Inspect for Rtc {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         field("unix", &self.shown());
@@ -316,6 +319,10 @@ impl Device for Rtc {
         self.ram[C] = 0;
         (self.index, self.nmi_masked) = (0, false);
         self.finish();
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {

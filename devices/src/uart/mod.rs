@@ -12,6 +12,7 @@ mod tests;
 use crate::counters::Counter;
 use crate::device::{Device, Inspect, PioDevice, ResetKind, TimedDevice};
 use crate::irq::IrqLine;
+use crate::snapshot::Snapshot;
 use crate::time::{Clock, Timer, VmTime};
 use paravane_memory::{Port, Width};
 use spec::*;
@@ -69,7 +70,7 @@ const POLLS_TO_LISTEN: u8 = 8;
 /// When a full back end is tried again.
 const RETRY_NS: u64 = 1_000_000;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Received {
     byte: u8,
     errors: u8,
@@ -384,6 +385,30 @@ impl Uart {
     }
 }
 
+crate::snapshot!(Received { byte, errors, from_line });
+crate::snapshot!(UartWiring { irq | label, sink, source, sent, received });
+crate::snapshot!(Uart {
+    timer,
+    wiring,
+    polls,
+    again,
+    quiet_until,
+    timeout_at,
+    rx,
+    tx,
+    overrun,
+    thre_pending,
+    timeout,
+    ier,
+    fcr,
+    lcr,
+    mcr,
+    msr_delta,
+    scr,
+    divisor
+    | clock
+});
+
 impl Inspect for Uart {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
         let registers = [("ier", self.ier), ("fcr", self.fcr), ("lcr", self.lcr), ("mcr", self.mcr)];
@@ -410,6 +435,10 @@ impl Device for Uart {
         (self.ier, self.fcr, self.lcr, self.mcr, self.msr_delta) = (0, 0, 0, 0, 0);
         (self.overrun, self.thre_pending) = (false, false);
         self.finish(now);
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 
     fn as_pio(&mut self) -> Option<&mut dyn PioDevice> {

@@ -6,6 +6,7 @@ use super::spec::{blk, device_type};
 use paravane_devices::block::{
     BlockBackend, BlockData, BlockError, BlockOp, BlockRequest, Completion, SECTOR_SIZE, Segment,
 };
+use paravane_devices::{Snapshot, StateError, StateStream};
 use paravane_memory::PhysAddr;
 use std::sync::Arc;
 
@@ -56,6 +57,31 @@ enum Asked {
     Done(u8, u32),
     /// No place for a status.
     Malformed,
+}
+
+/// Saved while nothing is in flight: all slots are free then, and which is taken next nobody sees.
+impl Snapshot for VirtioBlk {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let VirtioBlk {
+            backend: _,
+            completion: _,
+            chain: _,
+            spare: _,
+            batch: _,
+            slots,
+            free,
+            epoch: _,
+            in_flight: _,
+            write_through,
+            config,
+        } = self;
+        if s.loads() {
+            slots.clear();
+            free.clear();
+        }
+        write_through.state(s)?;
+        config.state(s)
+    }
 }
 
 impl VirtioBlk {

@@ -17,11 +17,12 @@ pub use pci::{VirtioPci, VirtioPciOptions, VirtioWiring};
 pub use rings::{Chain, Piece, Rings, VirtioCounters};
 pub use rng::{EntropySource, HostEntropy, VirtioRng};
 
+use paravane_devices::Snapshot;
 use paravane_devices::block::{BlockError, BlockRequest, Completion};
 use std::sync::Arc;
 
 /// A device type behind a transport.
-pub trait VirtioDevice: Send {
+pub trait VirtioDevice: Snapshot + Send {
     /// Device type number (VIRTIO 1.2, section 5).
     fn device_type(&self) -> u16;
     /// PCI class code of the function.

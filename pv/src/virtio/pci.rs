@@ -10,6 +10,7 @@ use super::spec::{MODERN_DEVICE_BASE, NO_VECTOR, VENDOR, capability, common, fea
 use paravane_devices::block::{BlockError, BlockRequest, Completion};
 use paravane_devices::pci::{BarKind, MsixTable, PciConfig, PciDevice, PciIdentity, command};
 use paravane_devices::{Counters, Device, Inspect, IrqLine, MsiSink, ResetKind, Width};
+use paravane_devices::{Snapshot, StateError, StateStream};
 use paravane_memory::GuestMemory;
 use std::fmt;
 use std::sync::{Arc, Mutex, Weak};
@@ -470,6 +471,35 @@ impl Inspect for VirtioPci {
     }
 }
 
+/// Saved while the back end has nothing in hand.
+impl Snapshot for VirtioPci {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let VirtioPci {
+            label: _,
+            config,
+            rings,
+            device,
+            features: _,
+            legacy: _,
+            pci_capability: _,
+            reset_waits,
+            device_feature_select,
+            driver_feature_select,
+            queue_select,
+        } = self;
+        if device.in_flight() != 0 {
+            return Err(StateError::Busy("a virtio device"));
+        }
+        config.state(s)?;
+        rings.state(s)?;
+        device.state(s)?;
+        reset_waits.state(s)?;
+        device_feature_select.state(s)?;
+        driver_feature_select.state(s)?;
+        queue_select.state(s)
+    }
+}
+
 impl Device for VirtioPci {
     fn label(&self) -> &str {
         &self.label
@@ -480,6 +510,10 @@ impl Device for VirtioPci {
         self.config.reset();
         self.rings.msix.reset();
         self.finish_reset();
+    }
+
+    fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
+        Some(self)
     }
 }
 

@@ -7,6 +7,7 @@
 use super::spec::{AVAIL_F_NO_INTERRUPT, NO_VECTOR, feature, isr, status};
 use paravane_devices::pci::MsixTable;
 use paravane_devices::{Counter, Counters, IrqLine};
+use paravane_devices::{Snapshot, StateError, StateStream};
 use paravane_memory::{GuestMemory, PhysAddr, VmMemory};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
@@ -72,12 +73,44 @@ pub struct Rings {
     pub(super) msix: MsixTable,
     counters: VirtioCounters,
     // guest-visible state
-    pub(super) rings: Vec<Ring>,
+    pub(super) rings: Box<[Ring]>,
     pub(super) status: u8,
     pub(super) isr: u8,
     pub(super) intx_disabled: bool,
     pub(super) config_vector: u16,
     pub(super) driver_features: u64,
+}
+
+paravane_devices::snapshot!(Rings {
+    intx,
+    msix,
+    rings,
+    status,
+    isr,
+    intx_disabled,
+    config_vector,
+    driver_features
+    | memory, vm, counters
+});
+
+/// The number of rings is not state.
+impl Snapshot for Ring {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let Ring { queue, vector } = self;
+        let mut q = queue.state();
+        q.next_avail.state(s)?;
+        q.next_used.state(s)?;
+        q.event_idx_enabled.state(s)?;
+        q.size.state(s)?;
+        q.ready.state(s)?;
+        q.desc_table.state(s)?;
+        q.avail_ring.state(s)?;
+        q.used_ring.state(s)?;
+        if s.loads() {
+            *queue = Queue::try_from(q).map_err(|_| StateError::Value("a virtqueue"))?;
+        }
+        vector.state(s)
+    }
 }
 
 impl Rings {

@@ -4,6 +4,7 @@ use super::VirtioDevice;
 use super::rings::{Chain, Rings};
 use super::spec::device_type;
 use paravane_devices::block::{BlockError, BlockRequest, Completion};
+use paravane_devices::{Snapshot, StateError, StateStream};
 use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ const QUEUE: usize = 0;
 const MOST: usize = 256;
 
 /// Where random bytes come from; a reproducible run gives a seeded generator.
-pub trait EntropySource: Send {
+pub trait EntropySource: Snapshot + Send {
     /// Fills `buf` without blocking.
     fn fill(&mut self, buf: &mut [u8]) -> io::Result<()>;
 }
@@ -29,6 +30,13 @@ impl HostEntropy {
     /// Opens the host's generator.
     pub fn new() -> io::Result<HostEntropy> {
         Ok(HostEntropy { source: File::open("/dev/urandom")?, pool: Box::new([0; 4096]), left: 0 })
+    }
+}
+
+/// What the host gives is nobody's state.
+impl Snapshot for HostEntropy {
+    fn state(&mut self, _s: &mut StateStream<'_>) -> Result<(), StateError> {
+        Ok(())
     }
 }
 
@@ -51,6 +59,8 @@ pub struct VirtioRng {
     source: Box<dyn EntropySource>,
     chain: Chain,
 }
+
+paravane_devices::snapshot!(VirtioRng { source | chain });
 
 impl VirtioRng {
     /// A device that hands out `source`.

@@ -5,7 +5,9 @@ use paravane_devices::block::{
     BlockCounters, BlockOp, BlockQueue, Fault, FaultInjector, ImageOptions, QueueOptions, RawImage,
 };
 use paravane_devices::pci::PciDevice;
-use paravane_devices::{Counters, Device, IrqLine, IrqSink, MsiSink, ResetKind, Width};
+use paravane_devices::{
+    Counters, Device, IrqLine, IrqSink, MsiSink, ResetKind, StateError, StateStream, Width,
+};
 use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr};
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -477,6 +479,12 @@ fn the_configuration_window_reaches_the_registers() {
 }
 
 struct Counting(u8);
+
+impl Snapshot for Counting {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        self.0.state(s)
+    }
+}
 
 impl EntropySource for Counting {
     fn fill(&mut self, buf: &mut [u8]) -> std::io::Result<()> {

@@ -78,6 +78,8 @@ impl CharSource for Typed {
 
 struct Zeroes;
 
+paravane_devices::snapshot!(Zeroes {});
+
 impl EntropySource for Zeroes {
     fn fill(&mut self, buf: &mut [u8]) -> io::Result<()> {
         buf.fill(0);
