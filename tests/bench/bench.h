@@ -68,7 +68,7 @@ static inline int bench_main(int argc, char **argv, const char *program, bench_p
     char name[64];
     const char *variant = argc > 2 ? argv[2] : "";
     uint64_t units = argc > 1 ? strtoull(argv[1], NULL, 0) : 1;
-    snprintf(name, sizeof name, "%s%s%s", program, *variant ? "-" : "", variant);
+    snprintf(name, sizeof name, "%s%s%s%s", program, *variant ? "-" : "", variant, sizeof(void *) == 4 ? "-32" : "");
     prepare(variant);
     bench_begin(name);
     uint64_t before = bench_cpu_ns();

@@ -3,13 +3,22 @@
 
 static uint32_t k[64];
 
+/* Whether x^3 <= n * 2^96, for x < 2^35: x = h * 2^18 + l, so that no step leaves 64 bits. */
+static int cube_within(uint64_t x, unsigned n) {
+    uint64_t h = x >> 18, l = x & 0x3ffff;
+    uint64_t low = l * l * l, third = 3 * h * l * l + (low >> 18);
+    uint64_t second = 3 * h * h * l + (third >> 18), first = h * h * h + (second >> 18);
+    uint64_t rest = (second & 0x3ffff) | (third & 0x3ffff) | (low & 0x3ffff);
+    uint64_t target = (uint64_t)n << 42; /* in units of 2^54 */
+    return first < target || (first == target && rest == 0);
+}
+
 static uint32_t root_fraction(unsigned prime) {
     /* first 32 bits of the fraction of the cube root, by bisection on integers */
-    unsigned __int128 target = (unsigned __int128)prime << 96;
     uint64_t low = 0, high = 8ull << 32;
     while (high - low > 1) {
         uint64_t middle = (low + high) / 2;
-        if ((unsigned __int128)middle * middle * middle <= target)
+        if (cube_within(middle, prime))
             low = middle;
         else
             high = middle;

@@ -1,6 +1,7 @@
 //! What runs the suite: the host itself, paravane, QEMU. Each run gives samples: name, units, result, CPU time.
 
 use super::cputime::CpuTime;
+use super::footprint;
 use super::suite::Program;
 use crate::host::{self, Context, Failure, Outcome};
 use std::io::{BufRead, BufReader, IsTerminal, Read};
@@ -8,6 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
+
+/// Guest RAM of every machine.
+const MEGABYTES: u64 = 512;
 
 /// One way to run the programs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,7 +24,7 @@ pub enum Engine {
     Qemu(&'static str),
 }
 
-/// What one program did in one run.
+/// What one program did in one run, or what a machine needed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
     /// The program
@@ -29,8 +33,8 @@ pub struct Sample {
     pub units: u64,
     /// A checksum, or `skipped`
     pub result: String,
-    /// Host CPU time
-    pub cpu_ns: u64,
+    /// Host CPU time; of a memory row, bytes
+    pub cost: u64,
 }
 
 /// How a machine's disk is attached.
@@ -89,7 +93,14 @@ impl Engine {
             Self::Native => return None,
             Self::Paravane(binary) => {
                 let mut command = host::command(binary);
-                command.args(["run", "--memory", "512M", "--serial", "stdio", "--no-reboot"]);
+                command.args([
+                    "run",
+                    "--memory",
+                    &format!("{MEGABYTES}M"),
+                    "--serial",
+                    "stdio",
+                    "--no-reboot",
+                ]);
                 if let Some((image, bus)) = boot.disk {
                     let disk = format!("{},bus={}", image.display(), bus.name());
                     command.args(["--disk", disk.as_str()]);
@@ -105,7 +116,7 @@ impl Engine {
                     "-cpu",
                     model,
                     "-m",
-                    "512",
+                    &MEGABYTES.to_string(),
                     "-nodefaults",
                     "-no-reboot",
                 ]);
@@ -129,11 +140,11 @@ impl Engine {
 }
 
 /// Runs the programs on the host, one after the other, `repeat` times each: native runs are short.
-pub fn run_native(programs: &[(&Program, u64)], folder: &Path, repeat: u32) -> Outcome<Vec<Sample>> {
+pub fn run_native(programs: &[(Program, u64)], folder: &Path, repeat: u32) -> Outcome<Vec<Sample>> {
     let mut samples = Vec::new();
     for (program, units) in programs {
         let words = program.words(*units);
-        progress(program.name);
+        progress(&program.name);
         for _ in 0..repeat {
             let mut command = host::command(folder.join(words[0].trim_start_matches("./")));
             let text = host::text(command.args(&words[1..]).current_dir(folder).stdin(Stdio::null()))?;
@@ -182,6 +193,7 @@ pub fn run_machine(engine: &Engine, boot: &Boot<'_>) -> Outcome<MachineRun> {
 
 /// Reads a machine's console.
 struct Watch {
+    pid: u32,
     time: CpuTime,
     start: Instant,
     begun: Option<(String, u64)>,
@@ -193,6 +205,7 @@ struct Watch {
 impl Watch {
     fn of(child: &Child) -> Self {
         Self {
+            pid: child.id(),
             time: CpuTime::of(child.id()),
             start: Instant::now(),
             begun: None,
@@ -222,7 +235,8 @@ impl Watch {
             self.end(sample, now);
         } else if line.contains("@@boot init") {
             let wall = self.start.elapsed().as_nanos() as u64;
-            self.run.samples.extend([boot_sample("boot-cpu", now), boot_sample("boot-wall", wall)]);
+            self.run.samples.extend([machine_sample("boot-cpu", now), machine_sample("boot-wall", wall)]);
+            self.footprint("boot-memory");
         } else if let Some((_, name)) = line.split_once("@@failed ") {
             let what = format!("{name} failed in the guest");
             self.problem(&what, "");
@@ -230,16 +244,24 @@ impl Watch {
         if let Some((_, wrong)) = line.split_once("mismatches=").filter(|(_, wrong)| *wrong != "0") {
             self.problem(&format!("{wrong} sectors hold wrong data"), "");
         }
+        if line.contains("@@done") {
+            self.footprint("suite-memory");
+        }
         self.finished |= line.contains("@@done") || line.contains("paravane: init reached");
         if !line.is_empty() {
             line.clone_into(&mut self.last_line);
         }
     }
 
+    fn footprint(&mut self, name: &str) {
+        let bytes = footprint::beyond_ram(self.pid, MEGABYTES << 20);
+        self.run.samples.extend(bytes.map(|bytes| machine_sample(name, bytes)));
+    }
+
     fn end(&mut self, sample: Sample, now: u64) {
         match self.begun.take() {
             Some((name, begun)) if name == sample.name => {
-                self.run.samples.push(Sample { cpu_ns: now.saturating_sub(begun), ..sample });
+                self.run.samples.push(Sample { cost: now.saturating_sub(begun), ..sample });
             }
             _ => self.problem(&format!("{} ended without having begun", sample.name), ""),
         }
@@ -268,8 +290,8 @@ fn progress(name: &str) {
     }
 }
 
-fn boot_sample(name: &str, cpu_ns: u64) -> Sample {
-    Sample { name: name.into(), units: 1, result: "init".into(), cpu_ns }
+fn machine_sample(name: &str, cost: u64) -> Sample {
+    Sample { name: name.into(), units: 1, result: "none".into(), cost }
 }
 
 fn drain(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
@@ -305,7 +327,7 @@ fn parse_end(line: &str) -> Option<Sample> {
         name: words.next()?.to_owned(),
         units: words.next()?.parse().ok()?,
         result: words.next()?.to_owned(),
-        cpu_ns: words.next()?.parse().ok()?,
+        cost: words.next()?.parse().ok()?,
     })
 }
 
@@ -324,7 +346,7 @@ mod tests {
     #[test]
     fn end_marks() {
         let sample = parse_end("[ 1.0] x@@end sort 20 d3944189044d9c7f 18115000\r\n").unwrap();
-        assert_eq!((sample.name.as_str(), sample.units, sample.cpu_ns), ("sort", 20, 18_115_000));
+        assert_eq!((sample.name.as_str(), sample.units, sample.cost), ("sort", 20, 18_115_000));
         assert_eq!(sample.result, "d3944189044d9c7f");
         assert!(parse_end("@@end sort").is_none() && parse_end("@@begin sort").is_none());
     }

@@ -2,7 +2,7 @@
 //!
 //! The same folder serves native runs: what the guest runs is byte for byte what the host runs.
 
-use super::suite::{COLD_FUNCTIONS, Kind, Program, SCRIPTS, TEXT_BYTES};
+use super::suite::{COLD_FUNCTIONS, COUNTED_FUNCTIONS, Kind, Program, SCRIPTS, TEXT_BYTES};
 use crate::guests::cpio::Archive;
 use crate::guests::{self, Manifest};
 use crate::host::{self, Context, Failure, Outcome};
@@ -13,35 +13,51 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Compiles what the programs need into `guests/bench`, and returns that folder.
-pub fn build(programs: &[&Program], manifest: &Manifest) -> Outcome<PathBuf> {
-    let folder = guests::folder().join("bench");
+pub fn build(programs: &[Program], manifest: &Manifest) -> Outcome<PathBuf> {
+    let folder = folder();
     fs::create_dir_all(&folder).context(folder.display())?;
-    let sources: BTreeSet<&str> = programs.iter().map(|program| source(program)).chain(["gentext"]).collect();
-    for source in sources {
-        compile(source, &folder)?;
+    let own = [("gentext".to_owned(), "gentext", false), ("distinct".to_owned(), "distinct", false)];
+    let files: BTreeSet<_> = programs.iter().map(source).chain(own).collect();
+    for (file, source, narrow) in files {
+        compile(&folder.join(file), source, narrow, &folder)?;
     }
     let text = host::output(host::command(folder.join("gentext")).arg(TEXT_BYTES))?;
     host::write(&folder.join("text"), &text)?;
     for script in SCRIPTS {
         host::write(&folder.join(script), &host::read(&host::root().join("tests/bench").join(script))?)?;
     }
-    let busybox = folder.join("busybox");
-    host::write(&busybox, &host::read(&guests::folder().join(&manifest.busybox))?)?;
-    fs::set_permissions(&busybox, fs::Permissions::from_mode(0o755)).context(busybox.display())?;
+    place_program(&guests::folder().join(&manifest.busybox), &folder.join("busybox"))?;
     Ok(folder)
 }
 
-fn source(program: &Program) -> &'static str {
+/// Where the programs are.
+pub fn folder() -> PathBuf {
+    guests::folder().join("bench")
+}
+
+/// Puts the interpreter that hosts seldom have beside the programs.
+pub fn bring_lua() -> Outcome<()> {
+    let content = guests::package("lua5.4", false)?;
+    fs::create_dir_all(folder()).context(folder().display())?;
+    place_program(&content.join("usr/bin/lua5.4"), &folder().join("lua"))
+}
+
+fn place_program(from: &Path, to: &Path) -> Outcome<()> {
+    host::write(to, &host::read(from)?)?;
+    fs::set_permissions(to, fs::Permissions::from_mode(0o755)).context(to.display())
+}
+
+/// A program's file, its source, and whether it is 32-bit code.
+fn source(program: &Program) -> (String, &'static str, bool) {
     match program.kind {
-        Kind::Compiled { source, .. } => source,
-        Kind::Tool(_) => "tool",
+        Kind::Compiled { source, narrow, .. } => (program.file(), source, narrow),
+        Kind::Tool(_) => (program.file(), "tool", false),
     }
 }
 
-fn compile(name: &str, folder: &Path) -> Outcome<()> {
+fn compile(program: &Path, source: &str, narrow: bool, folder: &Path) -> Outcome<()> {
     let harness = host::root().join("tests/bench");
-    let program = folder.join(name);
-    let (input, optimize) = if name == "cold" {
+    let (input, optimize) = if source == "cold" {
         let input = folder.join("cold.c");
         let text = cold_source(COLD_FUNCTIONS);
         if fs::read(&input).ok().as_deref() != Some(text.as_bytes()) {
@@ -49,15 +65,32 @@ fn compile(name: &str, folder: &Path) -> Outcome<()> {
         }
         (input, "-O1")
     } else {
-        (harness.join(format!("{name}.c")), "-O2")
+        (harness.join(format!("{source}.c")), "-O2")
     };
-    if newer(&program, &[&input, &harness.join("bench.h")]) {
+    if newer(program, &[&input, &harness.join("bench.h")]) {
         return Ok(());
     }
-    println!("bench: compiling {name}");
+    println!("bench: compiling {}", program.file_name().unwrap_or_default().to_string_lossy());
     let mut gcc = host::command("gcc");
-    gcc.args(["-std=gnu17", "-march=x86-64", "-Wall", "-Wextra", "-static", optimize, "-I"]).arg(&harness);
-    host::run(gcc.arg("-o").arg(&program).arg(&input).arg("-lm"))
+    gcc.args(["-std=gnu17", "-march=x86-64", "-Wall", "-Wextra", "-static", "-s", optimize, "-I"])
+        .arg(&harness);
+    if narrow {
+        gcc.args(["-m32", "-mfpmath=sse"]);
+    }
+    host::run(gcc.arg("-o").arg(program).arg(&input).arg("-lm"))
+}
+
+/// Instructions that a function of class `cold` executes for the first time, on average: counted once, by single steps.
+pub fn cold_instructions(folder: &Path) -> Outcome<f64> {
+    let (cold, count) = (folder.join("cold"), folder.join("cold.count"));
+    if !newer(&count, &[&cold]) {
+        println!("bench: counting the instructions of cold");
+        let mut distinct = host::command(folder.join("distinct"));
+        host::write(&count, &host::output(distinct.arg(&cold).arg(COUNTED_FUNCTIONS.to_string()))?)?;
+    }
+    let text = String::from_utf8_lossy(&host::read(&count)?).into_owned();
+    let instructions: f64 = text.trim().parse().context(count.display())?;
+    Ok(instructions / COUNTED_FUNCTIONS as f64)
 }
 
 /// Whether a file is there and newer than all that it is made from.
@@ -101,7 +134,7 @@ fn cold_source(count: u64) -> String {
 }
 
 /// The second half of the initrd: the programs, their input, and the list of what to run, compressed.
-pub fn archive(programs: &[(&Program, u64)], folder: &Path) -> Outcome<Vec<u8>> {
+pub fn archive(programs: &[(Program, u64)], folder: &Path) -> Outcome<Vec<u8>> {
     let mut archive = Archive::default();
     let mut list = String::new();
     let mut files: BTreeSet<String> =
@@ -112,28 +145,41 @@ pub fn archive(programs: &[(&Program, u64)], folder: &Path) -> Outcome<Vec<u8>> 
             return Err(Failure::new(format!("{}: the guest's list cannot hold `{blank}`", program.name)));
         }
         writeln!(list, "{} {}", program.name, words.join(" ")).ok();
-        files.insert(source(program).to_owned());
+        files.insert(program.file());
+        files.extend(words.iter().filter(|word| *word == "./lua").map(|_| "lua".to_owned()));
     }
-    for file in files {
-        archive.file(&format!("bench/{file}"), true, &host::read(&folder.join(&file))?);
+    for file in &files {
+        archive.file(&format!("bench/{file}"), true, &host::read(&folder.join(file))?);
     }
     archive.file("bench/list", false, list.as_bytes());
-    let tools =
-        programs.iter().flat_map(|(program, _)| program.words(0)).filter(|word| word.starts_with("/usr/"));
-    for file in with_libraries(tools.collect())? {
+    let tools: BTreeSet<&str> = programs.iter().filter_map(|(program, _)| program.host_program()).collect();
+    let python =
+        tools.iter().find(|tool| tool.ends_with("python3")).map(|tool| python_files(tool)).transpose()?;
+    let lua = files.contains("lua").then(|| folder.join("lua").display().to_string());
+    let libraries = libraries(tools.iter().map(|tool| (*tool).to_owned()).chain(lua))?;
+    let tools = tools.into_iter().map(str::to_owned);
+    for file in tools.chain(libraries).chain(python.into_iter().flatten()) {
         archive.file(file.trim_start_matches('/'), true, &host::read(Path::new(&file))?);
     }
     guests::compress(&archive.finish())
 }
 
-/// Host programs and, as `ldd` names them, their shared libraries and loader.
-fn with_libraries(programs: BTreeSet<String>) -> Outcome<BTreeSet<String>> {
-    let mut all = programs.clone();
-    for program in &programs {
+/// The shared libraries and the loader of programs, as `ldd` names them.
+fn libraries(programs: impl Iterator<Item = String>) -> Outcome<BTreeSet<String>> {
+    let mut all = BTreeSet::new();
+    for program in programs {
         let listed = host::text(host::command("ldd").arg(program))?;
         // "libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)" or "/lib64/ld-linux-x86-64.so.2 (0x…)"
         let words = listed.split_whitespace().filter(|word| word.starts_with('/'));
         all.extend(words.map(str::to_owned));
     }
     Ok(all)
+}
+
+/// What Python reads before it runs a program without modules: a landmark, and the codecs it begins with.
+fn python_files(python: &str) -> Outcome<Vec<String>> {
+    let program = fs::canonicalize(python).context(python)?;
+    let version = program.file_name().unwrap_or_default().to_string_lossy();
+    let files = ["os", "encodings/__init__", "encodings/aliases", "encodings/utf_8", "encodings/ascii"];
+    Ok(files.map(|file| format!("/usr/lib/{version}/{file}.py")).into())
 }

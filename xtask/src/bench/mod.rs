@@ -6,6 +6,7 @@
 
 mod cputime;
 mod engine;
+mod footprint;
 mod image;
 mod report;
 mod suite;
@@ -19,7 +20,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use suite::{CLASSES, DISK, DISK_MEGABYTES, DISK_OPERATIONS, Program, SUITE};
+use suite::{BOOTS, CLASSES, COLD_FUNCTIONS, DISK, DISK_MEGABYTES, DISK_OPERATIONS, MACHINE_ROWS, Program};
 
 /// What to measure.
 #[derive(clap::Args)]
@@ -45,7 +46,7 @@ pub struct Options {
     /// The paravane binary [default: the release build, made first]
     #[arg(long, value_name = "FILE")]
     paravane: Option<PathBuf>,
-    /// The guest kernel, by its name in `guests/manifest.json`
+    /// The guest kernel of all but the boots, by its name in `guests/manifest.json`
     #[arg(long, default_value = "cloud", value_name = "NAME")]
     guest: String,
     /// Seconds after which a machine is given up
@@ -79,14 +80,17 @@ pub fn run(options: &Options) -> Outcome<()> {
     let programs = choose(options)?;
     if options.list {
         for program in programs {
-            println!("{:8} {:16} {:>6} units", program.class, program.name, program.units);
+            println!("{:10} {:20} {:>6} units", program.class, program.name, program.units);
+        }
+        for (name, class) in MACHINE_ROWS {
+            println!("{class:10} {name}");
         }
         for name in disk_rows(options) {
-            println!("{:8} {name}", "disk");
+            println!("{:10} {name}", "disk");
         }
         return Ok(());
     }
-    let report = measure(options, &programs)?;
+    let report = measure(options, programs)?;
     let table = report.markdown();
     println!("\n{table}");
     if let Some(path) = &options.json {
@@ -100,23 +104,41 @@ pub fn run(options: &Options) -> Outcome<()> {
     if report.problems.is_empty() { Ok(()) } else { Err(Failure::new(report.problems.join("\n"))) }
 }
 
-fn choose(options: &Options) -> Outcome<Vec<&'static Program>> {
+fn choose(options: &Options) -> Outcome<Vec<Program>> {
+    let suite = suite::suite();
     let known = |name: &String| {
-        name == "boot" || DISK.contains(&name.as_str()) || SUITE.iter().any(|program| program.name == name)
+        name == "boot" || DISK.contains(&name.as_str()) || suite.iter().any(|program| program.name == *name)
     };
     if let Some(name) = options.only.iter().find(|name| !known(name)) {
         return Err(Failure::new(format!("no program is called `{name}`; see `cargo xtask bench --list`")));
     }
-    let chosen = |program: &&Program| {
-        (options.only.is_empty() || options.only.iter().any(|name| name == program.name))
+    let chosen = |program: &Program| {
+        (options.only.is_empty() || options.only.contains(&program.name))
             && (options.classes.is_empty() || options.classes.iter().any(|class| class == program.class))
     };
-    Ok(SUITE.iter().filter(chosen).collect())
+    Ok(suite.into_iter().filter(chosen).collect())
 }
 
-fn boot_wanted(options: &Options) -> bool {
-    let named =
-        options.only.iter().any(|name| name == "boot") || options.classes.iter().any(|class| class == "boot");
+/// Leaves out what needs a program that this host lacks.
+fn keep_available(programs: &mut Vec<Program>) {
+    programs.retain(|program| {
+        let there = match program.host_program() {
+            Some(path) => Path::new(path).exists(),
+            None if program.name == "lua" => {
+                image::bring_lua().inspect_err(|failure| println!("bench: {failure}")).is_ok()
+            }
+            None => true,
+        };
+        if !there {
+            println!("bench: going on without {}, which this host lacks", program.name);
+        }
+        there
+    });
+}
+
+fn boots_wanted(options: &Options) -> bool {
+    let classes = |wanted: &str| options.classes.iter().any(|class| class == wanted);
+    let named = options.only.iter().any(|name| name == "boot") || classes("boot") || classes("host");
     named || (options.only.is_empty() && options.classes.is_empty())
 }
 
@@ -128,14 +150,17 @@ fn disk_rows(options: &Options) -> Vec<&'static str> {
 }
 
 /// All that a round needs.
-struct Session<'a> {
-    programs: Vec<(&'a Program, u64)>,
+struct Session {
+    programs: Vec<(Program, u64)>,
     folder: PathBuf,
     kernel: PathBuf,
     plain: PathBuf,
     loaded: PathBuf,
     limit: Duration,
-    boot: bool,
+    /// Name, kernel and initrd of the guests whose boot is measured
+    boots: Vec<(&'static str, PathBuf, PathBuf)>,
+    /// Instructions of a function of the program `cold`
+    cold_instructions: f64,
     /// The disk tests, random operations of each, and the image they work on
     disk: Vec<&'static str>,
     operations: u64,
@@ -159,7 +184,7 @@ impl Drop for ScratchImage {
     }
 }
 
-fn measure(options: &Options, programs: &[&'static Program]) -> Outcome<Report> {
+fn measure(options: &Options, programs: Vec<Program>) -> Outcome<Report> {
     let mut problems = Vec::new();
     let mut engines = engines(options, &mut problems)?;
     let session = prepare(options, programs)?;
@@ -227,18 +252,28 @@ fn paravane(options: &Options) -> Outcome<PathBuf> {
     if path.is_file() { Ok(path) } else { Err(Failure::new(format!("{} is missing", path.display()))) }
 }
 
-fn prepare<'a>(options: &Options, programs: &[&'a Program]) -> Outcome<Session<'a>> {
+fn prepare(options: &Options, mut programs: Vec<Program>) -> Outcome<Session> {
     let manifest = guests::bring(false)?;
     let guest =
         manifest.guests.get(&options.guest).ok_or_else(|| unknown_guest(&options.guest, &manifest))?;
-    let folder = image::build(programs, &manifest)?;
-    let scaled = |program: &&'a Program| (*program, ((program.units as f64 * options.scale) as u64).max(1));
-    let programs: Vec<_> = programs.iter().map(scaled).collect();
+    keep_available(&mut programs);
+    let folder = image::build(&programs, &manifest)?;
+    let cold = programs.iter().any(|program| program.name == "cold");
+    let cold_instructions = if cold { image::cold_instructions(&folder)? } else { 1.0 };
+    let scaled = |program: Program| {
+        let units = ((program.units as f64 * options.scale) as u64).max(1);
+        (program, units)
+    };
+    let programs: Vec<_> = programs.into_iter().map(scaled).collect();
     let plain = guests::folder().join(&guest.initrd);
     let loaded = folder.join("initrd.gz");
     // Linux unpacks one archive after the other, compressed members included.
     let both = [host::read(&plain)?, image::archive(&programs, &folder)?].concat();
     host::write(&loaded, &both)?;
+    let boots = BOOTS.iter().filter(|_| boots_wanted(options)).filter_map(|name| {
+        let guest = manifest.guests.get(*name)?;
+        Some((*name, guests::folder().join(&guest.kernel), guests::folder().join(&guest.initrd)))
+    });
     Ok(Session {
         programs,
         folder,
@@ -246,7 +281,8 @@ fn prepare<'a>(options: &Options, programs: &[&'a Program]) -> Outcome<Session<'
         plain,
         loaded,
         limit: Duration::from_secs(options.limit),
-        boot: boot_wanted(options),
+        boots: boots.collect(),
+        cold_instructions,
         disk: disk_rows(options),
         operations: ((DISK_OPERATIONS as f64 * options.scale) as u64).max(1),
         image: ScratchImage::new()?,
@@ -258,19 +294,34 @@ fn unknown_guest(name: &str, manifest: &Manifest) -> Failure {
     Failure::new(format!("no guest is called `{name}`; there are {}", known.join(", ")))
 }
 
-impl Session<'_> {
+impl Session {
     fn round(&self, engine: &Engine, round: u32) -> Outcome<MachineRun> {
+        let mut run = self.programs_and_machines(engine, round)?;
+        for sample in run.samples.iter_mut().filter(|sample| sample.name == "cold") {
+            sample.units = (sample.units.min(COLD_FUNCTIONS) as f64 * self.cold_instructions) as u64;
+        }
+        Ok(run)
+    }
+
+    fn programs_and_machines(&self, engine: &Engine, round: u32) -> Outcome<MachineRun> {
         if *engine == Engine::Native {
             let samples = engine::run_native(&self.programs, &self.folder, 3)?;
             return Ok(MachineRun { samples, problems: Vec::new() });
         }
         let mut run = MachineRun::default();
-        if self.boot {
-            run = self.machine(engine, &self.plain, "console=ttyS0 panic=-1 pv.run=poweroff", None)?;
+        for (name, kernel, initrd) in &self.boots {
+            let append = "console=ttyS0 panic=-1 pv.run=poweroff";
+            let boot = self.machine(engine, kernel, initrd, append, None)?;
+            let named = boot.samples.into_iter().filter_map(|sample| {
+                let what = sample.name.strip_prefix("boot-")?;
+                Some(Sample { name: format!("{name}-{what}"), ..sample })
+            });
+            run.samples.extend(named);
+            run.problems.extend(boot.problems);
         }
         if !self.programs.is_empty() {
             let append = "console=ttyS0 quiet panic=-1 pv.run=bench";
-            let suite = self.machine(engine, &self.loaded, append, None)?;
+            let suite = self.machine(engine, &self.kernel, &self.loaded, append, None)?;
             run.samples.extend(suite.samples.into_iter().filter(|sample| !sample.name.starts_with("boot-")));
             run.problems.extend(suite.problems);
         }
@@ -295,7 +346,7 @@ impl Session<'_> {
             self.operations,
             device = bus.device(),
         );
-        let mut run = self.machine(engine, &self.plain, &append, Some((&self.image.0, bus)))?;
+        let mut run = self.machine(engine, &self.kernel, &self.plain, &append, Some((&self.image.0, bus)))?;
         let rows = run.samples.into_iter().filter_map(|sample| {
             let row =
                 format!("{}/{}", bus.name(), sample.name.strip_prefix(bus.device())?.strip_prefix('/')?);
@@ -313,11 +364,12 @@ impl Session<'_> {
     fn machine(
         &self,
         engine: &Engine,
+        kernel: &Path,
         initrd: &Path,
         append: &str,
         disk: Option<(&Path, DiskBus)>,
     ) -> Outcome<MachineRun> {
-        let boot = Boot { kernel: &self.kernel, initrd, append: append.into(), limit: self.limit, disk };
+        let boot = Boot { kernel, initrd, append: append.into(), limit: self.limit, disk };
         engine::run_machine(engine, &boot)
     }
 }

@@ -1,7 +1,7 @@
 //! Medians, ratios, geometric means, and the table.
 
 use super::engine::Sample;
-use super::suite::{CLASSES, DISK, Program, SUITE};
+use super::suite::{self, CLASSES, DISK, MACHINE_ROWS};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -34,6 +34,8 @@ pub struct Row {
     pub name: String,
     /// Its class
     pub class: String,
+    /// What is counted: `ns` of host CPU time (of a row `…-wall`, of time), or `bytes`
+    pub counts: &'static str,
     /// By engine
     pub cells: BTreeMap<String, Cell>,
 }
@@ -41,8 +43,8 @@ pub struct Row {
 /// One program on one engine.
 #[derive(Serialize)]
 pub struct Cell {
-    /// Median host CPU time per unit of work
-    pub ns_per_unit: f64,
+    /// Median per unit of work
+    pub per_unit: f64,
     /// (largest - smallest) / median
     pub spread: f64,
     /// Multiples of native
@@ -81,11 +83,11 @@ impl Measured {
         about: BTreeMap<String, String>,
         problems: Vec<String>,
     ) -> Report {
-        let boot = [("boot-cpu", "boot"), ("boot-wall", "boot")];
-        let disk = DISK.iter().map(|name| (*name, "disk"));
-        let programs =
-            SUITE.iter().map(|Program { name, class, .. }| (*name, *class)).chain(boot).chain(disk);
-        let rows: Vec<Row> = programs.filter_map(|(name, class)| self.row(name, class, &engines)).collect();
+        let suite = suite::suite();
+        let programs = suite.iter().map(|program| (program.name.as_str(), program.class));
+        let machines = MACHINE_ROWS.iter().copied().chain(DISK.iter().map(|name| (*name, "disk")));
+        let rows = programs.chain(machines).filter_map(|(name, class)| self.row(name, class, &engines));
+        let rows: Vec<Row> = rows.collect();
         let over_qemu: Vec<f64> = rows.iter().filter_map(Row::over_qemu).collect();
         let disk_over_qemu = geometric_mean(over_qemu.iter().copied());
         let problems = problems.into_iter().chain(rows.iter().filter_map(disagreement)).collect();
@@ -100,11 +102,12 @@ impl Measured {
                 cells.insert(engine.clone(), cell(samples));
             }
         }
-        let native = cells.get(NATIVE).filter(|cell| cell.measured()).map(|cell| cell.ns_per_unit);
+        let native = cells.get(NATIVE).filter(|cell| cell.measured()).map(|cell| cell.per_unit);
         for cell in cells.values_mut().filter(|cell| cell.measured()) {
-            cell.ratio = native.filter(|native| *native > 0.0).map(|native| cell.ns_per_unit / native);
+            cell.ratio = native.filter(|native| *native > 0.0).map(|native| cell.per_unit / native);
         }
-        (!cells.is_empty()).then(|| Row { name: name.into(), class: class.into(), cells })
+        let counts = if class == "host" { "bytes" } else { "ns" };
+        (!cells.is_empty()).then(|| Row { name: name.into(), class: class.into(), counts, cells })
     }
 }
 
@@ -116,14 +119,14 @@ impl Cell {
 
 fn cell(samples: &[Sample]) -> Cell {
     let mut values: Vec<f64> =
-        samples.iter().map(|sample| sample.cpu_ns as f64 / sample.units.max(1) as f64).collect();
+        samples.iter().map(|sample| sample.cost as f64 / sample.units.max(1) as f64).collect();
     values.sort_by(f64::total_cmp);
     let results: BTreeSet<&str> = samples.iter().map(|sample| sample.result.as_str()).collect();
-    let ns_per_unit = median(&values);
+    let per_unit = median(&values);
     let range = values.last().unwrap_or(&0.0) - values.first().unwrap_or(&0.0);
     Cell {
-        ns_per_unit,
-        spread: if ns_per_unit > 0.0 { range / ns_per_unit } else { 0.0 },
+        per_unit,
+        spread: if per_unit > 0.0 { range / per_unit } else { 0.0 },
         ratio: None,
         samples: values,
         result: results.into_iter().collect::<Vec<_>>().join("|"),
@@ -172,7 +175,7 @@ impl Row {
     fn over_qemu(&self) -> Option<f64> {
         let time = |prefix: &str| {
             let engines = self.cells.iter().filter(|(engine, _)| engine.starts_with(prefix));
-            engines.map(|(_, cell)| cell.ns_per_unit).min_by(f64::total_cmp).filter(|time| *time > 0.0)
+            engines.map(|(_, cell)| cell.per_unit).min_by(f64::total_cmp).filter(|time| *time > 0.0)
         };
         (self.class == "disk").then(|| Some(time("paravane")? / time("qemu-")?)).flatten()
     }
@@ -229,8 +232,9 @@ impl Report {
             None => "-".to_owned(),
             Some(cell) if !cell.measured() => "not offered".to_owned(),
             Some(cell) => match cell.ratio.filter(|_| engine != NATIVE) {
-                Some(ratio) => format!("{} ({ratio:.1})", duration(cell.ns_per_unit)),
-                None => duration(cell.ns_per_unit),
+                Some(ratio) => format!("{} ({ratio:.1})", duration(cell.per_unit)),
+                None if row.counts == "bytes" => format!("{:.1} MiB", cell.per_unit / f64::from(1 << 20)),
+                None => duration(cell.per_unit),
             },
         });
         [row.name.clone(), row.class.clone()].into_iter().chain(cells).collect()
@@ -303,8 +307,8 @@ pub fn insert(document: &str, table: &str) -> String {
 mod tests {
     use super::*;
 
-    fn sample(name: &str, cpu_ns: u64, result: &str) -> Sample {
-        Sample { name: name.into(), units: 2, result: result.into(), cpu_ns }
+    fn sample(name: &str, cost: u64, result: &str) -> Sample {
+        Sample { name: name.into(), units: 2, result: result.into(), cost }
     }
 
     #[test]
@@ -318,7 +322,7 @@ mod tests {
         measured.add("qemu-max", vec![sample("sort", 840, "1"), sample("hash", 900, "3")]);
         let report = measured.report(vec!["native".into(), "qemu-max".into()], BTreeMap::new(), Vec::new());
         let sort = &report.rows[0].cells["qemu-max"];
-        assert_eq!((sort.ns_per_unit, sort.ratio), (420.0, Some(4.0)));
+        assert_eq!((sort.per_unit, sort.ratio), (420.0, Some(4.0)));
         let mean = report.classes[0].ratios["qemu-max"];
         assert!((mean - 6.0).abs() < 1e-9, "{mean}");
         assert_eq!(report.disk_over_qemu, None);

@@ -100,7 +100,8 @@ pub fn bring(refresh: bool) -> Outcome<Manifest> {
     Ok(manifest)
 }
 
-fn package(name: &str, refresh: bool) -> Outcome<PathBuf> {
+/// The content of a Debian package, brought if it is not there.
+pub fn package(name: &str, refresh: bool) -> Outcome<PathBuf> {
     let archive = packages::archive(name, &folder().join("downloads"), refresh)?;
     packages::unpacked(&archive, &folder().join("unpacked"))
 }
