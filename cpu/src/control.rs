@@ -260,7 +260,11 @@ pub(crate) fn load_task_register(ex: &mut Exec<'_>, selector: u16) -> Result<(),
         return Err(Fault::with_code(Vector::NP, u32::from(selector & !3)));
     }
     d.raw |= 2 << 40;
-    ex.sys_store(d.at.wrapping_add(5), 1, d.raw >> 40 & 0xFF)?;
+    let before = ex.sys_update(d.at.wrapping_add(5), 1, &mut |access| access | 2)?;
+    if before & 2 != 0 {
+        // Another processor took it since.
+        return Err(Fault::gp(selector));
+    }
     ex.cpu.tr = d.segment();
     Ok(())
 }

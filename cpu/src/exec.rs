@@ -147,7 +147,7 @@ impl Exec<'_> {
         self.pieces(lin, size, Access::Write, self.privilege()).map(|_| ())
     }
 
-    /// Read-modify-write; atomic when `locked` and aligned. Returns the old value.
+    /// Read-modify-write, atomic if `locked` (see [`Self::rmw_linear`]). Returns the old value. `f` may be called several times.
     pub fn rmw(
         &mut self,
         seg: SegReg,
@@ -158,7 +158,20 @@ impl Exec<'_> {
     ) -> Result<u64, Fault> {
         let lin = self.linear(seg, offset, size, true)?;
         self.watch(lin, size, true)?;
-        let privilege = self.privilege();
+        self.rmw_linear(lin, size, self.privilege(), locked, f)
+    }
+
+    /// Read-modify-write at a linear address. If `locked`, one locked access of the host, so that it is atomic towards all
+    /// processors and devices at any alignment. Only an operand on two pages that do not follow each other in the host's memory
+    /// takes two accesses: then it is atomic towards other locked accesses to such operands.
+    fn rmw_linear(
+        &mut self,
+        lin: LinAddr,
+        size: usize,
+        privilege: Privilege,
+        locked: bool,
+        f: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, Fault> {
         let in_page = lin.0 & (PAGE_SIZE - 1);
         if in_page + size as u64 <= PAGE_SIZE {
             let entry = self.tlb.lookup(self.cpu, self.mem, lin, Access::Write, privilege)?;
@@ -167,8 +180,35 @@ impl Exec<'_> {
                 self.observe(lin, &entry, size, true);
                 return Ok(self.rmw_ram(at, size, locked, f));
             }
+            return self.rmw_in_pieces(lin, size, privilege, f);
         }
-        self.pieces(lin, size, Access::Write, privilege)?;
+        let pieces = self.pieces(lin, size, Access::Write, privilege)?;
+        if !locked {
+            return self.rmw_in_pieces(lin, size, privilege, f);
+        }
+        if let [Some(first), Some(second)] = pieces
+            && let (Some(at), Some(next)) = (first.entry.ram(first.in_page), second.entry.ram(0))
+            && next.0 == at.0 + first.len as u64
+        {
+            let rest = self.wrap(lin.0.wrapping_add(first.len as u64));
+            for write in [false, true] {
+                self.observe(lin, &first.entry, first.len, write);
+                self.observe(rest, &second.entry, second.len, write);
+            }
+            return Ok(self.rmw_ram(at, size, true, f));
+        }
+        let mem = self.mem;
+        mem.exclusive(|| self.rmw_in_pieces(lin, size, privilege, f))
+    }
+
+    /// Loads, then stores. What may fault was tried before, or is the first thing here.
+    fn rmw_in_pieces(
+        &mut self,
+        lin: LinAddr,
+        size: usize,
+        privilege: Privilege,
+        f: &mut dyn FnMut(u64) -> u64,
+    ) -> Result<u64, Fault> {
         let old = self.load_linear(lin, size, privilege)?;
         self.store_linear(lin, size, f(old), privilege)?;
         Ok(old)
@@ -177,7 +217,7 @@ impl Exec<'_> {
     #[inline]
     fn rmw_ram(&mut self, at: RamOffset, size: usize, locked: bool, f: &mut dyn FnMut(u64) -> u64) -> u64 {
         let mut old = self.mem.ram_load(at, size);
-        if locked && at.0 & (size as u64 - 1) == 0 {
+        if locked {
             while let Err(now) = self.mem.ram_compare_exchange(at, size, old, f(old)) {
                 old = now;
             }
@@ -188,19 +228,45 @@ impl Exec<'_> {
         old
     }
 
-    /// CMPXCHG16B on an aligned operand: stores what `f` returns, or the old value back.
+    /// CMPXCHG16B on an aligned operand, always atomic: stores what `f` returns, or the old value back.
     pub fn rmw16b(
         &mut self,
         seg: SegReg,
         offset: u64,
         f: &mut dyn FnMut(u128) -> Option<u128>,
     ) -> Result<u128, Fault> {
-        self.probe_write(seg, offset, 16)?;
+        let lin = self.linear(seg, offset, 16, true)?;
+        let entry = self.tlb.lookup(self.cpu, self.mem, lin, Access::Write, self.privilege())?;
+        let Some(at) = entry.ram(lin.0 & (PAGE_SIZE - 1)) else {
+            return self.rmw16b_elsewhere(seg, offset, f);
+        };
+        if self.cpu.dr[7] & 0xFF != 0 {
+            self.debug_hits |= debug::data_hits(self.cpu, lin, 16, true);
+        }
+        self.observe(lin, &entry, 16, false);
+        self.observe(lin, &entry, 16, true);
+        let mut buf = [0; 16];
+        self.mem.ram_read(at, &mut buf);
+        let mut old = u128::from_le_bytes(buf);
+        while let Err(now) = self.mem.ram_compare_exchange_16(at, old, f(old).unwrap_or(old)) {
+            old = now;
+        }
+        self.mem.wrote(at, 16);
+        Ok(old)
+    }
+
+    /// [`Self::rmw16b`] where there is no RAM.
+    #[cold]
+    fn rmw16b_elsewhere(
+        &mut self,
+        seg: SegReg,
+        offset: u64,
+        f: &mut dyn FnMut(u128) -> Option<u128>,
+    ) -> Result<u128, Fault> {
         let mut buf = [0; 16];
         self.load_bytes(seg, offset, &mut buf)?;
         let old = u128::from_le_bytes(buf);
-        let new = f(old).unwrap_or(old);
-        self.store_bytes(seg, offset, &new.to_le_bytes())?;
+        self.store_bytes(seg, offset, &f(old).unwrap_or(old).to_le_bytes())?;
         Ok(old)
     }
 
@@ -311,6 +377,11 @@ impl Exec<'_> {
     /// Stores on the processor's own behalf.
     pub fn sys_store(&mut self, lin: u64, size: usize, value: u64) -> Result<(), Fault> {
         self.store_linear(self.wrap(lin), size, value, Privilege::Implicit)
+    }
+
+    /// Locked read-modify-write on the processor's own behalf (descriptors' accessed and busy bits).
+    pub fn sys_update(&mut self, lin: u64, size: usize, f: &mut dyn FnMut(u64) -> u64) -> Result<u64, Fault> {
+        self.rmw_linear(self.wrap(lin), size, Privilege::Implicit, true, f)
     }
 
     /// Faults as [`Self::sys_load`] or [`Self::sys_store`] of `len` bytes would.

@@ -47,7 +47,6 @@ impl Interpreter {
         if now & Attention::CODE_WRITTEN != 0 {
             self.core.attention().take(Attention::CODE_WRITTEN);
             // Decoded instructions are checked at every use: nothing to drop.
-            mem.take_code_writes();
         }
         if now & Attention::INTERRUPT != 0 && cpu.rflags & flags::IF == 0 {
             self.core.attention().take(Attention::INTERRUPT);

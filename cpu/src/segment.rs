@@ -182,7 +182,7 @@ pub(crate) fn peek(ex: &mut Exec<'_>, selector: u16) -> Result<Option<Descriptor
 pub(crate) fn touch(ex: &mut Exec<'_>, d: &mut Descriptor) -> Result<(), Fault> {
     if d.raw & 1 << 40 == 0 {
         d.raw |= 1 << 40;
-        ex.sys_store(d.at.wrapping_add(5), 1, d.raw >> 40 & 0xFF)?;
+        ex.sys_update(d.at.wrapping_add(5), 1, &mut |access| access | 1)?;
     }
     Ok(())
 }

@@ -121,8 +121,7 @@ fn target(ex: &mut Exec<'_>, selector: u16, reason: Reason) -> Result<Descriptor
 
 fn set_busy(ex: &mut Exec<'_>, selector: u16, busy: bool) -> Result<(), Fault> {
     let at = ex.cpu.gdtr.base.wrapping_add(u64::from(selector & !7) + 5);
-    let byte = ex.sys_load(at, 1)?;
-    ex.sys_store(at, 1, if busy { byte | 2 } else { byte & !2 })
+    ex.sys_update(at, 1, &mut |access| if busy { access | 2 } else { access & !2 }).map(|_| ())
 }
 
 fn read(ex: &mut Exec<'_>, tss: &Segment, f: &Format) -> Result<Image, Fault> {

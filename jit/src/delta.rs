@@ -16,7 +16,8 @@
 //! space and go at every switch. What is global may be filled into the views of several spaces.
 
 use crate::large::{Extent, LargePages};
-use crate::tables::{ENTRIES, TableMemory};
+use crate::spaces;
+use crate::tables::{self, ENTRIES, TableMemory};
 use std::io;
 use std::ops::Range;
 
@@ -104,13 +105,24 @@ pub(crate) struct DeltaTables {
 }
 
 impl DeltaTables {
-    /// Reserves address space for `spaces` spaces, or for fewer if the host allows no more; no memory yet.
-    pub(crate) fn new(spaces: usize) -> io::Result<DeltaTables> {
+    /// Tables for one of `vcpus` translators in this process; no memory yet.
+    pub(crate) fn for_one_of(vcpus: usize) -> io::Result<DeltaTables> {
+        DeltaTables::new(spaces::slots(vcpus), tables::share_of_mappings(vcpus))
+    }
+
+    /// Reserves address space for `spaces` spaces, or for fewer if the host allows no more; `pages` of it may be in use.
+    fn new(spaces: usize, pages: usize) -> io::Result<DeltaTables> {
         let mut n = spaces as u64;
         let memory = loop {
-            match TableMemory::new(SHARED + n * PER_SPACE) {
+            match TableMemory::new(SHARED + n * PER_SPACE, pages) {
                 Ok(memory) => break memory,
-                Err(e) if n <= 1 => return Err(e),
+                Err(_) if n <= 1 => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::OutOfMemory,
+                        "the translator needs 3 TiB of address space for each processor, which this host does not give \
+                         (ulimit -v); use --engine interp",
+                    ));
+                }
                 Err(_) => n /= 2,
             }
         };
@@ -272,7 +284,7 @@ mod tests {
     use super::*;
 
     fn tables() -> DeltaTables {
-        DeltaTables::new(3).expect("reservation")
+        DeltaTables::new(3, 1000).expect("reservation")
     }
 
     /// What translated code computes for `ea`; the entry must have been filled before.
@@ -402,7 +414,7 @@ mod tests {
     #[test]
     fn a_host_without_room_for_all_spaces_gives_fewer() {
         // 1000 spaces need 2001 TiB; a process has 128.
-        let t = DeltaTables::new(1000).expect("reservation");
+        let t = DeltaTables::new(1000, 1000).expect("reservation");
         assert!((1..64).contains(&t.spaces()));
     }
 

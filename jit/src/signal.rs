@@ -9,7 +9,7 @@
 //!
 //! What a callback may rely on:
 //! * It runs on the alternate stack, so the interrupted RSP may hold anything. Every thread whose code
-//!   changes RSP must own a [`SignalStack`]; the standard library's small one serves the others.
+//!   changes RSP must have called [`prepare_thread`]; the standard library's small stack serves the others.
 //! * The kernel has saved x87, SSE and AVX state in the frame (see [`FaultContext::xsave_area`]) and cleared DF
 //!   and TF; the entry stub clears AC. MXCSR and the x87 control word have their defaults, so Rust code may run.
 //! * It must be async-signal-safe: no allocation, no lock, no panic. FS must hold the host's thread pointer.
@@ -18,7 +18,7 @@
 //! Invariants the `unsafe` blocks rely on: hooks form a per-thread stack of nodes that live in
 //! [`FaultScope`]s borrowed for as long as they are registered; `PREVIOUS` is written once, before any handler can run.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
@@ -43,6 +43,18 @@ struct Node {
 thread_local! {
     /// The innermost hook. Constant-initialised and without destructor: reading it in a handler is a plain load.
     static HOOK: Cell<*const Node> = const { Cell::new(std::ptr::null()) };
+    /// What [`prepare_thread`] made.
+    static STACK: RefCell<Option<SignalStack>> = const { RefCell::new(None) };
+}
+
+/// Gives the calling thread an alternate stack for as long as it lives, unless it has one.
+pub fn prepare_thread() -> std::io::Result<()> {
+    STACK.with_borrow_mut(|stack| {
+        if stack.is_none() {
+            *stack = Some(SignalStack::new()?);
+        }
+        Ok(())
+    })
 }
 
 /// Registers of the interrupted code, changeable.

@@ -2,7 +2,15 @@
 //! it holds. The one unused for longest gives way.
 
 /// Slots there are at most. Linux uses PCIDs 0 to 6.
-pub(crate) const SPACES: usize = 8;
+const SPACES: usize = 8;
+/// TiB of address space that all translators of a process may reserve; the host has 128.
+const RESERVED: usize = 112;
+
+/// Slots that each of `vcpus` translators in a process should have.
+pub(crate) fn slots(vcpus: usize) -> usize {
+    let (shared, each) = (1, 2);
+    ((RESERVED / vcpus.max(1)).saturating_sub(shared) / each).clamp(1, SPACES)
+}
 
 /// A slot: what is in its tables and lists belongs to `tag`, or is nothing.
 #[derive(Clone, Copy, Default)]
@@ -74,6 +82,12 @@ mod tests {
         assert_eq!(to(7), Switch { to: c.to, replaced: false });
         assert_eq!((s.find(6), s.find(8)), (None, Some(b.to)));
         assert!(s.is_current(7) && !s.is_current(8));
+    }
+
+    #[test]
+    fn all_translators_fit_into_the_hosts_address_space() {
+        assert_eq!([1, 4, 6, 8, 16, 31].map(slots), [8, 8, 8, 6, 3, 1]);
+        assert!((1..=31).all(|n| n * (1 + 2 * slots(n)) <= RESERVED));
     }
 
     #[test]

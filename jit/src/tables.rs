@@ -17,28 +17,34 @@ const TABLE_BYTES: u64 = ENTRIES * 8;
 const GUARD_BYTES: u64 = 1 << 16;
 /// Entries on one page of a table.
 const PAGE_ENTRIES: u64 = 512;
-/// Table pages accessible at a time before all are dropped (bounds host memory and mappings).
+/// Table pages that one translator may have accessible at a time (48 MiB).
 const MAX_READY: usize = 12_288;
+/// The same for all of a process. Each page may take two of the mappings that the host allows (vm.max_map_count, 65,530).
+const ALL_READY: usize = 24_576;
+
+/// How many pages each of `vcpus` translators in a process may have accessible.
+pub(crate) fn share_of_mappings(vcpus: usize) -> usize {
+    (ALL_READY / vcpus.max(1)).min(MAX_READY)
+}
 
 /// A set of page numbers in memory that was allocated before: the host-fault path must not allocate.
 struct PageSet {
-    /// Open addressing; page number + 1, or 0.
+    /// Open addressing; page number + 1, or 0. A power of two.
     slots: Box<[u64]>,
 }
 
 impl PageSet {
-    const SLOTS: usize = (2 * MAX_READY).next_power_of_two();
-
-    fn new() -> PageSet {
-        PageSet { slots: vec![0; PageSet::SLOTS].into() }
+    fn new(members: usize) -> PageSet {
+        PageSet { slots: vec![0; (2 * members).next_power_of_two()].into() }
     }
 
     /// The slot that holds `page`, or where it belongs.
     #[inline]
     fn slot(&self, page: u64) -> usize {
-        let mut at = (page.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as usize % PageSet::SLOTS;
+        let mask = self.slots.len() - 1;
+        let mut at = (page.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as usize & mask;
         while self.slots[at] != 0 && self.slots[at] != page + 1 {
-            at = (at + 1) % PageSet::SLOTS;
+            at = (at + 1) & mask;
         }
         at
     }
@@ -61,6 +67,8 @@ pub(crate) struct TableMemory {
     guard: u64,
     ready: PageSet,
     touched: Vec<u64>,
+    /// Pages ready before all are dropped (bounds host memory and mappings).
+    max_ready: usize,
     /// Pages initialized since start.
     pub(crate) initialized: u64,
 }
@@ -86,8 +94,8 @@ fn reserve(at: Option<*mut u8>, len: u64) -> io::Result<*mut u8> {
 }
 
 impl TableMemory {
-    /// Reserves address space for `count` tables; no memory yet.
-    pub(crate) fn new(count: u64) -> io::Result<TableMemory> {
+    /// Reserves address space for `count` tables, of which up to `max_ready` pages are accessible at a time; no memory yet.
+    pub(crate) fn new(count: u64, max_ready: usize) -> io::Result<TableMemory> {
         let guard = reserve(None, GUARD_BYTES)? as u64;
         let base = reserve(None, count * TABLE_BYTES).inspect_err(|_| {
             // SAFETY: the reservation made just now.
@@ -97,8 +105,9 @@ impl TableMemory {
             base,
             count,
             guard,
-            ready: PageSet::new(),
-            touched: Vec::with_capacity(MAX_READY),
+            ready: PageSet::new(max_ready),
+            touched: Vec::with_capacity(max_ready),
+            max_ready,
             initialized: 0,
         })
     }
@@ -138,19 +147,28 @@ impl TableMemory {
         if self.ready.contains(page) {
             return false;
         }
-        let full = self.touched.len() >= MAX_READY;
+        let mut full = self.touched.len() >= self.max_ready;
         if full {
             self.drop_all();
         }
-        let at = self.pointer(page * PAGE_ENTRIES);
-        // SAFETY: one page of our own reservation.
-        let rc = unsafe { libc::mprotect(at.cast(), 4096, libc::PROT_READ | libc::PROT_WRITE) };
-        assert_eq!(rc, 0, "delta table page: {}", io::Error::last_os_error());
+        if !self.open(page) {
+            // Others use up the host's mappings: do with what our own were.
+            full = true;
+            self.drop_all();
+            assert!(self.open(page), "delta table page: {}", io::Error::last_os_error());
+        }
         self.ready.insert(page);
         self.touched.push(page);
         self.initialized += 1;
         self.fill_poison(page);
         full
+    }
+
+    /// Makes a page accessible, if the host has a mapping to spare.
+    fn open(&mut self, page: u64) -> bool {
+        let at = self.pointer(page * PAGE_ENTRIES);
+        // SAFETY: one page of our own reservation.
+        unsafe { libc::mprotect(at.cast(), 4096, libc::PROT_READ | libc::PROT_WRITE) == 0 }
     }
 
     /// Gives all memory back.
@@ -244,7 +262,7 @@ mod tests {
 
     #[test]
     fn cells_are_poison_until_written_and_after_they_are_cleared() {
-        let mut t = TableMemory::new(3).expect("reservation");
+        let mut t = TableMemory::new(3, 10).expect("reservation");
         let cell = 2 * ENTRIES + 5;
         assert_eq!(t.read(cell), None);
         assert!(!t.write(cell, 0x1000));
@@ -257,7 +275,7 @@ mod tests {
 
     #[test]
     fn the_memory_in_use_is_bounded() {
-        let mut t = TableMemory::new(2).expect("reservation");
+        let mut t = TableMemory::new(2, MAX_READY).expect("reservation");
         let mut dropped = 0;
         for page in 0..2 * MAX_READY as u64 + 10 {
             dropped += u32::from(t.write(page * PAGE_ENTRIES * 77 % ENTRIES, 0));

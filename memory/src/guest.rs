@@ -2,16 +2,12 @@
 
 use crate::addr::{PAGE_SHIFT, PAGE_SIZE, PhysAddr, PhysPage, RamOffset};
 use crate::backing::Backing;
+use crate::claims::{Claims, CodeWatcher, Pages};
 use crate::layout::{Layout, Mapped, OverlayId};
 use std::fmt;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, RwLock};
-
-/// The page holds bytes from which code was translated.
-const FLAG_CODE: u8 = 1;
-/// The page was written since the dirty log was last taken.
-const FLAG_DIRTY: u8 = 2;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
 
 /// Backing bytes kept for ROMs and overlay pages.
 const OVERLAY_STORAGE: u64 = 64 << 20;
@@ -57,24 +53,17 @@ impl fmt::Display for MemoryError {
 
 impl std::error::Error for MemoryError {}
 
-/// Told when a write that bypassed the processors hit a page with translated code.
-pub trait CodeWatcher: Send + Sync {
-    /// Pages are waiting in [`GuestMemory::take_code_writes`]; called on the writer's thread.
-    fn code_written(&self);
-}
-
 struct Inner {
     backing: Backing,
-    flags: Box<[AtomicU8]>,
+    pages: Pages,
     layout: RwLock<Layout>,
     /// The layout without ROM and overlays, and whether that is all there is: processors walk page tables here.
     plain: Layout,
     is_plain: AtomicBool,
     generation: AtomicU64,
     overlay_next: Mutex<u64>,
-    code_writes: Mutex<Vec<RamOffset>>,
-    code_writes_pending: AtomicBool,
-    watcher: OnceLock<Box<dyn CodeWatcher>>,
+    /// Held by locked operations on memory that no single host instruction reaches.
+    apart: Mutex<()>,
     ram: u64,
 }
 
@@ -92,24 +81,25 @@ impl GuestMemory {
             .checked_add(OVERLAY_STORAGE)
             .ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let backing = Backing::new(total)?;
-        let flags = (0..total >> PAGE_SHIFT).map(|_| AtomicU8::new(0)).collect();
         Ok(GuestMemory(Arc::new(Inner {
             backing,
-            flags,
+            pages: Pages::new(total >> PAGE_SHIFT),
             plain: layout.clone(),
             is_plain: AtomicBool::new(true),
             layout: RwLock::new(layout),
             generation: AtomicU64::new(0),
             overlay_next: Mutex::new(pages << PAGE_SHIFT),
-            code_writes: Mutex::new(Vec::new()),
-            code_writes_pending: AtomicBool::new(false),
-            watcher: OnceLock::new(),
+            apart: Mutex::new(()),
             ram: pages << PAGE_SHIFT,
         })))
     }
 
     pub(crate) fn backing(&self) -> &Backing {
         &self.0.backing
+    }
+
+    pub(crate) fn pages(&self) -> &Pages {
+        &self.0.pages
     }
 
     /// Bytes of RAM.
@@ -241,31 +231,36 @@ impl GuestMemory {
         })
     }
 
-    /// Reads a little-endian integer of `N` bytes.
-    fn read_le<const N: usize>(&self, at: PhysAddr) -> Result<[u8; N], MemoryError> {
-        let mut b = [0; N];
-        self.read(at, &mut b)?;
-        Ok(b)
+    /// Reads a little-endian integer of `N` bytes, in one access where it lies in one page.
+    fn read_le<const N: usize>(&self, at: PhysAddr) -> Result<u64, MemoryError> {
+        if at.page_offset() + N as u64 <= PAGE_SIZE
+            && let Mapped::Ram(page) | Mapped::Rom(page) = self.resolve(at.page())
+        {
+            return Ok(self.ram_load(RamOffset(page.0 + at.page_offset()), N));
+        }
+        let mut b = [0; 8];
+        self.read(at, &mut b[..N])?;
+        Ok(u64::from_le_bytes(b))
     }
 
     /// Reads a little-endian `u8`.
     pub fn read_u8(&self, at: PhysAddr) -> Result<u8, MemoryError> {
-        self.read_le(at).map(u8::from_le_bytes)
+        self.read_le::<1>(at).map(|v| v as u8)
     }
 
     /// Reads a little-endian `u16`.
     pub fn read_u16(&self, at: PhysAddr) -> Result<u16, MemoryError> {
-        self.read_le(at).map(u16::from_le_bytes)
+        self.read_le::<2>(at).map(|v| v as u16)
     }
 
     /// Reads a little-endian `u32`.
     pub fn read_u32(&self, at: PhysAddr) -> Result<u32, MemoryError> {
-        self.read_le(at).map(u32::from_le_bytes)
+        self.read_le::<4>(at).map(|v| v as u32)
     }
 
     /// Reads a little-endian `u64`.
     pub fn read_u64(&self, at: PhysAddr) -> Result<u64, MemoryError> {
-        self.read_le(at).map(u64::from_le_bytes)
+        self.read_le::<8>(at)
     }
 
     // ---- the processors' own access, by backing offset --------------------------------------------------
@@ -314,90 +309,50 @@ impl GuestMemory {
         self.0.backing.fill(at, byte, len);
     }
 
-    /// Atomic compare-exchange of an aligned cell of 1, 2, 4 or 8 bytes; `Err` holds what was there.
+    /// Atomic compare-exchange of 1, 2, 4 or 8 bytes anywhere, also across lines and pages; `Err` holds what was there.
     #[inline]
     pub fn ram_compare_exchange(&self, at: RamOffset, size: usize, old: u64, new: u64) -> Result<u64, u64> {
         self.0.backing.compare_exchange(at, size, old, new)
     }
 
+    /// Atomic compare-exchange of 16 bytes; `at` is a multiple of 16.
+    pub fn ram_compare_exchange_16(&self, at: RamOffset, old: u128, new: u128) -> Result<u128, u128> {
+        self.0.backing.compare_exchange_16(at, old, new)
+    }
+
+    /// Runs `operation` while no other such operation runs: a locked access to two places.
+    pub fn exclusive<R>(&self, operation: impl FnOnce() -> R) -> R {
+        let _alone = self.0.apart.lock().expect("locked operations");
+        operation()
+    }
+
     // ---- who wrote where --------------------------------------------------------------------------------
 
-    /// Marks the pages of `len` bytes at `at` dirty and queues those with translated code for invalidation.
+    /// Tells of a store of `len` bytes at `at`, after it: marks pages dirty and leaves notices with translators that have code
+    /// of them. A full barrier.
     #[inline]
     pub fn wrote(&self, at: RamOffset, len: u64) {
-        if len == 0 {
-            return;
-        }
-        for page in (at.0 >> PAGE_SHIFT)..=((at.0 + len - 1) >> PAGE_SHIFT) {
-            let flag = &self.0.flags[page as usize];
-            let seen = flag.load(Ordering::Relaxed);
-            if seen & FLAG_DIRTY == 0 {
-                flag.fetch_or(FLAG_DIRTY, Ordering::Relaxed);
-            }
-            if seen & FLAG_CODE != 0 {
-                self.queue_code_write(RamOffset(page << PAGE_SHIFT));
-            }
+        if len > 0 {
+            self.0.pages.wrote(at, len);
         }
     }
 
-    #[cold]
-    fn queue_code_write(&self, page: RamOffset) {
-        let mut queue = self.0.code_writes.lock().expect("code write lock");
-        if queue.last() != Some(&page) {
-            queue.push(page);
-        }
-        self.0.code_writes_pending.store(true, Ordering::Release);
-        drop(queue);
-        if let Some(w) = self.0.watcher.get() {
-            w.code_written();
-        }
+    /// A place for one more translator; `None` if all are taken.
+    pub fn claims(&self, watcher: Box<dyn CodeWatcher>) -> Option<Claims> {
+        Claims::new(self, watcher)
     }
 
-    /// Sets who is told about code writes; may be set once.
-    pub fn set_code_watcher(&self, watcher: Box<dyn CodeWatcher>) {
-        let _already_set = self.0.watcher.set(watcher);
-    }
-
-    /// Whether [`Self::take_code_writes`] would return anything.
-    #[inline]
-    pub fn code_writes_pending(&self) -> bool {
-        self.0.code_writes_pending.load(Ordering::Acquire)
-    }
-
-    /// Backing offsets of pages with translated code that were written since the last call.
-    pub fn take_code_writes(&self) -> Vec<RamOffset> {
-        let mut queue = self.0.code_writes.lock().expect("code write lock");
-        self.0.code_writes_pending.store(false, Ordering::Release);
-        std::mem::take(&mut *queue)
-    }
-
-    /// Declares whether translated code came from the page holding `at`.
-    pub fn set_code(&self, at: RamOffset, has_code: bool) {
-        let flag = &self.0.flags[(at.0 >> PAGE_SHIFT) as usize];
-        if has_code {
-            flag.fetch_or(FLAG_CODE, Ordering::SeqCst);
-        } else {
-            flag.fetch_and(!FLAG_CODE, Ordering::SeqCst);
-        }
-    }
-
-    /// Whether translated code came from the page holding `at`.
+    /// Whether some translator has code of the page of `at`.
     #[inline]
     pub fn has_code(&self, at: RamOffset) -> bool {
-        self.0.flags[(at.0 >> PAGE_SHIFT) as usize].load(Ordering::SeqCst) & FLAG_CODE != 0
+        self.0.pages.has_code(at.0 >> PAGE_SHIFT)
     }
 
     /// Returns and clears the set of dirty RAM pages, as guest physical pages.
     pub fn take_dirty(&self) -> Vec<PhysPage> {
         let layout = self.0.layout.read().expect("layout lock");
-        let mut dirty = Vec::new();
-        for (i, flag) in self.0.flags.iter().enumerate() {
-            if flag.load(Ordering::Relaxed) & FLAG_DIRTY != 0 {
-                flag.fetch_and(!FLAG_DIRTY, Ordering::Relaxed);
-                dirty.extend(layout.page_of(RamOffset((i as u64) << PAGE_SHIFT)));
-            }
-        }
-        dirty
+        let dirty = self.0.pages.take_dirty();
+        dirty.filter_map(|page| layout.page_of(RamOffset(page << PAGE_SHIFT))).collect()
     }
 }
 
@@ -441,15 +396,6 @@ mod tests {
         assert_eq!(m.read_u8(PhysAddr(0xF000)), Ok(1));
         m.unmap(rom);
         assert_eq!(m.read_u8(PhysAddr(0xF000)), Ok(7));
-    }
-
-    #[test]
-    fn writes_to_code_pages_are_queued_once_each() {
-        let m = memory();
-        m.set_code(RamOffset(0x3000), true);
-        m.write(PhysAddr(0x2FFF), &[0; 2]).expect("RAM");
-        assert_eq!(m.take_code_writes(), vec![RamOffset(0x3000)]);
-        assert!(!m.code_writes_pending());
     }
 
     #[test]

@@ -185,7 +185,7 @@ fn not_memory(error: MemoryError) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{MemoryConfig, PhysPage};
+    use crate::{CodeWatcher, MemoryConfig, Notice, PhysPage};
     use std::os::unix::fs::FileExt;
     use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -198,6 +198,12 @@ mod tests {
         std::fs::remove_file(path).expect("its name");
         file.write_all_at(data, 0).expect("fill");
         file
+    }
+
+    struct Nobody;
+
+    impl CodeWatcher for Nobody {
+        fn code_written(&self) {}
     }
 
     fn memory() -> GuestMemory {
@@ -227,13 +233,14 @@ mod tests {
         let m = memory();
         m.write(PhysAddr(0x4000), &[9; 0x3000]).expect("RAM");
         m.map_rom(PhysPage(5), &[7; 4096]).expect("ROM");
-        m.set_code(RamOffset(0x4000), true);
+        let claims = m.claims(Box::new(Nobody)).expect("a slot");
+        assert!(claims.claim_code(RamOffset(0x4000)));
         let ranges = [(PhysAddr(0x4000), 0x3000)];
         m.read_from_file(&file(&[1; 0x2800]), 0, ranges.into_iter(), Patience::Wait).expect("read");
         let bytes =
             [0x4000, 0x4FFF, 0x5000, 0x6000, 0x67FF, 0x6800, 0x6FFF].map(|at| m.read_u8(PhysAddr(at)));
         assert_eq!(bytes, [1, 1, 7, 1, 1, 0, 0].map(Ok));
-        assert_eq!(m.take_code_writes(), [RamOffset(0x4000)]);
+        assert_eq!(claims.take_notices().collect::<Vec<_>>(), [Notice::Written(RamOffset(0x4000))]);
     }
 
     #[test]

@@ -157,8 +157,15 @@ impl GuestMemoryBackend for VmMemory {
 mod tests {
     use super::*;
     use crate::addr::PhysAddr;
+    use crate::claims::{CodeWatcher, Notice};
     use crate::guest::MemoryConfig;
     use vm_memory::Bytes;
+
+    struct Nobody;
+
+    impl CodeWatcher for Nobody {
+        fn code_written(&self) {}
+    }
 
     #[test]
     fn both_ram_ranges_are_there_and_the_hole_is_not() {
@@ -176,10 +183,12 @@ mod tests {
     fn stores_are_reported() {
         let m = GuestMemory::new(MemoryConfig { ram: 16 << 20, hole_start: 8 << 20 }).expect("memory");
         let vm = VmMemory::new(&m);
-        m.set_code(RamOffset((8 << 20) + 0x1000), true);
+        let claims = m.claims(Box::new(Nobody)).expect("a slot");
+        assert!(claims.claim_code(RamOffset((8 << 20) + 0x1000)));
         vm.write_slice(&[1; 8], GuestAddress((4 << 30) + 0xFFC)).expect("high RAM");
         vm.store(7u16, GuestAddress(0x3000), std::sync::atomic::Ordering::Release).expect("RAM");
-        assert_eq!(m.take_code_writes(), vec![RamOffset((8 << 20) + 0x1000)]);
+        let told: Vec<_> = claims.take_notices().collect();
+        assert_eq!(told, [Notice::Written(RamOffset((8 << 20) + 0x1000))]);
         assert_eq!(m.take_dirty().len(), 3);
     }
 }

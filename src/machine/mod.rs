@@ -35,7 +35,7 @@ use boot::Payload;
 use paravane_cpu::{CpuModel, CpuState, Engine};
 use paravane_devices::{ByteSink, Clock, Counters, TimerQueue, TscClock};
 use paravane_jit::JitOptions;
-use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig};
+use paravane_memory::{GuestMemory, MemoryConfig};
 use std::sync::Arc;
 
 /// The least RAM in which anything of ours starts.
@@ -115,15 +115,6 @@ pub struct Machine {
     single_blocks: bool,
 }
 
-/// Devices that write to translated code get the vCPU's attention.
-struct Watcher(Arc<Vcpu>);
-
-impl CodeWatcher for Watcher {
-    fn code_written(&self) {
-        self.0.notify(paravane_cpu::Attention::CODE_WRITTEN);
-    }
-}
-
 impl Machine {
     /// Builds the machine of `config`. Everything that can be refused is, before any image is opened.
     pub fn new(
@@ -140,7 +131,6 @@ impl Machine {
         let disks = storage::open(config)?;
         let (timers, counters, vcpu) = (TimerQueue::new(), Counters::default(), Arc::new(Vcpu::new()));
         lifecycle.watch(Arc::clone(&vcpu));
-        mem.set_code_watcher(Box::new(Watcher(Arc::clone(&vcpu))));
         let (counting, single_blocks) = (ends.count_instructions, ends.single_blocks);
         let wiring = Wiring {
             config,

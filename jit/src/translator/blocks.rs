@@ -68,9 +68,12 @@ impl Translator {
     }
 
     fn translate_block(&mut self, cpu: &CpuState, key: BlockKey, page: RamOffset) -> Option<BlockId> {
-        // The copy stays good while the page holds code: writes to it take the code away first.
-        if self.page_copied != Some(page) || !self.mem.has_code(page) {
-            self.protect(page);
+        // The copy stays good while the claim stands: writes to the page take it away.
+        if self.page_copied != Some(page) || !self.claims.has_code(page) {
+            self.page_copied = None;
+            if !self.protect(page) {
+                return None;
+            }
             self.mem.ram_read(page, &mut self.page_bytes[..]);
             self.page_copied = Some(page);
         }
@@ -83,7 +86,9 @@ impl Translator {
         if at > 4096 - 15 && !complete(&bytes[at..], key.mode) {
             let next_lin = key.mode.advance(key.mode.linear(key.address) & !0xFFF, 4096);
             let (next, slot) = self.fetch_page(cpu, next_lin)?;
-            self.protect(next);
+            if !self.protect(next) {
+                return None;
+            }
             let head = 4096 - at;
             joined[..head].copy_from_slice(&self.page_bytes[at..]);
             self.mem.ram_read(next, &mut joined[head..head + 15]);
@@ -212,7 +217,7 @@ impl Translator {
         for id in self.blocks.take_page(page) {
             self.retire(id);
         }
-        self.mem.set_code(RamOffset(page << PAGE_SHIFT), false);
+        self.claims.release_code(RamOffset(page << PAGE_SHIFT));
         self.core.invalidate_code(RamOffset(page << PAGE_SHIFT));
     }
 
@@ -220,7 +225,7 @@ impl Translator {
     pub(super) fn reset_cache(&mut self) {
         let pages: Vec<u64> = self.blocks.pages().collect();
         for p in pages {
-            self.mem.set_code(RamOffset(p << PAGE_SHIFT), false);
+            self.claims.release_code(RamOffset(p << PAGE_SHIFT));
         }
         self.blocks.clear();
         let (pages, cells) = self.code_pages();

@@ -1,13 +1,10 @@
 //! The debugger's plan in translated code. An armed address never gets a block and ends the blocks that lead to it, so that
 //! control comes back there; the pages around watched bytes stay poison in the views concerned, so that their accesses come to
 //! `Core`, which looks at each.
-//!
-//! Invariant this unsafe island relies on: that of `context` in [`super`].
 
 use super::Translator;
 use crate::block::{Block, BlockId, BlockKey};
 use crate::code_cache::CodeOffset;
-use crate::vectors;
 use paravane_cpu::{CpuBus, CpuState, DebugPlan, Exit, HostCode, Step};
 use paravane_memory::{Mapped, PAGE_SHIFT, PhysAddr, RamOffset};
 use std::collections::BTreeSet;
@@ -95,8 +92,7 @@ impl Translator {
         }
         self.follow_attention(self.attention.get());
         let step = self.offering_interrupts(|this| this.core.single_step(cpu, &this.mem, bus, interrupts));
-        // SAFETY: the context is valid.
-        unsafe { vectors::save(self.context, &mut cpu.fpu) };
+        self.end(cpu);
         match (self.core.take_hit(), step) {
             (_, Step::TripleFault) => Exit::TripleFault,
             (_, Step::Unsupported) => Exit::Unsupported,

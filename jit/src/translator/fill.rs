@@ -14,9 +14,10 @@ use crate::spaces::Switch;
 use crate::stubs::{JMP_BYTES, MissInfo};
 use iced_x86::{Instruction, OpAccess, Register};
 use paravane_cpu::{
-    Access, CpuState, Flushes, LinAddr, Privilege, SegReg, flags, inspect, operand_alignment, translate,
+    Access, Attention, CpuState, Flushes, LinAddr, Privilege, SegReg, flags, inspect, operand_alignment,
+    translate,
 };
-use paravane_memory::{Mapped, PAGE_SHIFT, RamOffset};
+use paravane_memory::{Mapped, Notice, PAGE_SHIFT, RamOffset};
 
 /// Which write-view entries show a RAM page: up to two linear pages (| 1), or [`MANY`].
 pub(super) type Writers = [u64; 2];
@@ -75,18 +76,20 @@ impl Translator {
         };
         let page = ea & !0xFFF;
         let delta = (self.mem.host_base() as u64 + ram.0).wrapping_sub(page);
-        let code = self.mem.has_code(ram);
         let (watch_reads, watch_writes) = self.core.watches_page(LinAddr(ea), t.phys);
         if (write && watch_writes) || (!write && watch_reads) {
             return false;
         }
-        if write && (rom || code || (soft && !t.writable)) {
-            self.stats.miss_code += u64::from(code);
-            self.stats.miss_soft += u64::from(soft);
+        if write && soft && !t.writable {
+            self.stats.miss_soft += 1;
             return false;
         }
-        if write || (t.writable && !rom && !code && !watch_writes) {
-            self.mem.wrote(ram, 1);
+        let writable = (write || t.writable) && !rom && !watch_writes && self.claims.claim_write(ram);
+        if write && !writable {
+            self.stats.miss_code += u64::from(!rom);
+            return false;
+        }
+        if writable {
             self.remember_writer(ram, page);
             self.delta.set(view, true, page, delta, t.global, t.page_shift);
         }
@@ -143,12 +146,17 @@ impl Translator {
         self.writers[n][0] = MANY;
     }
 
-    /// The page starts to hold translated code: no view may write it from now on.
-    pub(super) fn protect(&mut self, ram: RamOffset) {
-        if self.mem.has_code(ram) {
-            return;
-        }
-        self.mem.set_code(ram, true);
+    /// Makes the page one that holds translated code: no view writes it from now on. False while another vCPU's views may;
+    /// it was asked to give that up.
+    pub(super) fn protect(&mut self, ram: RamOffset) -> bool {
+        self.revoke(ram);
+        let claimed = self.claims.claim_code(ram);
+        self.stats.code_waits += u64::from(!claimed);
+        claimed
+    }
+
+    /// No view writes the page any more.
+    fn revoke(&mut self, ram: RamOffset) {
         let n = (ram.0 >> PAGE_SHIFT) as usize;
         let w = std::mem::take(&mut self.writers[n]);
         if w[0] == MANY {
@@ -158,6 +166,24 @@ impl Translator {
         for tag in w {
             if tag != 0 {
                 self.delta.revoke_write(tag & !1);
+            }
+        }
+    }
+
+    /// Does what writers of code, and other translators, ask for.
+    pub(super) fn obey_notices(&mut self) {
+        if !self.claims.has_notices() {
+            return;
+        }
+        self.attention.take(Attention::CODE_WRITTEN);
+        for notice in self.claims.take_notices() {
+            match notice {
+                Notice::Written(page) => self.invalidate_page(page),
+                Notice::Revoke(page) => {
+                    self.stats.revocations += 1;
+                    self.revoke(page);
+                    self.claims.release_write(page);
+                }
             }
         }
     }
@@ -238,11 +264,7 @@ impl Translator {
             self.apply_flushes(&f);
             self.flushes = f;
         }
-        if self.mem.code_writes_pending() {
-            for page in self.mem.take_code_writes() {
-                self.invalidate_page(page);
-            }
-        }
+        self.obey_notices();
         if self.layout_generation != self.mem.layout_generation() {
             self.layout_generation = self.mem.layout_generation();
             self.flush(false);

@@ -25,16 +25,16 @@ use crate::frontend::Frontend;
 use crate::host::HostVectorUnit;
 use crate::pages::CodePages;
 use crate::segments::CodeSegments;
-use crate::signal::{self, SignalStack};
-use crate::spaces::{SPACES, Spaces};
+use crate::signal;
+use crate::spaces::Spaces;
 use crate::stubs::{self, Stubs};
-use crate::vectors::{self, LiveVectors};
+use crate::vectors::LiveVectors;
 use fill::{Writers, miss_helper};
 use paravane_cpu::{
     Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Flushes, HostCode,
     PostMortem, Shadow, Step, flags,
 };
-use paravane_memory::{GuestMemory, PAGE_SHIFT, RamOffset, VpIndex};
+use paravane_memory::{Claims, CodeWatcher, GuestMemory, MAX_TRANSLATORS, PAGE_SHIFT, RamOffset, VpIndex};
 use stats::Stats;
 use std::io;
 use std::sync::Arc;
@@ -50,11 +50,29 @@ pub struct JitOptions {
     pub tsc_base: Option<u64>,
     /// Return from every block: for comparing engines block by block.
     pub single_blocks: bool,
+    /// Translators in this process, one for each vCPU: they share the host's address space and the number of mappings it
+    /// allows.
+    pub vcpus: usize,
 }
 
 impl Default for JitOptions {
     fn default() -> JitOptions {
-        JitOptions { code_cache: 64 << 20, count_instructions: false, tsc_base: None, single_blocks: false }
+        JitOptions {
+            code_cache: 64 << 20,
+            count_instructions: false,
+            tsc_base: None,
+            single_blocks: false,
+            vcpus: 1,
+        }
+    }
+}
+
+/// Gets the vCPU's attention for notices.
+struct Watcher(Attention);
+
+impl CodeWatcher for Watcher {
+    fn code_written(&self) {
+        self.0.set(Attention::CODE_WRITTEN);
     }
 }
 
@@ -63,6 +81,8 @@ pub struct Translator {
     core: Core,
     attention: Attention,
     mem: GuestMemory,
+    /// What this vCPU holds of it.
+    claims: Claims,
     cache: CodeCache,
     stubs: Stubs,
     delta: DeltaTables,
@@ -86,7 +106,6 @@ pub struct Translator {
     layout_generation: u64,
     /// The processor state while translated code runs; null otherwise.
     running: *mut CpuState,
-    signal_stack: Option<SignalStack>,
     /// The last exit was a host fault that an unaligned access to a poisoned page explains.
     poison_hit: bool,
     /// An interrupt was signalled but could not be taken yet.
@@ -121,13 +140,17 @@ impl Translator {
                 "the translator needs a host CPU with BMI2 and AVX; use --engine interp",
             ));
         }
+        let watcher = Box::new(Watcher(attention.clone()));
+        let claims = mem.claims(watcher).ok_or_else(|| {
+            io::Error::other(format!("the translator serves {MAX_TRANSLATORS} processors at most"))
+        })?;
         signal::install();
         let mut stack = ContextStack::new()?;
         let context = stack.context();
         let mut cache = CodeCache::new(options.code_cache.clamp(1 << 20, 1 << 30))?;
         let stubs = stubs::emit(&mut cache, miss_helper);
         let vectors = LiveVectors::new(context, HostVectorUnit::new()?);
-        let delta = DeltaTables::new(SPACES)?;
+        let delta = DeltaTables::for_one_of(options.vcpus)?;
         let pages = CodePages::new(cache.address(stubs.indirect), delta.spaces());
         let spaces = Spaces::new(delta.spaces());
         // SAFETY: freshly mapped zeroed memory of the right size and alignment; all-zero is a valid context.
@@ -136,6 +159,7 @@ impl Translator {
             core: Core::new(model.clone(), Box::new(vectors), attention.clone(), vp),
             attention,
             mem: mem.clone(),
+            claims,
             stubs,
             delta,
             _stack: stack,
@@ -154,7 +178,6 @@ impl Translator {
             interpreted: vec![0; iced_x86::Mnemonic::values().len()].into(),
             layout_generation: mem.layout_generation(),
             running: std::ptr::null_mut(),
-            signal_stack: None,
             poison_hit: false,
             interrupt_pending: false,
             nmi_pending: false,
@@ -230,8 +253,7 @@ impl Engine for Translator {
                 break Exit::Budget;
             }
         };
-        // SAFETY: the context is valid.
-        unsafe { vectors::save(self.context, &mut cpu.fpu) };
+        self.end(cpu);
         exit
     }
 

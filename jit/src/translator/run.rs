@@ -11,7 +11,7 @@ use crate::block::Mode;
 use crate::context::{JitContext, Reason};
 use crate::delta::View;
 use crate::segments::{self, Bounds, CodeSegment, CodeSegments};
-use crate::signal::{FaultContext, FaultScope, SignalStack};
+use crate::signal::{self, FaultContext, FaultScope};
 use crate::vectors;
 use paravane_cpu::{
     Attention, CpuBus, CpuState, Exit, SegReg, Segment, Shadow, Step, attr, cr0, cr4, efer, flags, gpr,
@@ -46,16 +46,24 @@ unsafe fn fault_callback(data: *mut (), fault: &mut FaultContext) -> bool {
 }
 
 impl Translator {
+    /// From now on translated code may run, on this thread; [`Self::end`] ends that.
     pub(super) fn begin(&mut self, cpu: &CpuState) -> io::Result<()> {
-        if self.signal_stack.is_none() {
-            self.signal_stack = Some(SignalStack::new()?);
-        }
+        signal::prepare_thread()?;
+        self.claims.enter();
+        self.obey_notices();
         let attention = self.attention.cell().as_ptr() as u64;
         self.context().attention = attention;
         self.switch_space(cpu.pcid());
         // SAFETY: the context is valid.
         unsafe { vectors::load(self.context, &cpu.fpu) };
         Ok(())
+    }
+
+    /// The state is all in `cpu` again, and what this vCPU holds may be taken from it.
+    pub(super) fn end(&mut self, cpu: &mut CpuState) {
+        // SAFETY: the context is valid.
+        unsafe { vectors::save(self.context, &mut cpu.fpu) };
+        self.claims.leave();
     }
 
     /// One instruction by the interpreter core.

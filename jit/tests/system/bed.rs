@@ -14,7 +14,7 @@ use paravane_cpu::{
     Interpreter, PostMortem, SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
 };
 use paravane_jit::{HostVectorUnit, JitOptions, Translator};
-use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig, PhysAddr, VpIndex};
+use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, VpIndex};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -133,14 +133,6 @@ pub struct Taken {
     pub ss: u64,
 }
 
-struct Watcher(Attention);
-
-impl CodeWatcher for Watcher {
-    fn code_written(&self) {
-        self.0.set(Attention::CODE_WRITTEN);
-    }
-}
-
 /// Where a test starts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Start {
@@ -182,7 +174,6 @@ impl Bed {
     pub fn new(start: Start, translated: bool) -> Bed {
         let mem = GuestMemory::new(MemoryConfig::pc(32 << 20)).expect("memory");
         let attention = Attention::default();
-        mem.set_code_watcher(Box::new(Watcher(attention.clone())));
         let model = model_by_name("max", &HostFeatures::detect()).expect("max");
         let engine: Box<dyn Engine> = if translated {
             let options = JitOptions { code_cache: 4 << 20, ..JitOptions::default() };

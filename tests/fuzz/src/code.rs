@@ -15,7 +15,7 @@ use paravane_cpu::{
     SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
 };
 use paravane_jit::{HostVectorUnit, JitOptions, Translator};
-use paravane_memory::{CodeWatcher, GuestMemory, MemoryConfig, PhysAddr, VpIndex};
+use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, VpIndex};
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -75,14 +75,6 @@ const MODES: [Mode; 8] = [
     Mode::Long,
 ];
 
-struct Watcher(Attention);
-
-impl CodeWatcher for Watcher {
-    fn code_written(&self) {
-        self.0.set(Attention::CODE_WRITTEN);
-    }
-}
-
 /// An engine with its memory, kept from input to input: making one costs more than running one.
 struct Side {
     memory: GuestMemory,
@@ -96,7 +88,6 @@ impl Side {
     fn new(translated: bool) -> Side {
         let memory = GuestMemory::new(MemoryConfig::pc(RAM)).expect("guest memory");
         let attention = Attention::default();
-        memory.set_code_watcher(Box::new(Watcher(attention.clone())));
         let model = model_by_name("max", &HostFeatures::detect()).expect("model");
         let engine: Box<dyn Engine> = if translated {
             let options =
