@@ -149,26 +149,27 @@ fn extended_state(host: &Outcome, engine: &Outcome, latitude: Latitude, lines: &
     if latitude.vectors {
         return;
     }
-    let mut part = |name: String, range: std::ops::Range<usize>| {
-        if a[range.clone()] != b[range.clone()] {
-            lines.push(format!("{name}: host {}, engine {}", hex(&a[range.clone()]), hex(&b[range])));
+    let mut part = |name: std::fmt::Arguments<'_>, range: std::ops::Range<usize>| {
+        let (a, b) = (&a[range.clone()], &b[range]);
+        if a != b {
+            lines.push(format!("{name}: host {}, engine {}", hex(a), hex(b)));
         }
     };
-    part("fcw".into(), 0..2);
+    part(format_args!("fcw"), 0..2);
     let x87 = !latitude.mmx;
     if x87 {
-        part("fsw".into(), 2..4);
-        part("ftw".into(), 4..5);
+        part(format_args!("fsw"), 2..4);
+        part(format_args!("ftw"), 4..5);
     }
     if !latitude.mxcsr {
-        part("mxcsr".into(), 24..28);
+        part(format_args!("mxcsr"), 24..28);
     }
     for n in 0..if x87 { 8 } else { 0 } {
-        part(format!("st{n}"), 32 + 16 * n..42 + 16 * n);
+        part(format_args!("st{n}"), 32 + 16 * n..42 + 16 * n);
     }
     for n in 0..16 {
-        part(format!("xmm{n}"), 160 + 16 * n..176 + 16 * n);
-        part(format!("ymm{n} high"), 576 + 16 * n..592 + 16 * n);
+        part(format_args!("xmm{n}"), 160 + 16 * n..176 + 16 * n);
+        part(format_args!("ymm{n} high"), 576 + 16 * n..592 + 16 * n);
     }
 }
 

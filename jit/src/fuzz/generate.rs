@@ -2,9 +2,10 @@
 
 use super::encode::{is_prefix, shortened};
 use super::random::Random;
-use super::safety::Situation;
+use super::safety::{Exits, Situation};
 use crate::host::{NativeLayout, NativeState};
-use iced_x86::{Code, CodeSize, Instruction, OpCodeOperandKind, OpKind, Register};
+use iced_x86::{Code, CodeSize, Instruction, InstructionInfoFactory, OpCodeOperandKind, OpKind, Register};
+use std::sync::Arc;
 
 /// Where in the code page the instruction lies.
 pub const OFFSET: u64 = 0x400;
@@ -19,7 +20,7 @@ pub struct Case {
     /// Registers before.
     pub state: NativeState,
     /// The arena before.
-    pub arena: Vec<u8>,
+    pub arena: Arc<[u8]>,
     /// Status flags left undefined by what ran before it.
     pub open_before: u64,
     /// Status flags undefined after it.
@@ -28,8 +29,17 @@ pub struct Case {
     pub followed: bool,
     /// The forms executed, in order; the natural unit of coverage.
     pub executed: Vec<Code>,
-    /// The host's registers behind it, if it was traced.
-    pub end: Option<NativeState>,
+    /// How it ended when it was traced.
+    pub end: Option<TraceEnd>,
+}
+
+/// Where a trace ended.
+#[derive(Clone, Debug)]
+pub struct TraceEnd {
+    /// The host's registers.
+    pub state: NativeState,
+    /// Where it would go on, if no exception ended it.
+    pub exits: Exits,
 }
 
 /// Draws cases for one mode and layout.
@@ -61,7 +71,7 @@ impl Generator {
         let mut arena = self.random_arena(random);
         let drawn = self.draw(code, OFFSET, &mut state, random)?;
         if let Some(drawn) = &drawn {
-            self.favour(drawn, &mut state, &mut arena, random);
+            self.favour(drawn, &mut state, Arc::make_mut(&mut arena), random);
         }
         let (bytes, instruction) = self.finish(code, drawn, OFFSET, random)?;
         let open = super::compare::undefined_flags(&instruction, state.gpr[1]);
@@ -83,7 +93,8 @@ impl Generator {
     /// Whether a case of one instruction may run natively, and to some purpose.
     pub(super) fn is_acceptable(&self, case: &Case) -> bool {
         let now = self.situation(case);
-        now.is_harmless() && !super::vendor::differs(&now)
+        let accesses = now.accesses(&mut InstructionInfoFactory::new());
+        accesses.harmless && !super::vendor::differs(&now)
     }
 
     /// A case of one instruction as it begins.
@@ -104,13 +115,14 @@ impl Generator {
     }
 
     /// Operands of all kinds.
-    pub fn random_arena(&self, random: &mut Random) -> Vec<u8> {
+    pub fn random_arena(&self, random: &mut Random) -> Arc<[u8]> {
         let length = self.layout.data_len() as usize;
         let start = random.below(((POOL - length) / 8) as u64) as usize * 8;
-        let mut arena = self.pool[start..start + length].to_vec();
+        let mut arena: Arc<[u8]> = self.pool[start..start + length].into();
+        let bytes = Arc::make_mut(&mut arena);
         for _ in 0..16 {
             let at = random.below((length / 8) as u64) as usize * 8;
-            arena[at..at + 8].copy_from_slice(&random.lanes().to_le_bytes());
+            bytes[at..at + 8].copy_from_slice(&random.lanes().to_le_bytes());
         }
         arena
     }

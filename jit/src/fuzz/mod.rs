@@ -29,19 +29,20 @@ mod watch;
 pub use campaign::{Campaign, Report};
 pub use compare::Leave;
 pub use forms::{LeftOut, admit, forms, offered_by};
-pub use generate::{Case, Generator, OFFSET};
+pub use generate::{Case, Generator, OFFSET, TraceEnd};
 pub use guest::{Guest, GuestCase};
 pub use program::{Pools, Program};
 pub use random::Random;
-pub use safety::Situation;
+pub use safety::{Accesses, Exits, Situation};
 pub use siege::Siege;
 
 use watch::Watch;
 
 use crate::host::{Native, NativeLayout, NativeMode, NativeState, NativeStop};
-use iced_x86::Code;
+use iced_x86::{Code, InstructionInfoFactory};
 use paravane_cpu::{Attention, Engine, Exit, FpuState};
 use std::io;
+use std::sync::Arc;
 
 /// Where a case ended.
 #[derive(Clone, PartialEq, Debug)]
@@ -100,6 +101,9 @@ pub struct Bench {
     generator: Generator,
     subjects: Vec<Subject>,
     watch: Option<Watch>,
+    factory: InstructionInfoFactory,
+    /// Memory of the tracer's.
+    spare: Vec<u8>,
     /// Where the last case ended, natively and in the last engine.
     host: Outcome,
     guests: Outcome,
@@ -124,6 +128,8 @@ impl Bench {
             generator: Generator::new(mode.bits(), mode.seen(layout)),
             subjects: Vec::new(),
             watch: None,
+            factory: InstructionInfoFactory::new(),
+            spare: Vec::new(),
             host: Outcome::empty(),
             guests: Outcome::empty(),
         })
@@ -176,6 +182,7 @@ impl Bench {
         };
         let differences = self.differences(program.case());
         if differences.is_empty() {
+            program.expect(&self.host);
             return Verdict::Same(program.case().executed.clone());
         }
         let program = if is_hang(&differences) { program } else { program.shorten(self) };
@@ -223,11 +230,22 @@ impl Bench {
         self.native.set_code(OFFSET as usize, &case.code);
         self.native.arena().copy_from_slice(&case.arena);
         self.host.state.clone_from(&case.state);
+        let exits = match &case.end {
+            Some(end) => end.exits,
+            None => self.exits(case),
+        };
+        let (mode, state) = (self.mode, &mut self.host.state);
         // SAFETY: the generator lets only forms pass that stay in user mode, and cases whose accesses and branches
         // cannot reach anything of this process but the arena (`safety`); programs were traced.
-        self.host.stop = unsafe { self.native.run(self.mode, OFFSET as usize, &mut self.host.state) };
+        self.host.stop = unsafe { self.native.run(mode, OFFSET as usize, exits.offsets(), state) };
         self.host.arena.clear();
         self.host.arena.extend_from_slice(self.native.arena_bytes());
+    }
+
+    /// Where a case of one instruction ends without signals.
+    fn exits(&mut self, case: &Case) -> Exits {
+        let now = self.generator.situation(case);
+        if now.accesses(&mut self.factory).code { Exits::default() } else { now.exits() }
     }
 
     /// Zeroes everything the disagreement does not need.
@@ -248,7 +266,7 @@ impl Bench {
             keep(self, smaller, &mut case);
         }
         let mut smaller = case.clone();
-        smaller.arena.fill(0);
+        Arc::make_mut(&mut smaller.arena).fill(0);
         keep(self, smaller, &mut case);
         let mut smaller = case.clone();
         smaller.state.rflags = 0x202;

@@ -1,14 +1,36 @@
 //! Which instructions may run natively: those whose every access stays in the arena or hits what is surely unmapped.
 
 use super::generate::OFFSET;
-use crate::host::{NativeLayout, NativeState};
+use crate::host::{CODE_ROOM, NativeLayout, NativeState};
 use iced_x86::{
-    Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register, UsedMemory,
+    Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 
 /// Below 4 GiB this process maps nothing but code page and arena.
 const LOW: u64 = 1 << 32;
 const PAGE: u64 = 4096;
+
+/// Offsets in the code page at which code is expected to end.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Exits {
+    at: [usize; 2],
+    count: usize,
+}
+
+impl Exits {
+    /// Adds the offset `at`, if code may lie there; up to two.
+    pub fn add(&mut self, at: u64) {
+        if CODE_ROOM.contains(&(at as usize)) && !self.offsets().contains(&(at as usize)) {
+            self.at[self.count] = at as usize;
+            self.count += 1;
+        }
+    }
+
+    /// All of them.
+    pub fn offsets(&self) -> &[usize] {
+        &self.at[..self.count]
+    }
+}
 
 /// One instruction about to run.
 #[derive(Clone, Copy)]
@@ -27,41 +49,62 @@ pub struct Situation<'a> {
     pub bits: u32,
 }
 
+/// What an instruction does to memory.
+#[derive(Clone, Copy)]
+pub struct Accesses {
+    /// It can do no harm to the process.
+    pub harmless: bool,
+    /// It may read the code page, whose bytes depend on what else lies there.
+    pub code: bool,
+    /// It may write.
+    pub writes: bool,
+}
+
 impl Situation<'_> {
-    /// Whether it can do no harm to the process.
-    pub fn is_harmless(&self) -> bool {
-        if matches!(self.instruction.segment_prefix(), Register::FS | Register::GS) {
-            return false;
-        }
-        if !self.branch_is_harmless() {
-            return false;
-        }
+    /// Whether it can do no harm to the process, and what else its accesses are.
+    pub fn accesses(&self, factory: &mut InstructionInfoFactory) -> Accesses {
         // The limits of its segments keep 16-bit code in.
-        self.bits == 16 || (self.accesses_are_harmless() && self.bit_offset_is_harmless())
-    }
-
-    fn accesses_are_harmless(&self) -> bool {
-        let mut factory = InstructionInfoFactory::new();
-        factory.info(self.instruction).used_memory().iter().all(|memory| {
-            let elements = if memory.index().is_vector_register() { 8 } else { 1 };
-            let size = match memory.memory_size().size() as u64 {
-                0 => 1024,
-                n => n,
-            };
-            (0..elements).all(|n| self.used(memory, n).is_some_and(|a| is_reachable(a, size, self.bits)))
-        })
-    }
-
-    /// Whether it may read the code page, whose bytes depend on what else lies there.
-    pub fn reads_code(&self) -> bool {
-        if self.bits == 16 {
-            return self.instruction.segment_prefix() == Register::CS;
+        let kept_in = self.bits == 16;
+        let own = !matches!(self.instruction.segment_prefix(), Register::FS | Register::GS);
+        let mut all = Accesses {
+            harmless: own && self.branch_is_harmless() && (kept_in || self.bit_offset_is_harmless()),
+            code: kept_in && self.instruction.segment_prefix() == Register::CS,
+            writes: false,
+        };
+        for memory in factory.info(self.instruction).used_memory() {
+            all.writes |= memory.access() != OpAccess::Read;
+            if !kept_in {
+                all.harmless &= self.is_harmless(memory);
+                all.code |= self.used(memory, 0).is_none_or(|a| self.is_near_code(a));
+            }
         }
-        let mut factory = InstructionInfoFactory::new();
-        factory.info(self.instruction).used_memory().iter().any(|memory| {
-            self.used(memory, 0)
-                .is_none_or(|a| a.wrapping_sub(self.layout.code).wrapping_add(2 * PAGE) < 4 * PAGE)
-        })
+        all
+    }
+
+    fn is_harmless(&self, memory: &UsedMemory) -> bool {
+        let elements = if memory.index().is_vector_register() { 8 } else { 1 };
+        let size = match memory.memory_size().size() as u64 {
+            0 => 1024,
+            n => n,
+        };
+        (0..elements).all(|n| self.used(memory, n).is_some_and(|a| is_reachable(a, size, self.bits)))
+    }
+
+    fn is_near_code(&self, address: u64) -> bool {
+        address.wrapping_sub(self.layout.code).wrapping_add(2 * PAGE) < 4 * PAGE
+    }
+
+    /// Where it goes on if it does not fault: behind it, or where it branches to. None of POPF, which may set TF.
+    pub fn exits(&self) -> Exits {
+        let mut exits = Exits::default();
+        if !matches!(self.instruction.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq) {
+            let end = self.instruction.ip().wrapping_add(self.bytes.len() as u64);
+            exits.add(end.wrapping_sub(self.layout.code));
+            if let Some(target) = self.target() {
+                exits.add(target.wrapping_sub(self.layout.code));
+            }
+        }
+        exits
     }
 
     fn used(&self, memory: &UsedMemory, element: usize) -> Option<u64> {
@@ -113,7 +156,8 @@ impl Situation<'_> {
         let inside = target.wrapping_sub(self.layout.code) < PAGE;
         let (ip, length) = (self.instruction.ip(), self.bytes.len() as u64);
         if inside {
-            return target >= self.layout.code + OFFSET && target.wrapping_sub(ip) >= length;
+            let room = self.layout.code + OFFSET..self.layout.code + CODE_ROOM.end as u64;
+            return room.contains(&target) && target.wrapping_sub(ip) >= length;
         }
         self.bits == 16 || is_reachable(target, 16, 64)
     }

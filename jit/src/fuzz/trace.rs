@@ -1,15 +1,16 @@
 //! Executes a program on the host one instruction at a time, each only after it was found harmless.
 //!
-//! Invariant of the one unsafe call: the step passed [`Situation::is_harmless`] with the registers and the arena it starts
+//! Invariant of the one unsafe call: the step passed [`Situation::accesses`] with the registers and the arena it starts
 //! from, and does not branch into itself, so that it ends in the arena and the code page, or in a fault.
 
 use super::Bench;
 use super::compare;
-use super::generate::{Case, Generator, OFFSET};
+use super::generate::{Case, Generator, OFFSET, TraceEnd};
 use super::program::{END, START};
-use super::safety::Situation;
+use super::safety::{Exits, Situation};
 use crate::host::{NativeState, NativeStop};
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
+use std::sync::Arc;
 
 /// Instructions that a program may execute, all turns of its loops together.
 const LIMIT: usize = 240;
@@ -75,10 +76,9 @@ impl Step {
 /// An instruction would do harm or depend on something undefined, or the program does not end.
 pub(super) struct Refused;
 
-/// Where a trace stands.
-pub(super) struct Checkpoint {
+/// Where a trace stood.
+struct Checkpoint {
     now: NativeState,
-    arena: Vec<u8>,
     rip: u64,
     open: u64,
     open_before: u64,
@@ -90,7 +90,10 @@ pub(super) struct Checkpoint {
 pub(super) struct Tracer<'a> {
     bench: &'a mut Bench,
     start: NativeState,
-    arena: Vec<u8>,
+    arena: Arc<[u8]>,
+    saved: Checkpoint,
+    /// Whether the arena may differ from the saved one, which is the bench's spare memory.
+    wrote: bool,
     /// Registers now.
     pub(super) now: NativeState,
     /// Offset in the code page of what comes next.
@@ -103,12 +106,16 @@ pub(super) struct Tracer<'a> {
 }
 
 impl<'a> Tracer<'a> {
-    pub(super) fn new(bench: &'a mut Bench, state: &NativeState, arena: &[u8]) -> Tracer<'a> {
+    pub(super) fn new(bench: &'a mut Bench, state: &NativeState, arena: &Arc<[u8]>) -> Tracer<'a> {
         bench.native.arena().copy_from_slice(arena);
+        let saved =
+            Checkpoint { now: state.clone(), rip: START, open: 0, open_before: 0, executed: 0, last: 0 };
         Tracer {
             bench,
             start: state.clone(),
-            arena: arena.to_vec(),
+            arena: Arc::clone(arena),
+            saved,
+            wrote: true,
             now: state.clone(),
             rip: START,
             open: 0,
@@ -128,26 +135,30 @@ impl<'a> Tracer<'a> {
         self.stop.is_some()
     }
 
-    pub(super) fn checkpoint(&mut self) -> Checkpoint {
-        Checkpoint {
-            now: self.now.clone(),
-            arena: self.bench.native.arena().to_vec(),
-            rip: self.rip,
-            open: self.open,
-            open_before: self.open_before,
-            executed: self.executed.len(),
-            last: self.last,
+    /// Marks where [`Self::restore`] goes back to.
+    pub(super) fn save(&mut self) {
+        if std::mem::take(&mut self.wrote) {
+            self.bench.spare.clear();
+            self.bench.spare.extend_from_slice(self.bench.native.arena_bytes());
         }
+        self.saved.now.clone_from(&self.now);
+        self.saved.rip = self.rip;
+        self.saved.open = self.open;
+        self.saved.open_before = self.open_before;
+        self.saved.executed = self.executed.len();
+        self.saved.last = self.last;
     }
 
-    pub(super) fn restore(&mut self, to: Checkpoint) {
-        self.bench.native.arena().copy_from_slice(&to.arena);
-        self.now = to.now;
-        self.rip = to.rip;
-        self.open = to.open;
-        self.open_before = to.open_before;
-        self.last = to.last;
-        self.executed.truncate(to.executed);
+    pub(super) fn restore(&mut self) {
+        if std::mem::take(&mut self.wrote) {
+            self.bench.native.arena().copy_from_slice(&self.bench.spare);
+        }
+        self.now.clone_from(&self.saved.now);
+        self.rip = self.saved.rip;
+        self.open = self.saved.open;
+        self.open_before = self.saved.open_before;
+        self.last = self.saved.last;
+        self.executed.truncate(self.saved.executed);
         self.stop = None;
     }
 
@@ -185,14 +196,22 @@ impl<'a> Tracer<'a> {
         let turns = now.target().is_some_and(|t| t.wrapping_sub(own) < step.bytes.len() as u64);
         let determined =
             !turns && is_determined(&step.instruction, self.open) && !super::vendor::differs(&now);
-        if !determined || now.reads_code() || !now.is_harmless() {
+        if !determined {
             return Err(Refused);
         }
+        let accesses = now.accesses(&mut self.bench.factory);
+        if accesses.code || !accesses.harmless {
+            return Err(Refused);
+        }
+        let exits = now.exits();
+        self.wrote |= accesses.writes;
         let after = open_after(&step.instruction, self.now.gpr[1], self.open);
         self.open_before = self.open;
         self.bench.native.set_code(step.at as usize, &step.bytes);
         // SAFETY: harmless, as just checked with these very registers; the MOVs in front only set them.
-        let stop = unsafe { self.bench.native.run(self.bench.mode, step.at as usize, &mut self.now) };
+        let stop = unsafe {
+            self.bench.native.run(self.bench.mode, step.at as usize, exits.offsets(), &mut self.now)
+        };
         self.executed.push(step.instruction.code());
         let next = stop.rip.wrapping_sub(self.bench.generator.layout.code + 1);
         if stop.vector == 3 && (OFFSET..END + 64).contains(&next) && next != step.at + step.setup as u64 {
@@ -215,6 +234,10 @@ impl<'a> Tracer<'a> {
             let at = (step.at - START) as usize;
             code[at..at + step.bytes.len()].copy_from_slice(&step.bytes);
         }
+        let mut exits = Exits::default();
+        if self.stop.is_none() {
+            exits.add(self.rip);
+        }
         Some(Case {
             code,
             instruction: steps[self.last].instruction,
@@ -224,7 +247,7 @@ impl<'a> Tracer<'a> {
             open: self.open,
             followed: is_followed(steps, &steps[self.last]),
             executed: self.executed,
-            end: Some(self.now),
+            end: Some(TraceEnd { state: self.now, exits }),
         })
     }
 }

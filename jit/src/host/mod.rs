@@ -8,7 +8,9 @@
 mod area;
 #[cfg(feature = "fuzz")]
 mod canary;
+mod gate;
 mod ldt;
+mod mapping;
 mod native;
 mod vector;
 
@@ -16,7 +18,7 @@ pub use area::CodeArea;
 #[cfg(feature = "fuzz")]
 pub use canary::{Canaries, HostMapping, host_mappings};
 pub use native::{
-    CODE_LIMIT_16, DATA_BASE_16, DATA_LIMIT_16, Native, NativeLayout, NativeMode, NativeState, NativeStop,
-    SELECTORS_16,
+    CODE_LIMIT_16, CODE_ROOM, DATA_BASE_16, DATA_LIMIT_16, Native, NativeLayout, NativeMode, NativeState,
+    NativeStop, SELECTORS_16,
 };
 pub use vector::HostVectorUnit;

@@ -2,30 +2,28 @@
 //!
 //! The code lies at a fixed linear address in a page of INT3, its operands in an arena at another; both are mapped
 //! at just these addresses in this process, with guard pages around the arena, so that the same code sees the same
-//! addresses in an engine. Control comes back by an exception only: the INT3 behind the code at the latest.
+//! addresses in an engine. Control comes back by an exception, the INT3 behind the code at the latest; or, where the caller
+//! says that this INT3 is where the code will arrive, by a jump in its place, which is the faster way ([`super::gate`]).
 //!
 //! 32-bit code runs in compatibility mode, through the flat code segment that Linux keeps in every GDT; 16-bit code through
 //! segments in this process's LDT, with a 16-bit stack (the kernel brings back all of ESP: espfix64).
 //!
-//! Invariants the `unsafe` code relies on: both mappings are ours alone and live as long as [`Native`];
-//! `Frame` is laid out as the assembly expects; every exception raised while [`enter`] is active belongs to the
-//! code under test. That code itself is the caller's responsibility ([`Native::run`] is unsafe): it must not
-//! enter the kernel, change FS or GS, or reach memory of this process outside the arena.
+//! Invariants the `unsafe` code relies on: both mappings are ours alone and live as long as [`Native`]. The code itself is
+//! the caller's responsibility ([`Native::run`] is unsafe): it must not enter the kernel, change FS or GS, or reach memory
+//! of this process outside the arena.
 
 use super::area::memfd;
+use super::gate::{End, Gate, Start, USER_CS, USER_DS};
 use super::ldt::{self, Content};
-use crate::signal::{self, FaultContext, FaultScope, SignalStack};
-use paravane_cpu::{FpuState, flags};
-use std::arch::naked_asm;
+use super::mapping::Mapping;
+use crate::signal::{self, SignalStack};
+use paravane_cpu::FpuState;
 use std::io;
-use std::mem::offset_of;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 
-/// Linux's selectors: 32-bit user code, user data, 64-bit user code.
-const USER32_CS: u64 = 0x23;
-const USER_DS: u16 = 0x2B;
-const USER_CS: u16 = 0x33;
+/// Linux's selector of 32-bit user code.
+const USER32_CS: u16 = 0x23;
 
 const PAGE: u64 = 4096;
 
@@ -40,6 +38,13 @@ pub const SELECTORS_16: (u16, u16) = (0x7, 0xF);
 
 /// Where the jump to the code under test lies in its page.
 const PROLOGUE: usize = 0x20;
+/// Where code under test may lie, as offsets in its page. Behind it are the stubs that exits jump to.
+pub const CODE_ROOM: Range<usize> = 0x40..0xF00;
+const STUB: usize = 0x40;
+/// Exits of one run.
+const EXITS: usize = 2;
+/// The longest jump to a stub.
+const JUMP: usize = 8;
 
 /// Where code and operands lie. Page-aligned, below 2 GiB, apart from each other by more than a page.
 #[derive(Clone, Copy, Debug)]
@@ -124,32 +129,10 @@ pub struct Native {
     _executable: Mapping,
     _arena: Mapping,
     _stack: SignalStack,
+    gate: Gate,
     /// What of the code page is not INT3.
     used: Range<usize>,
     has_ldt: bool,
-}
-
-/// What [`enter`] and [`leave`] work on.
-#[repr(C)]
-struct Frame {
-    gpr: [u64; 16],
-    rflags: u64,
-    fpu: *mut FpuState,
-    /// Where to go; the code there loads RSP.
-    start: u64,
-    start_cs: u64,
-    /// Loaded into DS, ES and SS.
-    start_data: u64,
-    rsp: u64,
-    host_mxcsr: u32,
-    host_fcw: u32,
-    components: u32,
-    avx: u32,
-}
-
-struct Hook {
-    frame: *mut Frame,
-    stop: Option<NativeStop>,
 }
 
 impl Native {
@@ -177,10 +160,16 @@ impl Native {
             _executable: executable,
             _arena: arena,
             _stack: stack,
-            used: 0..PAGE as usize,
+            gate: Gate::new(),
+            used: 0..0,
             has_ldt: false,
         };
-        native.set_code(PROLOGUE, &[]);
+        native.code_page_mut().fill(0xCC);
+        for number in 0..EXITS {
+            let stub = native.gate.stub(number as u8);
+            let at = CODE_ROOM.end + number * STUB;
+            native.code_page_mut()[at..at + STUB][..stub.len()].copy_from_slice(&stub);
+        }
         Ok(native)
     }
 
@@ -211,10 +200,10 @@ impl Native {
         unsafe { std::slice::from_raw_parts(self.data.start.cast(), self.data.length) }
     }
 
-    /// Puts `code` at `offset`, which must be at least 64, in a page of INT3.
+    /// Puts `code` at `offset` in a page of INT3. Both must lie in [`CODE_ROOM`].
     pub fn set_code(&mut self, offset: usize, code: &[u8]) {
         let end = offset + code.len();
-        assert!(offset >= PROLOGUE && end < PAGE as usize, "code outside its page");
+        assert!(offset >= CODE_ROOM.start && end <= CODE_ROOM.end, "code outside its page");
         let used = std::mem::replace(&mut self.used, offset..end);
         let page = self.code_page_mut();
         page[used].fill(0xCC);
@@ -234,56 +223,110 @@ impl Native {
 
     /// Runs what [`Self::set_code`] put at `offset` until an exception, and returns it.
     ///
+    /// `exits` are offsets of INT3s to which the code is expected to come: there a jump takes its place and nothing else
+    /// changes, except that code which reads its own page would see it. Where there is no room it remains an INT3.
+    ///
     /// # Safety
     ///
     /// The code must not enter the kernel otherwise, must not change FS or GS, must not run forever, and with
     /// these registers must not reach memory of this process outside the arena.
-    pub unsafe fn run(&mut self, mode: NativeMode, offset: usize, state: &mut NativeState) -> NativeStop {
+    pub unsafe fn run(
+        &mut self,
+        mode: NativeMode,
+        offset: usize,
+        exits: &[usize],
+        state: &mut NativeState,
+    ) -> NativeStop {
         assert!(mode != NativeMode::Protected16 || self.has_ldt, "16-bit code needs its segments");
-        let start = self.prologue(mode, offset, state.gpr[4]);
-        super::vector::loadable(&mut state.fpu);
-        let components = super::vector::enabled_components();
-        let mut frame = Frame {
-            gpr: state.gpr,
-            rflags: (state.rflags & (flags::STATUS | flags::DF | flags::ID)) | flags::FIXED,
-            fpu: &mut state.fpu,
-            start,
-            start_cs: match mode {
+        let start = Start {
+            rip: self.prologue(mode, offset, state.gpr[4]),
+            cs: match mode {
                 NativeMode::Long => 0,
                 NativeMode::Protected32 => USER32_CS,
-                NativeMode::Protected16 => u64::from(SELECTORS_16.0),
+                NativeMode::Protected16 => SELECTORS_16.0,
             },
-            start_data: u64::from(if mode == NativeMode::Protected16 { SELECTORS_16.1 } else { USER_DS }),
-            rsp: 0,
-            host_mxcsr: 0,
-            host_fcw: 0,
-            components,
-            avx: components & 4,
+            data: if mode == NativeMode::Protected16 { SELECTORS_16.1 } else { USER_DS },
         };
-        let mut hook = Hook { frame: &raw mut frame, stop: None };
-        let mut scope = FaultScope::new(recover, (&raw mut hook).cast());
-        // SAFETY: `recover` captures the registers into `frame` and redirects to `leave`; the caller vouches for the
-        // code. While it runs every exception is its own, but for those in `enter` that would be our bugs.
-        unsafe { scope.enter(|| enter(hook.frame)) };
-        state.gpr = frame.gpr;
-        state.rflags = frame.rflags;
+        super::vector::loadable(&mut state.fpu);
+        let open = self.has_room(exits);
+        if open {
+            self.open(mode, exits);
+        }
+        // SAFETY: the caller vouches for the code; the jumps of exits lead to the gate's own stubs.
+        let end = unsafe { self.gate.pass(start, state) };
+        if open {
+            self.close(exits);
+        }
+        if mode != NativeMode::Long {
+            // What the kernel or a mode switch leaves in the upper halves is not the code's.
+            state.gpr.iter_mut().for_each(|register| *register &= 0xFFFF_FFFF);
+        }
+        // Addresses of ours, and which components happen to have their initial values.
         state.fpu.0[6..24].fill(0);
-        hook.stop.take().expect("the only way out is an exception")
+        state.fpu.0[512..576].fill(0);
+        match end {
+            End::Stop(stop) => stop,
+            End::Exit(number) => {
+                let rip = mode.seen(self.layout).code + exits[number] as u64 + 1;
+                NativeStop { vector: 3, rip, ..NativeStop::default() }
+            }
+        }
+    }
+
+    /// Whether all of `exits` can become jumps.
+    fn has_room(&self, exits: &[usize]) -> bool {
+        let page = self.code_page();
+        let idle = |&at: &usize| {
+            CODE_ROOM.contains(&at)
+                && at + JUMP <= CODE_ROOM.end
+                && page[at..at + JUMP].iter().all(|&byte| byte == 0xCC)
+        };
+        let apart = exits.windows(2).all(|pair| pair[0].abs_diff(pair[1]) >= JUMP);
+        exits.len() <= EXITS && apart && exits.iter().all(idle)
+    }
+
+    fn open(&mut self, mode: NativeMode, exits: &[usize]) {
+        for (number, &at) in exits.iter().enumerate() {
+            let stub = CODE_ROOM.end + number * STUB;
+            let linear = self.layout.code as u32 + stub as u32;
+            let slot = &mut self.code_page_mut()[at..at + JUMP];
+            // JMP rel32, or a far JMP to 64-bit code.
+            let opcode: &[u8] = match mode {
+                NativeMode::Long => &[0xE9],
+                NativeMode::Protected32 => &[0xEA],
+                NativeMode::Protected16 => &[0x66, 0xEA],
+            };
+            let (prefix, rest) = slot.split_at_mut(opcode.len());
+            prefix.copy_from_slice(opcode);
+            if mode == NativeMode::Long {
+                rest[..4].copy_from_slice(&(stub as u32).wrapping_sub(at as u32 + 5).to_le_bytes());
+            } else {
+                rest[..4].copy_from_slice(&linear.to_le_bytes());
+                rest[4..6].copy_from_slice(&USER_CS.to_le_bytes());
+            }
+        }
+    }
+
+    fn close(&mut self, exits: &[usize]) {
+        for &at in exits {
+            self.code_page_mut()[at..at + JUMP].fill(0xCC);
+        }
     }
 
     /// Writes `mov rsp, value` and a jump to the code at `offset`, and returns where CS has it.
     fn prologue(&mut self, mode: NativeMode, offset: usize, value: u64) -> u64 {
-        let mut bytes = match mode {
-            NativeMode::Long => vec![0x48, 0xBC],
-            NativeMode::Protected32 => vec![0xBC],
-            NativeMode::Protected16 => vec![0x66, 0xBC],
+        let (opcode, width, displacement): (&[u8], usize, usize) = match mode {
+            NativeMode::Long => (&[0x48, 0xBC], 8, 4),
+            NativeMode::Protected32 => (&[0xBC], 4, 4),
+            NativeMode::Protected16 => (&[0x66, 0xBC], 4, 2),
         };
-        bytes.extend_from_slice(&value.to_le_bytes()[..if mode == NativeMode::Long { 8 } else { 4 }]);
-        bytes.push(0xE9);
-        let displacement = if mode == NativeMode::Protected16 { 2 } else { 4 };
-        let distance = (offset - (PROLOGUE + bytes.len() + displacement)) as u32;
-        bytes.extend_from_slice(&distance.to_le_bytes()[..displacement]);
-        self.code_page_mut()[PROLOGUE..PROLOGUE + bytes.len()].copy_from_slice(&bytes);
+        let jump = opcode.len() + width;
+        let distance = (offset - (PROLOGUE + jump + 1 + displacement)) as u32;
+        let code = &mut self.code_page_mut()[PROLOGUE..];
+        code[..opcode.len()].copy_from_slice(opcode);
+        code[opcode.len()..jump].copy_from_slice(&value.to_le_bytes()[..width]);
+        code[jump] = 0xE9;
+        code[jump + 1..][..displacement].copy_from_slice(&distance.to_le_bytes()[..displacement]);
         mode.seen(self.layout).code + PROLOGUE as u64
     }
 }
@@ -297,169 +340,10 @@ impl Drop for Native {
     }
 }
 
-/// Takes every exception for the end of the run.
-unsafe fn recover(data: *mut (), context: &mut FaultContext) -> bool {
-    // SAFETY: `run` passes its live hook and frame; nothing else touches them meanwhile.
-    let (hook, frame) = unsafe {
-        let hook = &mut *data.cast::<Hook>();
-        (&mut hook.stop, &mut *hook.frame)
-    };
-    let vector = context.vector();
-    let address = if vector == 14 { context.address() } else { 0 };
-    *hook = Some(NativeStop { vector, error_code: context.error_code(), address, rip: context.rip() });
-    for (number, register) in frame.gpr.iter_mut().enumerate() {
-        *register = context.gpr(number);
-    }
-    frame.rflags = context.rflags();
-    context.set_gpr(7, &raw mut *frame as u64);
-    context.set_rip(leave as *const () as u64);
-    context.set_rflags(flags::FIXED);
-    context.set_cs_ss(USER_CS, USER_DS);
-    true
-}
-
-/// Loads the frame's state and jumps to its code; comes back through [`leave`].
-///
-/// # Safety
-///
-/// See [`Native::run`].
-#[unsafe(naked)]
-unsafe extern "C" fn enter(frame: *mut Frame) {
-    naked_asm!(
-        "push rbx", "push rbp", "push r12", "push r13", "push r14", "push r15",
-        "mov [rdi + {rsp}], rsp",
-        "stmxcsr [rdi + {mxcsr}]",
-        "fnstcw [rdi + {fcw}]",
-        "mov rcx, [rdi + {fpu}]",
-        "mov eax, [rdi + {components}]",
-        "xor edx, edx",
-        "test eax, eax",
-        "jz 2f",
-        "xrstor64 [rcx]",
-        "jmp 3f",
-        "2: fxrstor64 [rcx]",
-        // Null selectors serve 64-bit code, not compatibility mode; it ignores the base and limit of all others.
-        "3: mov rdx, [rdi + {data}]", "mov ds, edx", "mov es, edx", "mov ss, edx",
-        "mov rax, [rdi + {cs}]",
-        "test rax, rax",
-        "jz 4f",
-        "push rax",
-        "push qword ptr [rdi + {start}]",
-        "jmp 5f",
-        "4: push qword ptr [rdi + {start}]",
-        "5: push qword ptr [rdi + {rflags}]",
-        "cmp qword ptr [rdi + {cs}], 0",
-        "mov rax, [rdi]", "mov rcx, [rdi + 8]", "mov rdx, [rdi + 16]", "mov rbx, [rdi + 24]",
-        "mov rbp, [rdi + 40]", "mov rsi, [rdi + 48]",
-        "mov r8, [rdi + 64]", "mov r9, [rdi + 72]", "mov r10, [rdi + 80]", "mov r11, [rdi + 88]",
-        "mov r12, [rdi + 96]", "mov r13, [rdi + 104]", "mov r14, [rdi + 112]", "mov r15, [rdi + 120]",
-        "mov rdi, [rdi + 56]",
-        "jnz 6f",
-        "popfq",
-        "ret",
-        "6: popfq",
-        "retfq",
-        rsp = const offset_of!(Frame, rsp),
-        mxcsr = const offset_of!(Frame, host_mxcsr),
-        fcw = const offset_of!(Frame, host_fcw),
-        fpu = const offset_of!(Frame, fpu),
-        components = const offset_of!(Frame, components),
-        start = const offset_of!(Frame, start),
-        cs = const offset_of!(Frame, start_cs),
-        rflags = const offset_of!(Frame, rflags),
-        data = const offset_of!(Frame, start_data),
-    )
-}
-
-/// Stores extended state, puts the host's back and returns from [`enter`]; RDI is the frame.
-///
-/// # Safety
-///
-/// Only after [`enter`].
-#[unsafe(naked)]
-unsafe extern "C" fn leave(frame: *mut Frame) {
-    naked_asm!(
-        "mov rsp, [rdi + {rsp}]",
-        "mov rcx, [rdi + {fpu}]",
-        "mov eax, [rdi + {components}]",
-        "xor edx, edx",
-        "test eax, eax",
-        "jz 2f",
-        "xsave64 [rcx]",
-        "jmp 3f",
-        "2: fxsave64 [rcx]",
-        "3: fninit",
-        "fldcw [rdi + {fcw}]",
-        "ldmxcsr [rdi + {mxcsr}]",
-        "cmp dword ptr [rdi + {avx}], 0",
-        "jz 4f",
-        "vzeroupper",
-        "4: pop r15", "pop r14", "pop r13", "pop r12", "pop rbp", "pop rbx",
-        "ret",
-        components = const offset_of!(Frame, components),
-        fcw = const offset_of!(Frame, host_fcw),
-        mxcsr = const offset_of!(Frame, host_mxcsr),
-        avx = const offset_of!(Frame, avx),
-        fpu = const offset_of!(Frame, fpu),
-        rsp = const offset_of!(Frame, rsp),
-    )
-}
-
-/// A mapping, unmapped on drop.
-struct Mapping {
-    start: *mut libc::c_void,
-    length: usize,
-}
-
-impl Mapping {
-    fn map(at: u64, length: u64, protection: i32, flags: i32, fd: i32) -> io::Result<Mapping> {
-        // SAFETY: without MAP_FIXED no existing mapping is touched.
-        let start = unsafe { libc::mmap(at as *mut _, length as usize, protection, flags, fd, 0) };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Mapping { start, length: length as usize })
-    }
-
-    fn anywhere(fd: i32, length: u64, protection: i32) -> io::Result<Mapping> {
-        Self::map(0, length, protection, libc::MAP_SHARED, fd)
-    }
-
-    fn fixed(fd: i32, at: u64, length: u64, protection: i32) -> io::Result<Mapping> {
-        Self::map(at, length, protection, libc::MAP_SHARED | libc::MAP_FIXED_NOREPLACE, fd)
-    }
-
-    /// Address space without access.
-    fn reserve(at: u64, length: u64) -> io::Result<Mapping> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
-        Self::map(at, length, libc::PROT_NONE, flags, -1)
-    }
-
-    /// Shows the first `length` bytes of a file at `offset` of this reservation.
-    fn show(&self, fd: i32, offset: u64, length: u64, protection: i32) -> io::Result<()> {
-        if length == 0 {
-            return Ok(());
-        }
-        assert!(offset + length <= self.length as u64, "outside the reservation");
-        let at = self.start.wrapping_byte_add(offset as usize);
-        // Present from the start: error codes tell absent pages from protected ones.
-        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
-        // SAFETY: replaces only a part of our own reservation, as just checked.
-        let shown = unsafe { libc::mmap(at, length as usize, protection, flags, fd, 0) };
-        if shown == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: ours, and nothing refers to it any more.
-        unsafe { libc::munmap(self.start, self.length) };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use paravane_cpu::flags;
 
     fn native(slot: u64) -> Native {
         let base = 0x6000_0000 + 0x100_0000 * slot;
@@ -473,10 +357,39 @@ mod tests {
         NativeState { gpr, rflags: flags::FIXED, fpu: FpuState::initial() }
     }
 
+    /// Runs `code` to the INT3 behind it and to a jump there, which must not make a difference.
     fn run(native: &mut Native, mode: NativeMode, code: &[u8], state: &mut NativeState) -> NativeStop {
         native.set_code(64, code);
+        let arena = native.arena().to_vec();
+        let mut other = state.clone();
         // SAFETY: the tests' code computes, touches the arena and guard pages, and ends.
-        unsafe { native.run(mode, 64, state) }
+        let stop = unsafe { native.run(mode, 64, &[], &mut other) };
+        let after = native.arena().to_vec();
+        native.arena().copy_from_slice(&arena);
+        // SAFETY: likewise.
+        let jumped = unsafe { native.run(mode, 64, &[64 + code.len(), 0x200], state) };
+        assert_eq!((jumped, &*state), (stop, &other), "{code:x?}");
+        assert_eq!(native.arena(), after, "{code:x?}");
+        stop
+    }
+
+    #[test]
+    fn exits_are_told_apart_and_leave_nothing_behind() {
+        let mut n = native(5);
+        n.set_code(64, &[0xEB, 0x0E]); // jmp +14
+        let page = n.code_page().to_vec();
+        let at = |exits: &[usize], n: &mut Native| {
+            let mut s = state();
+            s.rflags |= flags::DF | flags::CF;
+            // SAFETY: one jump, inside the page.
+            let stop = unsafe { n.run(NativeMode::Long, 64, exits, &mut s) };
+            assert_eq!((s.gpr, s.rflags & (flags::DF | flags::STATUS)), (state().gpr, flags::DF | flags::CF));
+            assert_eq!(n.code_page()[CODE_ROOM], page[CODE_ROOM]);
+            (stop.vector, stop.rip - n.layout().code)
+        };
+        for exits in [&[66, 80][..], &[80, 66], &[80], &[66], &[], &[79, 80], &[65, 80]] {
+            assert_eq!(at(exits, &mut n), (3, 81), "{exits:?}");
+        }
     }
 
     #[test]

@@ -1,0 +1,129 @@
+//! The oracle notices: whatever an engine leaves wrong, one bit of anything, is a finding, alone and in programs.
+
+use iced_x86::Code;
+use paravane_cpu::{
+    Attention, Budget, CpuBus, CpuState, DebugPlan, Engine, Exit, HostCode, HostFeatures, Interpreter,
+    PostMortem, VpIndex, flags, model_by_name,
+};
+use paravane_jit::fuzz::{Bench, Leave, Program, Verdict};
+use paravane_jit::host::{HostVectorUnit, NativeMode};
+use paravane_memory::{GuestMemory, PhysAddr, RamOffset};
+use std::sync::{Arc, Mutex};
+
+/// Benches map the same addresses.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// An interpreter that does one thing wrong.
+struct Crooked {
+    engine: Interpreter,
+    error: Error,
+}
+
+/// What is changed, and when.
+#[derive(Clone, Copy, Debug)]
+enum Error {
+    Before(fn(&mut CpuState)),
+    After(fn(&mut CpuState, &GuestMemory)),
+}
+
+impl Engine for Crooked {
+    fn run(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, budget: Budget) -> Exit {
+        if let Error::Before(change) = self.error {
+            change(cpu);
+        }
+        let exit = self.engine.run(cpu, mem, bus, budget);
+        if let Error::After(change) = self.error {
+            change(cpu, mem);
+        }
+        exit
+    }
+    fn step(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, interrupts: bool) -> Exit {
+        self.engine.step(cpu, mem, bus, interrupts)
+    }
+    fn set_debug(&mut self, plan: &Arc<DebugPlan>) {
+        self.engine.set_debug(plan);
+    }
+    fn invalidate(&mut self, page: RamOffset) {
+        self.engine.invalidate(page);
+    }
+    fn flush_translations(&mut self) {
+        self.engine.flush_translations();
+    }
+    fn post_mortem(&self) -> PostMortem {
+        self.engine.post_mortem()
+    }
+    fn counters(&self) -> Vec<(String, u64)> {
+        self.engine.counters()
+    }
+    fn host_code(&self, lin: u64) -> Vec<HostCode> {
+        self.engine.host_code(lin)
+    }
+}
+
+/// A byte of the arena, the last three of the guest's pages, that nothing here touches.
+fn flip_memory(_: &mut CpuState, mem: &GuestMemory) {
+    let at = PhysAddr((8 << 20) - 0x3000 + 0x1F0D);
+    let mut byte = [0];
+    mem.read(at, &mut byte).unwrap();
+    mem.write(at, &[byte[0] ^ 0x10]).unwrap();
+}
+
+/// Errors that no case which goes well may hide.
+const ERRORS: [Error; 12] = [
+    Error::Before(|cpu| cpu.gpr[5] ^= 1),
+    Error::Before(|cpu| cpu.rflags ^= flags::AF),
+    Error::Before(|cpu| cpu.rflags ^= flags::DF),
+    Error::Before(|cpu| cpu.rflags ^= flags::ID),
+    Error::After(|cpu, _| cpu.gpr[7] ^= 1 << 31),
+    Error::After(|cpu, _| cpu.rip += 16),
+    Error::After(|cpu, _| cpu.fpu.0[2] ^= 0x40),
+    Error::After(|cpu, _| cpu.fpu.0[24] ^= 1),
+    Error::After(|cpu, _| cpu.fpu.0[32 + 16 * 3 + 9] ^= 0x80),
+    Error::After(|cpu, _| cpu.fpu.0[160 + 16 * 7 + 15] ^= 1),
+    Error::After(|cpu, _| cpu.fpu.0[576 + 16 * 2] ^= 1),
+    Error::After(flip_memory),
+];
+
+/// None where the host has no 16-bit segments for us.
+fn bench(mode: NativeMode, error: Error) -> Option<Bench> {
+    let mut bench = Bench::new(mode).ok().or_else(|| {
+        println!("NOT RUN: {mode:?}");
+        None
+    })?;
+    let model = model_by_name("max", &HostFeatures::detect()).unwrap();
+    let vector = Box::new(HostVectorUnit::new().unwrap());
+    let engine = Interpreter::new(model, vector, Attention::default(), VpIndex(0));
+    bench.add("crooked", Box::new(Crooked { engine, error }), Leave::Nothing);
+    Some(bench)
+}
+
+#[test]
+fn every_planted_error_is_found() {
+    let _guard = ONE_AT_A_TIME.lock();
+    for mode in [NativeMode::Long, NativeMode::Protected32, NativeMode::Protected16] {
+        for (number, error) in ERRORS.into_iter().enumerate() {
+            let Some(mut bench) = bench(mode, error) else { break };
+            let found = (0..8).map(|seed| bench.check(Code::Movsx_r32_rm8, seed));
+            let missed = found.filter(|verdict| matches!(verdict, Verdict::Same(_)));
+            // Alone, a case may overwrite what was changed, or use it and fault.
+            assert!(missed.count() <= 1, "error {number} in {mode:?}");
+            // nop; jmp +0; mov cl, dl; nop
+            let code = [0x90, 0xEB, 0, 0x88, 0xD1, 0x90];
+            let mut gpr = [0; 16];
+            gpr[4] = 0x5000_0800;
+            let program = Program::of(&mut bench, &code, gpr).unwrap();
+            assert!(!bench.differences(program.case()).is_empty(), "error {number} in {mode:?}");
+        }
+    }
+}
+
+#[test]
+fn an_honest_engine_is_not_accused() {
+    let _guard = ONE_AT_A_TIME.lock();
+    for mode in [NativeMode::Long, NativeMode::Protected32, NativeMode::Protected16] {
+        let Some(mut bench) = bench(mode, Error::Before(|_| ())) else { continue };
+        for seed in 0..8 {
+            assert!(!matches!(bench.check(Code::Movsx_r32_rm8, seed), Verdict::Different(_)));
+        }
+    }
+}
