@@ -35,6 +35,7 @@ use paravane_cpu::{
     PostMortem, Shadow, Step, flags,
 };
 use paravane_memory::{Claims, CodeWatcher, GuestMemory, MAX_TRANSLATORS, PAGE_SHIFT, RamOffset, VpIndex};
+use run::Rest;
 use stats::Stats;
 use std::io;
 use std::sync::Arc;
@@ -230,21 +231,26 @@ impl Engine for Translator {
             if self.budgeted() && cpu.instructions >= self.limit {
                 break Exit::Budget;
             }
-            let interpret = match self.mode(cpu) {
+            let rest = match self.mode(cpu) {
                 Some(mode) if !self.budget_short => self.run_translated(cpu, mode),
-                _ => true,
+                _ => Rest::Interpret,
             };
-            // A budget may end exactly where the interpreter takes over.
-            if interpret && cpu.instructions < self.limit {
-                if let Some(stop) = self.core.breakpoint(cpu, &self.mem) {
-                    break Exit::Debug(stop);
+            let step = match rest {
+                Rest::Nothing => Step::Done,
+                Rest::Raise(fault) => self.raise(cpu, bus, fault),
+                // A budget may end exactly where the interpreter takes over.
+                Rest::Interpret if cpu.instructions >= self.limit => Step::Done,
+                Rest::Interpret => {
+                    if let Some(stop) = self.core.breakpoint(cpu, &self.mem) {
+                        break Exit::Debug(stop);
+                    }
+                    self.interpret(cpu, bus)
                 }
-                match self.interpret(cpu, bus) {
-                    Step::Done => {}
-                    Step::Halt => {}
-                    Step::TripleFault => break Exit::TripleFault,
-                    Step::Unsupported => break Exit::Unsupported,
-                }
+            };
+            match step {
+                Step::Done | Step::Halt => {}
+                Step::TripleFault => break Exit::TripleFault,
+                Step::Unsupported => break Exit::Unsupported,
             }
             if let Some(stop) = self.core.take_hit() {
                 break Exit::Debug(stop);

@@ -14,11 +14,20 @@ use crate::segments::{self, Bounds, CodeSegment, CodeSegments};
 use crate::signal::{self, FaultContext, FaultScope};
 use crate::vectors;
 use paravane_cpu::{
-    Attention, CpuBus, CpuState, Exit, SegReg, Segment, Shadow, Step, attr, cr0, cr4, efer, flags, gpr,
-    x87_opcode,
+    Attention, CpuBus, CpuState, Exit, Fault, SegReg, Segment, Shadow, Step, attr, cr0, cr4, efer, flags,
+    gpr, x87_opcode,
 };
 use paravane_memory::RamOffset;
 use std::io;
+
+/// What is left to do about the instruction at RIP after translated code was left.
+pub(super) enum Rest {
+    Nothing,
+    /// The interpreter executes it.
+    Interpret,
+    /// It raised this.
+    Raise(Fault),
+}
 
 /// Decides about a host fault in translated code.
 ///
@@ -74,6 +83,13 @@ impl Translator {
         }
         let step = self.core.step(cpu, &self.mem, bus);
         self.interpreted[self.core.last_instruction() as usize] += 1;
+        self.follow_core();
+        step
+    }
+
+    /// Delivers what the instruction at RIP raised in translated code.
+    pub(super) fn raise(&mut self, cpu: &mut CpuState, bus: &dyn CpuBus, fault: Fault) -> Step {
+        let step = self.core.raise(cpu, &self.mem, bus, fault);
         self.follow_core();
         step
     }
@@ -298,7 +314,7 @@ impl Translator {
 
     /// Runs translated code, chaining and caching on the way, until the interpreter or attention is needed.
     /// On return all registers are in `cpu`.
-    pub(super) fn run_translated(&mut self, cpu: &mut CpuState, mode: Mode) -> bool {
+    pub(super) fn run_translated(&mut self, cpu: &mut CpuState, mode: Mode) -> Rest {
         let address = self.code_address(cpu);
         self.load_registers(cpu, mode, address);
         // The jump cache holds the indirect entry, which checks the address, or the way to `Reason::Indirect`.
@@ -306,7 +322,7 @@ impl Translator {
         if self.options.single_blocks {
             let Some((id, _)) = self.block_at(cpu, address, mode) else {
                 self.store_registers(cpu);
-                return true;
+                return Rest::Interpret;
             };
             entry = self.cache.address(self.blocks.blocks[id as usize].entry);
         }
@@ -315,11 +331,11 @@ impl Translator {
             let reason = self.enter(cpu, entry);
             if self.options.single_blocks && self.ends_block(reason, mode) {
                 self.store_registers(cpu);
-                return false;
+                return Rest::Nothing;
             }
             if self.attention.get() != 0 && matches!(reason, Reason::Link | Reason::Indirect) {
                 self.store_registers(cpu);
-                return false;
+                return Rest::Nothing;
             }
             let address = self.context().rip;
             self.core.passed(mode.linear(address));
@@ -327,17 +343,18 @@ impl Translator {
             match reason {
                 Reason::Interpret => {
                     self.store_registers(cpu);
-                    return !(std::mem::take(&mut self.poison_hit) && self.fill_operand(cpu, mode));
+                    let filled = std::mem::take(&mut self.poison_hit) && self.fill_operand(cpu, mode);
+                    return if filled { Rest::Nothing } else { Rest::Interpret };
                 }
                 Reason::Attention => {
                     self.stats.attention_exits += 1;
                     self.store_registers(cpu);
-                    return false;
+                    return Rest::Nothing;
                 }
                 Reason::Budget => {
                     self.store_registers(cpu);
                     self.budget_short = true;
-                    return true;
+                    return Rest::Interpret;
                 }
                 Reason::Link => {
                     self.stats.link_exits += 1;
@@ -346,7 +363,7 @@ impl Translator {
                     let to_mode = if ungrouped { Mode(mode.0 | Mode::UNGROUPED) } else { mode };
                     let Some((to, slot)) = self.block_at(cpu, address, to_mode) else {
                         self.store_registers(cpu);
-                        return true;
+                        return Rest::Interpret;
                     };
                     if resets == self.stats.cache_flushes {
                         let page = RamOffset(self.blocks.blocks[to as usize].key.at.0 & !0xFFF);
@@ -358,18 +375,18 @@ impl Translator {
                     self.store_registers(cpu);
                     let done = if reason == Reason::Syscall { syscall(cpu) } else { sysret(cpu) };
                     cpu.instructions += u64::from(done);
-                    return !done;
+                    return if done { Rest::Nothing } else { Rest::Interpret };
                 }
                 Reason::Indirect if !self.reachable(mode, address) => {
                     self.store_registers(cpu);
                     self.undo_branch(cpu, mode);
-                    return true;
+                    return Rest::Raise(Fault::gp(0));
                 }
                 Reason::Indirect => {
                     self.stats.indirect_exits += 1;
                     let Some((to, slot)) = self.block_at(cpu, address, mode) else {
                         self.store_registers(cpu);
-                        return true;
+                        return Rest::Interpret;
                     };
                     let block = &mut self.blocks.blocks[to as usize];
                     block.cached = true;
@@ -427,7 +444,8 @@ impl Translator {
     }
 
     /// A near branch led to a non-canonical address or beyond the segment's limit: #GP at the branch itself, with the
-    /// stack as before it. Goes back to the branch, which the interpreter then executes.
+    /// registers as before it. A CALL has written below the stack pointer, perhaps over its own operand, so it
+    /// cannot be executed again.
     fn undo_branch(&mut self, cpu: &mut CpuState, mode: Mode) {
         let source = self.context().source;
         let Some(at) = self.cache.offset_of(source) else { return };

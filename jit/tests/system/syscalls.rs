@@ -179,6 +179,10 @@ fn non_canonical_branch_targets_fault_at_the_branch() {
         bed.faults(&program!(64: "mov esi, 0x200000"; "jmp [rsi]"), 13, 0);
         bed.faults(&program!(64: "mov esi, 0x200000"; "call [rsi]"), 13, 0);
         assert_eq!(bed.taken().sp, STACK);
+        // The return address would be written over the operand.
+        let over = program!(64: "mov rax, 0x9000000000000000", "push rax", "pop rbx"; "call [rsp - 8]");
+        bed.faults(&over, 13, 0);
+        assert_eq!(bed.taken().sp, STACK);
     });
 }
 
