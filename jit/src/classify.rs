@@ -2,6 +2,7 @@
 //! the interpreter, so that nothing touches host state that is not the guest's.
 
 use crate::block::Mode;
+use crate::regs;
 use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess};
 use paravane_cpu::CpuModel;
 
@@ -133,7 +134,13 @@ impl Forms {
         if let Some(f) = self.known[slot] {
             return f;
         }
-        let info = self.info.info(instr);
+        // What zeroes a register, as `xor al, al` does, is said not to read it: not what the form does in general.
+        let mut general = *instr;
+        let (first, second) = (instr.op0_register(), instr.op1_register());
+        if first == second && first.is_gpr() {
+            general.set_op1_register(regs::same_size(first, regs::number(first) ^ 1));
+        }
+        let info = self.info.info(&general);
         let access = [0, 1, 2, 3, 4].map(|i| info.op_access(i));
         let class = if self.model.allows(instr) { classify(instr) } else { Class::Interpret };
         let f = Form { class, access };

@@ -8,7 +8,7 @@
 //! |---|---|
 //! | rax rcx rdx rbx rbp rsi rdi r8 r9 | the guest register of that name |
 //! | r12 | guest RSP |
-//! | r14, r15 | write view, read view (address of the delta table + 28) |
+//! | r14, r15 | write view, read view (address of the delta table plus a constant, see `delta`) |
 //! | r10, r11, r13 | scratch |
 //! | EFLAGS status bits, x87, MMX, XMM/YMM, MXCSR | the guest's |
 //!
@@ -47,6 +47,8 @@ pub(crate) struct JitContext {
     /// Base of the current jump cache.
     pub(crate) jump_cache: u64,
     pub(crate) rip: u64,
+    /// Deltas of the base groups beyond the one in r13.
+    pub(crate) group_deltas: [u64; crate::groups::SLOTS],
     /// Linear bases of ES, CS, SS, DS, FS, GS.
     pub(crate) seg_base: [u64; 6],
     /// Guest status flags on entry and exit (host layout).
@@ -64,8 +66,6 @@ pub(crate) struct JitContext {
     /// Selectors of ES, CS, SS, DS, FS, GS.
     pub(crate) selectors: [u16; 6],
     pub(crate) flags_image: u64,
-    /// Deltas of the base groups beyond the one in r13.
-    pub(crate) group_deltas: [u64; crate::groups::SLOTS],
     /// Guest time-stamp counter minus the host's.
     pub(crate) tsc_offset: u64,
     pub(crate) tsc_aux: u32,

@@ -1,7 +1,7 @@
 //! The delta tables ("FLAT"): `table[linear >> 12]` holds what to add to a linear address to get the host address
 //! of the byte, for the whole 48-bit linear space, a table for reads and one for writes for each [`View`].
 //!
-//! Translated code looks up `table[(EA << 16) >> 28]`: the index is bounded by construction, whatever the guest
+//! Translated code looks up `table[EA bits 12 to 47]`: the index is bounded by construction, whatever the guest
 //! computes. A page without a usable translation holds *poison*: a value that depends on the index so that for
 //! every effective address that finds it, canonical or not, the sum is non-canonical, or lies in our guard
 //! region, or in the kernel half: it can never reach host memory. Poison has its low six bits set, so that the
@@ -21,8 +21,10 @@ use crate::tables::{self, ENTRIES, TableMemory};
 use std::io;
 use std::ops::Range;
 
-/// What the base registers hold beyond the table's address: the shift count of the index computation.
-pub(crate) const BASE_BIAS: u64 = 28;
+/// What the read base holds beyond the table's address: the control of BEXTR that takes bits 12 to 47.
+pub(crate) const READ_BIAS: u64 = 12 | 36 << 8;
+/// The same of the write base: the shift count of the index computation that keeps flags.
+pub(crate) const WRITE_BIAS: u64 = 28;
 
 /// Whose accesses a table serves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -163,13 +165,13 @@ impl DeltaTables {
     /// What the read-view base register holds for `view`.
     #[inline]
     pub(crate) fn read_base(&self, view: View) -> u64 {
-        self.memory.address(self.table(view, false)) + BASE_BIAS
+        self.memory.address(self.table(view, false)) + READ_BIAS
     }
 
     /// What the write-view base register holds for `view`.
     #[inline]
     pub(crate) fn write_base(&self, view: View) -> u64 {
-        self.memory.address(self.table(view, true)) + BASE_BIAS
+        self.memory.address(self.table(view, true)) + WRITE_BIAS
     }
 
     fn forget_all(&mut self) {
@@ -289,8 +291,8 @@ mod tests {
 
     /// What translated code computes for `ea`; the entry must have been filled before.
     fn sum(t: &DeltaTables, view: View, write: bool, ea: u64) -> u64 {
-        let base = if write { t.write_base(view) } else { t.read_base(view) };
-        ea.wrapping_add(t.memory.at((base - BASE_BIAS) + ((ea << 16) >> 28) * 8))
+        let table = if write { t.write_base(view) - WRITE_BIAS } else { t.read_base(view) - READ_BIAS };
+        ea.wrapping_add(t.memory.at(table + ((ea << 16) >> 28) * 8))
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! Cells are numbered over all tables: cell `n` of table `t` is `t * ENTRIES + n`.
 //!
 //! Invariants this unsafe island relies on:
-//! * `base..base + count * TABLE_BYTES` is our own reservation for the life of the value;
+//! * `base..base + count * TABLE_BYTES` is part of our own reservation, which `reserved` begins, for the life of the value;
 //! * a page of it is accessible exactly if `ready` holds its number, and then has only poison or what [`TableMemory::write`]
 //!   put there;
 //! * `guard..guard + GUARD_BYTES` is never mapped accessible.
@@ -15,6 +15,8 @@ use std::io;
 pub(crate) const ENTRIES: u64 = 1 << 36;
 const TABLE_BYTES: u64 = ENTRIES * 8;
 const GUARD_BYTES: u64 = 1 << 16;
+/// Of the tables' addresses: base registers hold constants in the low bits.
+const ALIGNMENT: u64 = 1 << 16;
 /// Entries on one page of a table.
 const PAGE_ENTRIES: u64 = 512;
 /// Table pages that one translator may have accessible at a time (48 MiB).
@@ -62,6 +64,8 @@ impl PageSet {
 
 /// See the module's documentation.
 pub(crate) struct TableMemory {
+    /// The reservation, and the first multiple of [`ALIGNMENT`] in it.
+    reserved: *mut u8,
     base: *mut u8,
     count: u64,
     guard: u64,
@@ -97,11 +101,13 @@ impl TableMemory {
     /// Reserves address space for `count` tables, of which up to `max_ready` pages are accessible at a time; no memory yet.
     pub(crate) fn new(count: u64, max_ready: usize) -> io::Result<TableMemory> {
         let guard = reserve(None, GUARD_BYTES)? as u64;
-        let base = reserve(None, count * TABLE_BYTES).inspect_err(|_| {
+        let reserved = reserve(None, count * TABLE_BYTES + ALIGNMENT).inspect_err(|_| {
             // SAFETY: the reservation made just now.
             unsafe { libc::munmap(guard as *mut libc::c_void, GUARD_BYTES as usize) };
         })?;
+        let base = reserved.wrapping_add(reserved.align_offset(ALIGNMENT as usize));
         Ok(TableMemory {
+            reserved,
             base,
             count,
             guard,
@@ -250,7 +256,7 @@ impl Drop for TableMemory {
     fn drop(&mut self) {
         // SAFETY: our own reservations, unmapped once.
         unsafe {
-            libc::munmap(self.base.cast(), (self.count * TABLE_BYTES) as usize);
+            libc::munmap(self.reserved.cast(), (self.count * TABLE_BYTES + ALIGNMENT) as usize);
             libc::munmap(self.guard as *mut libc::c_void, GUARD_BYTES as usize);
         }
     }

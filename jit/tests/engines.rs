@@ -470,3 +470,44 @@ fn flags_live_through_a_jump_cache_collision() {
     let s = agree(t_collision::bytes(), flags::STATUS);
     assert_eq!(s.gpr[gpr::RBX], 100);
 }
+
+program!(
+    t_homes,
+    "mov r10, 0x123456789ABCDEF0",
+    "mov r12, r10",
+    "mov r13, r10",
+    "mov r14, r10",
+    "mov r15, r10",
+    "xor al, al", // what a form does is remembered from its first sight
+    "xor r12b, r12b",
+    "xor r13b, r12b",
+    "sub rbx, rbx",
+    "sub r14, r13",
+    "xor r15d, r15d",
+    "mov r11, r14",
+    "mov r8d, 0x1234",
+    "mov r11w, r8w",
+    "add r10, r11",
+    "xadd r10b, r10b",
+    "xchg r10, r11",
+    "bts r10, r11",
+    "lea r12, [r10 + r11*4 + 7]",
+    "lea r13d, [r12 + r12]",
+    "lea ebx, [r13*2 - 1]",
+    "movzx r14d, r13w",
+    "cmovs r14d, r12d",
+    "movsxd r9, r14d",
+    "shl r14, 3",
+    "rcr r12b, 1",
+    "setc r13b",
+    "imul r15, r14, 77",
+    "neg r15",
+    "movq xmm3, r15",
+    "pextrw r12d, xmm3, 1",
+    "cvtsi2sd xmm4, r13",
+);
+
+#[test]
+fn registers_in_memory_as_operands() {
+    agree(t_homes::bytes(), flags::STATUS);
+}

@@ -4,6 +4,7 @@
 use super::segment::Bound;
 use super::{Emitter, Pos, Target, Unfit};
 use crate::context::ctx;
+use crate::delta::{READ_BIAS, WRITE_BIAS};
 use crate::flags::FlagSet;
 use crate::regs::{self, Place, R10, R11};
 use crate::stubs::MissInfo;
@@ -19,6 +20,11 @@ pub(super) fn address16(instr: &Instruction) -> bool {
         (Register::None, Register::None) => instr.memory_displ_size() == 2,
         (Register::None, r) | (r, _) => r.size() == 2,
     }
+}
+
+/// Whether the memory operand has an address size of 32 bits.
+fn is_narrow(instr: &Instruction) -> bool {
+    [instr.memory_base(), instr.memory_index()].iter().any(|r| *r != Register::None && r.size() == 4)
 }
 
 /// An access to a linear address.
@@ -82,19 +88,9 @@ impl Emitter {
         if !self.code64 && address16(instr) {
             return Ok(self.effective_address_16(instr));
         }
-        let base = instr.memory_base();
-        let index = instr.memory_index();
-        let wanted = if self.code64 { 8 } else { 4 };
-        for r in [base, index] {
-            if r != Register::None
-                && r != Register::RIP
-                && r.size() != wanted
-                && !(self.code64 && r.size() == 4)
-            {
-                return Err(Unfit);
-            }
-        }
-        let narrow = [base, index].iter().any(|r| *r != Register::None && r.size() == 4);
+        self.check_registers(instr)?;
+        let (base, index) = (instr.memory_base(), instr.memory_index());
+        let narrow = is_narrow(instr);
         let segment = instr.memory_segment();
         let based = linear && NEED_FS_GS.contains(&segment);
         let disp = instr.memory_displacement64();
@@ -125,6 +121,15 @@ impl Emitter {
             }
         }
         Ok(R10)
+    }
+
+    /// Refuses what is not made of registers of the code's size, or of 32 bits.
+    fn check_registers(&self, instr: &Instruction) -> Result<(), Unfit> {
+        let wanted = if self.code64 { 8 } else { 4 };
+        let fits = |r: Register| {
+            matches!(r, Register::None | Register::RIP) || r.size() == wanted || self.code64 && r.size() == 4
+        };
+        if fits(instr.memory_base()) && fits(instr.memory_index()) { Ok(()) } else { Err(Unfit) }
     }
 
     pub(super) fn lea(
@@ -166,6 +171,19 @@ impl Emitter {
         let dst = instr.op0_register();
         let n = regs::number(dst);
         let size = dst.size();
+        let (base, index) = (instr.memory_base(), instr.memory_index());
+        let constant = matches!(base, Register::RIP | Register::EIP)
+            || base == Register::None && index == Register::None;
+        if size >= 4 && !constant && (self.code64 || !address16(instr)) {
+            self.check_registers(instr)?;
+            let to = if let Place::Host(h) = regs::place(n) { h } else { R10 };
+            let b = (base != Register::None).then(|| self.guest(regs::number(base), R10));
+            let x = (index != Register::None).then(|| self.guest(regs::number(index), R11));
+            let disp = instr.memory_displacement64() as i32;
+            self.lea(to, b, x, instr.memory_index_scale(), disp, size == 4 || is_narrow(instr));
+            self.set_guest(n, to);
+            return Ok(());
+        }
         let ea = self.effective_address(instr, false)?;
         let Place::Host(h) = regs::place(n) else {
             return match size {
@@ -244,17 +262,9 @@ impl Emitter {
         let Access { info, keep, saved, bound } = access;
         let (size, write) = (info as u32 & 0xFF, info & MissInfo::WRITE != 0);
         let retry = self.hot_here();
-        dynasm!(self.hot
-            ; .arch x64
-            ; rorx r11, Rq(ea), 48
-            ; shrx r11, r11, r15
-        );
-        if write {
-            dynasm!(self.hot ; .arch x64 ; mov r11, [r14 + r11 * 8 - 28]);
-        } else {
-            dynasm!(self.hot ; .arch x64 ; mov r11, [r15 + r11 * 8 - 28]);
-        }
-        if saved || keep == Keep::Nothing {
+        let dead = saved || keep == Keep::Nothing;
+        self.look_up(R11, ea, write, dead);
+        if dead {
             dynasm!(self.hot ; .arch x64 ; add r11, Rq(ea));
         } else {
             dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
@@ -308,6 +318,21 @@ impl Emitter {
             }
         }
         Self::restore(&mut self.hot, keep, self.r13_busy);
+    }
+
+    /// Loads the delta of the page of the address in host register `ea` into `delta`. Uses r11; keeps flags unless they are `dead`.
+    pub(super) fn look_up(&mut self, delta: u8, ea: u8, write: bool, dead: bool) {
+        // Bits 12 to 47: by BEXTR with the read base as its control, or without touching flags.
+        if dead {
+            dynasm!(self.hot ; .arch x64 ; bextr r11, Rq(ea), r15);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; rorx r11, Rq(ea), 48 ; shrx r11, r11, r14);
+        }
+        if write {
+            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [r14 + r11 * 8 - WRITE_BIAS as i32]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [r15 + r11 * 8 - READ_BIAS as i32]);
+        }
     }
 
     /// JS in cold code: the position of its displacement, of one byte if `short`.

@@ -1,12 +1,12 @@
 //! Ways into and out of a block: direct exits that are chained later, indirect jumps through the jump cache, exits to
 //! the run loop and the interpreter, and the checks at the entries.
 
-use super::{Emitter, PendingLink, Pos, Site, Target, Unfit};
+use super::{Emitter, PendingLink, Pos, Site, Target, Unfit, load};
 use crate::classify::stack_word;
 use crate::code_cache::CodeOffset;
 use crate::context::{JitContext, Reason, ctx};
 use crate::flags::FlagSet;
-use crate::regs::{self, R10, R11, RCX};
+use crate::regs::{self, R10, R11, R13, RCX};
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
@@ -165,7 +165,7 @@ impl Emitter {
     }
 
     fn poll(&mut self, target: u64, live: FlagSet) {
-        dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(attention)]);
+        load(&mut self.hot, R10, ctx!(attention));
         if live.is_empty() {
             dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
             let cold = self.cold_here();
@@ -205,7 +205,10 @@ impl Emitter {
             ; rorx r10, r11, 16
             ; lea r10, [r10 + r11]
             ; movzx r10d, r10w
-            ; mov r13, [rsp + ctx!(jump_cache)]
+        );
+        load(&mut self.hot, R13, ctx!(jump_cache));
+        dynasm!(self.hot
+            ; .arch x64
             ; lea r10, [r13 + r10 * 8]
             ; lea r13, [rip - 1]
             ; jmp QWORD [r10]
@@ -225,18 +228,15 @@ impl Emitter {
         self.hot.push(0xE9);
         self.hot_rel32(Target::Cache(self.stubs.indirect));
         if live.is_empty() {
-            dynasm!(self.hot
-                ; .arch x64
-                ; mov rcx, r10
-                ; mov r10, [rsp + ctx!(attention)]
-                ; cmp DWORD [r10], 0
-            );
+            dynasm!(self.hot ; .arch x64 ; mov rcx, r10);
+            load(&mut self.hot, R10, ctx!(attention));
+            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
             let attention = self.cold_here();
             self.hot_jcc(5, attention);
         } else {
+            load(&mut self.hot, RCX, ctx!(attention));
             dynasm!(self.hot
                 ; .arch x64
-                ; mov rcx, [rsp + ctx!(attention)]
                 ; mov ecx, [rcx]
                 ; .u8 0xE3, 8
                 ; mov rcx, r10

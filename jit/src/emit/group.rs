@@ -1,8 +1,9 @@
 //! Base groups: one check, and the page's delta at hand for all accesses off one base register (planned by
 //! [`crate::groups`]): in r13 for the most useful group of a block, in the context for others. Where the check fails the block goes on in its ungrouped copy.
 
+use super::access::Keep;
 use super::flow::give_back;
-use super::{Emitter, PendingLink, Pos, Target};
+use super::{Emitter, PendingLink, Pos, Target, load, store};
 use crate::context::{Reason, ctx};
 use crate::flags::FlagSet;
 use crate::groups::{self, Plan};
@@ -49,17 +50,8 @@ impl Emitter {
         let base = self.guest(plan.base, R10);
         let lo = plan.lo;
         let delta = if plan.slot.is_some() { R11 } else { R13 };
-        dynasm!(self.hot
-            ; .arch x64
-            ; lea r10, [Rq(base) + lo]
-            ; rorx r11, r10, 48
-            ; shrx r11, r11, r15
-        );
-        if plan.write {
-            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [r14 + r11 * 8 - 28]);
-        } else {
-            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [r15 + r11 * 8 - 28]);
-        }
+        self.lea(R10, Some(base), None, 1, lo, false);
+        self.look_up(delta, R10, plan.write, keep == Keep::Nothing);
         Self::save(&mut self.hot, keep, true);
         dynasm!(self.hot ; .arch x64 ; test Rb(delta), 1);
         let poison = self.cold_here();
@@ -76,8 +68,7 @@ impl Emitter {
         debug_assert_eq!(leave, self.cold_here());
         let ungrouped = self.ungrouped_exit();
         if let Some(slot) = plan.slot {
-            let at = delta_offset(slot);
-            dynasm!(self.hot ; .arch x64 ; mov [rsp + at], r11);
+            store(&mut self.hot, delta_offset(slot), R11);
         }
         let last = plan.hi - plan.lo - 1;
         dynasm!(self.hot ; .arch x64 ; lea r11, [r10 + last] ; xor r11, r10 ; test r11, !0xFFF);
@@ -123,8 +114,7 @@ impl Emitter {
     /// The host register that holds the delta: r13, or r11, loaded here.
     pub(super) fn delta(&mut self, slot: Option<usize>) -> u8 {
         let Some(slot) = slot else { return R13 };
-        let at = delta_offset(slot);
-        dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + at]);
+        load(&mut self.hot, R11, delta_offset(slot));
         R11
     }
 

@@ -29,7 +29,7 @@ use crate::regs::{self, Place, R10, R11, R13};
 use crate::stubs::{MissInfo, Stubs};
 use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
 use group::Group;
-use iced_x86::{Code, Encoder, Instruction, OpAccess, OpKind, Register};
+use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpAccess, OpCodeOperandKind, OpKind, Register};
 use paravane_cpu::operand_alignment;
 
 /// Where in the block's code something is.
@@ -212,8 +212,7 @@ impl Emitter {
         match regs::place(number) {
             Place::Host(h) => h,
             Place::Home(n) => {
-                let at = Self::home_offset(n);
-                dynasm!(self.hot ; .arch x64 ; mov Rq(scratch), [rsp + at]);
+                load(&mut self.hot, scratch, Self::home_offset(n));
                 scratch
             }
         }
@@ -225,8 +224,7 @@ impl Emitter {
             Place::Host(h) if h == host => {}
             Place::Host(h) => dynasm!(self.hot ; .arch x64 ; mov Rq(h), Rq(host)),
             Place::Home(n) => {
-                let at = Self::home_offset(n);
-                dynasm!(self.hot ; .arch x64 ; mov [rsp + at], Rq(host));
+                store(&mut self.hot, Self::home_offset(n), host);
             }
         }
     }
@@ -286,11 +284,14 @@ impl Emitter {
                 free = if grouped { &[R10] } else { &[R10, R13] };
             }
         }
+        if memory.is_none() {
+            self.home_as_memory(&mut new, form);
+        }
         let mut stores: [(u8, u8); 4] = [(0, 0); 4];
         let mut stored = 0;
         let mut renamed: [(u8, u8); 4] = [(0xFF, 0); 4];
         for i in 0..instr.op_count() {
-            if instr.op_kind(i) != OpKind::Register || !instr.op_register(i).is_gpr() {
+            if new.op_kind(i) != OpKind::Register || !new.op_register(i).is_gpr() {
                 continue;
             }
             let r = instr.op_register(i);
@@ -305,8 +306,9 @@ impl Emitter {
                             let (&s, rest) = free.split_first().ok_or(Unfit)?;
                             free = rest;
                             renamed[i as usize] = (n, s);
-                            let at = Self::home_offset(h);
-                            dynasm!(self.hot ; .arch x64 ; mov Rq(s), [rsp + at]);
+                            if !replaces(&new, i) {
+                                load(&mut self.hot, s, Self::home_offset(h));
+                            }
                             s
                         }
                     };
@@ -331,6 +333,47 @@ impl Emitter {
             self.set_guest(n, host);
         }
         Ok(())
+    }
+
+    /// Lets an instruction without a memory operand use a guest register in the context as one, where that means the same:
+    /// a write must reach all of the register that it would reach.
+    fn home_as_memory(&self, new: &mut Instruction, form: &Form) {
+        use Mnemonic as M;
+        // With memory XCHG locks, and bit offsets are not taken modulo the width. XADD writes both operands, in this order.
+        if matches!(new.mnemonic(), M::Xchg | M::Xadd | M::Bt | M::Bts | M::Btr | M::Btc) {
+            return;
+        }
+        for i in 0..new.op_count() {
+            let r = new.op_register(i);
+            if new.op_kind(i) != OpKind::Register || !r.is_gpr() {
+                continue;
+            }
+            let Place::Home(n) = regs::place(regs::number(r)) else { continue };
+            let kind = new.op_code().op_kind(i);
+            let width = match kind {
+                OpCodeOperandKind::r8_or_mem => 1,
+                OpCodeOperandKind::r16_or_mem => 2,
+                OpCodeOperandKind::r32_or_mem => 4,
+                OpCodeOperandKind::r64_or_mem => 8,
+                _ => continue,
+            };
+            let read = matches!(form.access[i as usize], OpAccess::Read);
+            if !read && width == 4 {
+                continue;
+            }
+            let mut changed = *new;
+            changed.set_segment_prefix(Register::None);
+            changed.set_op_kind(i, OpKind::Memory);
+            changed.set_memory_base(Register::RSP);
+            changed.set_memory_index(Register::None);
+            changed.set_memory_index_scale(1);
+            changed.set_memory_displacement64(Self::home_offset(n) as u64);
+            changed.set_memory_displ_size(1);
+            if changed.memory_size().size() == width {
+                *new = changed;
+                return;
+            }
+        }
     }
 
     /// Whether the bytes mean the same on the host: no RSP, no register without a host register.
@@ -383,6 +426,32 @@ impl Emitter {
             out[site as usize..site as usize + 4].copy_from_slice(&rel.to_le_bytes());
         }
     }
+}
+
+/// Loads host register `r` from the context's word at offset `at`.
+fn load(ops: &mut SimpleAssembler, r: u8, at: i32) {
+    match i8::try_from(at) {
+        // mov r, [rsp + disp8]
+        Ok(at) => ops.extend([0x48 | r >> 3 << 2, 0x8B, 0x44 | (r & 7) << 3, 0x24, at as u8]),
+        Err(_) => dynasm!(ops ; .arch x64 ; mov Rq(r), [rsp + at]),
+    }
+}
+
+/// Stores host register `r` to the context's word at offset `at`.
+fn store(ops: &mut SimpleAssembler, at: i32, r: u8) {
+    match i8::try_from(at) {
+        // mov [rsp + disp8], r
+        Ok(at) => ops.extend([0x48 | r >> 3 << 2, 0x89, 0x44 | (r & 7) << 3, 0x24, at as u8]),
+        Err(_) => dynasm!(ops ; .arch x64 ; mov [rsp + at], Rq(r)),
+    }
+}
+
+/// Whether register operand `i` is overwritten whole, and not read.
+fn replaces(instr: &Instruction, i: u32) -> bool {
+    i == 0
+        && instr.op0_register().size() >= 4
+        && matches!(instr.mnemonic(), Mnemonic::Mov | Mnemonic::Movzx | Mnemonic::Movsx | Mnemonic::Movsxd)
+        && instr.op1_register() != instr.op0_register()
 }
 
 /// Replaces forms that 64-bit mode encodes differently.
