@@ -11,12 +11,17 @@ use crate::segment::{self, canonical};
 use crate::state::{DescriptorTable, LinAddr, SegReg, Shadow, cr0, cr4, flags, gpr};
 use crate::{syscall, transfer, vme};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
+use std::sync::atomic::{Ordering, fence};
 
 type Done = Result<(), Fault>;
 
 /// Executes `instr` if it is a system instruction; `None` if it is not.
 pub(crate) fn execute(ex: &mut Exec<'_>, i: &Instruction) -> Option<Done> {
     use Mnemonic::*;
+    if serializes(i) {
+        // Stores of translated code that the host has not made yet must be seen first (SDM 3A, 8.3).
+        fence(Ordering::SeqCst);
+    }
     Some(match i.mnemonic() {
         Mov => mov(ex, i)?,
         Push => push_segment(ex, i)?,
@@ -65,6 +70,18 @@ pub(crate) fn execute(ex: &mut Exec<'_>, i: &Instruction) -> Option<Done> {
         Wrgsbase => write_base(ex, i, SegReg::Gs),
         _ => return registers(ex, i),
     })
+}
+
+/// Serializing instructions (SDM 3A, 8.3).
+fn serializes(i: &Instruction) -> bool {
+    use Mnemonic::*;
+    let to = i.op0_register();
+    match i.mnemonic() {
+        Mov => to.is_cr() || to.is_dr(),
+        Iret | Iretd | Iretq | Cpuid | Wrmsr | Invlpg | Invpcid | Invd | Wbinvd | Lgdt | Lidt | Lldt
+        | Ltr => true,
+        _ => false,
+    }
 }
 
 /// Control state: tables, MSRs, caches, CPUID, descriptor queries.
