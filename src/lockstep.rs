@@ -299,6 +299,7 @@ mod tests {
         std::fs::write(&kernel, image).expect("image");
         let config = MachineConfig {
             memory: 16 << 20,
+            cpus: 1,
             model: "max".into(),
             engine: EngineKind::Jit,
             clock: ClockKind::Instructions,

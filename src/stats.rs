@@ -9,15 +9,25 @@ use std::path::Path;
 pub type Snapshot = BTreeMap<String, BTreeMap<String, u64>>;
 
 /// All counters now: the devices' registry, and `more` (the engine's, memory's, the host's) beside them.
-pub fn snapshot(registry: &Counters, more: &[(&str, Vec<(String, u64)>)]) -> Snapshot {
+pub fn snapshot(registry: &Counters, more: &[(String, Vec<(String, u64)>)]) -> Snapshot {
     let mut all = registry.snapshot();
     for (group, values) in more {
-        let group = all.entry((*group).to_owned()).or_default();
+        let group = all.entry(group.clone()).or_default();
         for (name, value) in values {
             group.insert(name.clone(), *value);
         }
     }
     all
+}
+
+/// The sums of counters of the same name.
+pub fn sums(all: impl Iterator<Item = Vec<(String, u64)>>) -> Vec<(String, u64)> {
+    let mut sums = BTreeMap::<String, u64>::new();
+    for (name, value) in all.flatten() {
+        let sum = sums.entry(name).or_default();
+        *sum = sum.saturating_add(value);
+    }
+    sums.into_iter().collect()
 }
 
 /// What was counted between two snapshots; gauges that fell count as zero.
@@ -49,6 +59,13 @@ pub fn process_cpu_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sums_are_by_name() {
+        let one = |name: &str, value| vec![(String::from(name), value), ("same".into(), 1)];
+        let sums = sums([one("a", 2), one("b", 3), one("a", u64::MAX)].into_iter());
+        assert_eq!(sums, [("a".into(), u64::MAX), ("b".into(), 3), ("same".into(), 3)]);
+    }
 
     #[test]
     fn difference_counts_what_is_new_and_never_wraps() {

@@ -89,6 +89,7 @@ fn lockstep_refuses_what_it_would_not_do() {
         (&["--symbols", "x"], "--symbols"),
         (&["--reboot"], "--reboot"),
         (&["--stride", "0"], "--stride"),
+        (&["--cpus", "2"], "--cpus"),
     ] {
         let args = [&["lockstep", "--kernel", "k"][..], more].concat();
         assert!(refusal(&args).contains(name), "{args:?}");
@@ -113,7 +114,7 @@ fn what_is_not_there_yet_is_refused_by_name() {
         (&["--control", "unix=x"], "--control"),
         (&["--trace", "x"], "--trace"),
         (&["--personality", "kvm"], "--personality kvm"),
-        (&["--cpus", "2"], "--cpus 2"),
+        (&["--cpus", "2", "--clock", "instructions", "--gdb", "unix=x"], "--gdb with more than one"),
         (&["--disk", "a,bus=pvscsi"], "bus=pvscsi"),
         (&["--disk", "a,format=qcow2"], "format=qcow2"),
     ] {
@@ -168,7 +169,10 @@ fn absurd_machines_are_refused() {
     let line = refusal(&["run", "--kernel", &kernel, "--cpu", "z80"]);
     assert!(line.contains("z80") && line.contains("max"), "{line}");
     assert!(refusal(&["run", "--kernel", &kernel, "--engine", "steam"]).contains("steam"));
-    assert!(refusal(&["run", "--kernel", &kernel, "--cpus", "0"]).contains("--cpus"));
+    for cpus in ["0", "17", "4294967295"] {
+        let line = refusal(&["run", "--kernel", &kernel, "--cpus", cpus]);
+        assert!(line.contains("--cpus") && line.contains("1 to 16"), "{line}");
+    }
     assert!(refusal(&["run", "--kernel", &kernel, "--debug-exit", "high"]).contains("--debug-exit"));
 }
 

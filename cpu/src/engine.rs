@@ -94,6 +94,8 @@ pub trait Engine: Send {
     fn invalidate(&mut self, page: RamOffset);
     /// Forgets every cached address translation (layout change, state loaded from outside).
     fn flush_translations(&mut self);
+    /// The processor received INIT: cached translations and interrupts that waited are forgotten.
+    fn reset(&mut self);
     /// How the processor came to where it is.
     fn post_mortem(&self) -> PostMortem;
     /// Values of the engine's counters by name.

@@ -120,6 +120,12 @@ impl Engine for Interpreter {
         self.core.flush_translations();
     }
 
+    fn reset(&mut self) {
+        self.aside = false;
+        self.core.attention().take(Attention::NMI | Attention::INTERRUPT);
+        self.core.flush_translations();
+    }
+
     fn post_mortem(&self) -> PostMortem {
         self.core.post_mortem()
     }

@@ -373,6 +373,31 @@ impl CpuState {
         }
     }
 
+    /// INIT (SDM 3A, table 10-1): as after power-on, but x87, vector and model-specific registers keep their values, as do
+    /// CR0.CD and NW, XCR0, and what is no register. EDX says what the processor is: `signature`, as CPUID leaf 1 has it.
+    pub fn init(&mut self, signature: u32) {
+        let reset = CpuState::reset(self.vp);
+        let mut gpr = reset.gpr;
+        gpr[gpr::RDX] = signature.into();
+        *self = CpuState {
+            gpr,
+            cr0: self.cr0 & (cr0::CD | cr0::NW) | cr0::ET,
+            xcr0: self.xcr0,
+            msr: self.msr.clone(),
+            fpu: self.fpu.clone(),
+            fpu_pointers: self.fpu_pointers,
+            instructions: self.instructions,
+            a20: self.a20,
+            ..reset
+        };
+    }
+
+    /// A start-up IPI (SDM 3A, 11.4.4.1, step 15): real mode at `vector << 12`.
+    pub fn start_up(&mut self, vector: u8) {
+        self.seg[SegReg::Cs as usize] = Segment { attributes: 0x9B, ..Segment::real(u16::from(vector) << 8) };
+        self.rip = 0;
+    }
+
     /// Segment register `s`.
     pub fn segment(&self, s: SegReg) -> &Segment {
         &self.seg[s as usize]
@@ -422,5 +447,43 @@ impl CpuState {
     /// EFLAGS.IOPL.
     pub fn iopl(&self) -> u8 {
         ((self.rflags >> 12) & 3) as u8
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SDM 3A, table 10-1, column INIT.
+    #[test]
+    fn init_keeps_what_the_manual_keeps() {
+        let mut cpu = CpuState::reset(3);
+        cpu.gpr = [7; 16];
+        cpu.fpu.set_mxcsr(0x1FA0);
+        cpu.msr.tsc_adjust = 5;
+        cpu.msr.pat = 0x0106;
+        (cpu.xcr0, cpu.cr0, cpu.cr4, cpu.efer, cpu.cr3) = (7, 0x8005_0033, 0x20, efer::LMA, 0x1000);
+        (cpu.rip, cpu.cpl, cpu.halted, cpu.nmi_blocked, cpu.a20) = (0x1234, 3, true, true, false);
+        cpu.seg = [Segment::flat(8, 0xC093); 6];
+        cpu.dr[7] = 0xFF;
+        cpu.instructions = 99;
+        cpu.init(0x106CA);
+        let fresh = CpuState::reset(3);
+        assert_eq!((cpu.fpu.mxcsr(), cpu.msr.tsc_adjust, cpu.msr.pat, cpu.xcr0), (0x1FA0, 5, 0x0106, 7));
+        assert_eq!((cpu.cr0, cpu.cr3, cpu.cr4, cpu.efer), (0x10, 0, 0, 0), "CD and NW were clear");
+        assert_eq!((cpu.rip, cpu.seg, cpu.dr, cpu.rflags), (fresh.rip, fresh.seg, fresh.dr, fresh.rflags));
+        assert_eq!((cpu.cpl, cpu.halted, cpu.nmi_blocked, cpu.a20), (0, false, false, false));
+        assert_eq!((cpu.gpr[gpr::RDX], cpu.gpr[gpr::RAX], cpu.vp, cpu.instructions), (0x106CA, 0, 3, 99));
+        let mut cached = CpuState::reset(0);
+        cached.init(0);
+        assert_eq!(cached.cr0, 0x6000_0010, "CD and NW were set");
+    }
+
+    #[test]
+    fn a_start_up_ipi_names_a_page() {
+        let mut cpu = CpuState::reset(1);
+        cpu.start_up(0x9A);
+        let cs = cpu.segment(SegReg::Cs);
+        assert_eq!((cs.selector, cs.base, cs.limit, cpu.rip), (0x9A00, 0x9_A000, 0xFFFF, 0));
     }
 }

@@ -49,6 +49,9 @@ impl Engine for Crooked {
     fn flush_translations(&mut self) {
         self.engine.flush_translations();
     }
+    fn reset(&mut self) {
+        self.engine.reset();
+    }
     fn post_mortem(&self) -> PostMortem {
         self.engine.post_mortem()
     }

@@ -4,7 +4,7 @@ mod values;
 
 use crate::compare::{CompareConfig, Guest};
 use crate::debug::GdbAddress;
-use crate::machine::{Boot, ClockKind, DiskConfig, EngineKind, MachineConfig, SerialConfig};
+use crate::machine::{Boot, ClockKind, DiskConfig, EngineKind, MAX_CPUS, MachineConfig, SerialConfig};
 use clap::{Args, Parser, Subcommand};
 use std::fmt;
 use std::path::PathBuf;
@@ -106,7 +106,7 @@ pub struct RunArgs {
     /// RAM, with K, M, G or T; a bare number means MiB.
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub memory: String,
-    /// Number of processors (only 1 for now).
+    /// Number of processors, 1 to 16, each with a host thread of its own.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub cpus: u32,
     /// Processor model: max (what the host has), x86-64-v3, x86-64-v2, x86-64, pentium3 or i486.
@@ -252,6 +252,12 @@ impl LockstepArgs {
             ("--symbols", run.symbols.is_some()),
             ("--reboot", run.reboot),
         ];
+        if run.cpus > 1 {
+            return Err(bad(
+                "--cpus",
+                "not for lockstep: two processors do not meet in the same order twice",
+            ));
+        }
         if let Some((name, _)) = given.iter().find(|g| g.1) {
             return Err(bad(
                 name,
@@ -293,10 +299,14 @@ impl RunArgs {
         if self.display != "none" {
             return Err(values::not_yet("--display", &self.display, &["terminal", "vnc"]));
         }
+        Ok(())
+    }
+
+    /// The number of processors.
+    fn processors(&self) -> Result<u32, CliError> {
         match self.cpus {
-            1 => Ok(()),
-            0 => Err(bad("--cpus", "0 is no number of processors")),
-            n => Err(CliError::NotYet(format!("--cpus {n}: more than one processor"))),
+            n @ 1..=MAX_CPUS => Ok(n),
+            n => Err(bad("--cpus", format!("{n} processors are not to be had: 1 to {MAX_CPUS}"))),
         }
     }
 
@@ -308,7 +318,12 @@ impl RunArgs {
     /// Checks everything that can be checked without opening a file.
     pub fn config(&self) -> Result<MachineConfig, CliError> {
         self.refuse()?;
-        self.gdb_address()?;
+        let together = self.cpus > 1 && self.clock == ClockKind::Instructions;
+        if self.gdb_address()?.is_some() && together {
+            return Err(CliError::NotYet(
+                "--gdb with more than one processor and --clock instructions".into(),
+            ));
+        }
         let Some(kernel) = self.kernel.clone() else {
             return Err(if self.disk.is_empty() {
                 bad("--kernel", "nothing to run: give --kernel F (and --initrd, --disk)")
@@ -326,6 +341,7 @@ impl RunArgs {
         let serial = values::parse_serials(&self.serial)?;
         Ok(MachineConfig {
             memory: parse_size(&self.memory).map_err(|p| bad("--memory", p))?,
+            cpus: self.processors()?,
             model: self.cpu.clone(),
             engine: self.engine,
             clock: self.clock,

@@ -115,6 +115,7 @@ fn config(config: &CompareConfig, path: Path, image: &ScratchImage, jobs: &[Job]
     let bus = if path == Path::VirtioBlk { DiskBus::Virtio } else { DiskBus::Ide };
     MachineConfig {
         memory: MEMORY,
+        cpus: 1,
         model: "max".into(),
         engine: config.engine,
         clock: ClockKind::Host,

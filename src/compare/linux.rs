@@ -90,6 +90,7 @@ fn config(
     );
     MachineConfig {
         memory: MEMORY,
+        cpus: 1,
         model: "max".into(),
         engine: settings.engine,
         clock: ClockKind::Host,

@@ -36,7 +36,7 @@ pub(super) fn run(guest: GuestRun, step: &(dyn Fn() + Send + Sync)) -> Result<Op
         debug_console: Box::new(|_| ()),
     };
     let mut machine = Machine::new(&guest.config, lifecycle.clone(), ends)?;
-    guest.marks.attach(machine.vcpu());
+    guest.marks.attach(machine.boot_vcpu());
     let counters = machine.counters().clone();
     let marks = Arc::clone(&guest.marks);
     let ended = lifecycle.clone();

@@ -1,13 +1,13 @@
-//! How the debugger and a vCPU talk.
+//! How the debugger and the vCPUs talk.
 //!
 //! ```text
-//!   session thread                          vCPU thread
-//!   --------------                          -----------
-//!   pause()      -- flag + STOP ---------->  leaves guest code between two instructions
-//!                <-- Event::Stopped -------  parks and serves
-//!   ask(command) -- queue + STOP --------->  runs the command on itself, answers
-//!   go(resume)   -- queue + STOP --------->  runs on, or steps
-//!                <-- Event::Stopped -------  breakpoint, watchpoint, step done, triple fault
+//!   session thread                          vCPU threads
+//!   --------------                          ------------
+//!   pause()      -- flag + STOP ---------->  leave guest code between two instructions
+//!                <-- Event::Stopped -------  park and serve; the last to come tells it
+//!   ask(command) -- queue + STOP --------->  one runs the command on itself, answers
+//!   go(resume)   -- queue + STOP --------->  run on, or step; those held back stay
+//!                <-- Event::Stopped -------  breakpoint, watchpoint, step done, triple fault: one stops, and so do all
 //! ```
 //!
 //! Everything that touches the processor is a command run by its own thread, so nothing of the guest's state is shared or
@@ -16,6 +16,7 @@
 use super::armed::{Armed, Owner};
 use crate::run::{Vcpu, VcpuRunner};
 use paravane_cpu::{Attention, LinAddr, WatchHit};
+use paravane_memory::VpIndex;
 use std::collections::VecDeque;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -33,6 +34,13 @@ pub enum Stop {
     Watch(WatchHit),
     /// Shutdown; what there is to tell. Nothing can run on.
     TripleFault(Arc<str>),
+}
+
+impl Stop {
+    /// Whether it is about what has happened, and will not happen again by itself.
+    fn is_past(&self) -> bool {
+        matches!(self, Stop::Watch(_) | Stop::TripleFault(_))
+    }
 }
 
 /// How it goes on.
@@ -58,8 +66,8 @@ pub enum Event {
     Bytes(Vec<u8>),
     /// The debugger is gone.
     Hangup,
-    /// The vCPU stands still.
-    Stopped(Stop),
+    /// The vCPUs stand still, because of this one.
+    Stopped(VpIndex, Stop),
     /// The machine ended with this exit code.
     Ended(u8),
 }
@@ -70,25 +78,64 @@ pub struct Gone;
 
 type Command = Box<dyn FnOnce(&mut VcpuRunner) -> Option<Resume> + Send>;
 
+/// What the link knows of one vCPU.
+#[derive(Default)]
+struct Seat {
+    commands: VecDeque<Command>,
+    /// It is to stop.
+    wanted: bool,
+    /// Why it stands still; `None` while it runs.
+    stopped: Option<Stop>,
+    /// Its last stop was told.
+    told: bool,
+    /// A stop that was not told because another vCPU's was; it is told when this one is to go on.
+    untold: Option<Stop>,
+}
+
 #[derive(Default)]
 struct State {
-    commands: VecDeque<Command>,
-    pause: bool,
+    seats: Vec<Seat>,
+    /// The stop that is told of: of all that stop together, the first that nobody asked for.
+    told: Option<(VpIndex, Stop)>,
     session: Option<Sender<Event>>,
-    stopped: Option<Stop>,
     ended: Option<u8>,
 }
 
-/// The connection of one vCPU with whoever debugs it.
+impl State {
+    fn all_stopped(&self) -> bool {
+        self.seats.iter().all(|seat| seat.stopped.is_some())
+    }
+
+    fn seat(&mut self, vp: VpIndex) -> &mut Seat {
+        &mut self.seats[vp.0 as usize]
+    }
+
+    /// Every vCPU that runs is to stop.
+    fn want_all(&mut self) {
+        for seat in self.seats.iter_mut().filter(|seat| seat.stopped.is_none()) {
+            seat.wanted = true;
+        }
+    }
+}
+
+/// The connection of the vCPUs with whoever debugs them. They stop together and go on together, but for those the debugger
+/// holds back.
 pub struct Link {
-    vcpu: Arc<Vcpu>,
+    vcpus: Vec<Arc<Vcpu>>,
     state: Mutex<State>,
 }
 
 impl Link {
-    /// A link nobody uses yet. `wait`: the vCPU stops before its first instruction.
-    pub fn new(vcpu: Arc<Vcpu>, wait: bool) -> Arc<Link> {
-        Arc::new(Link { vcpu, state: Mutex::new(State { pause: wait, ..State::default() }) })
+    /// A link nobody uses yet. `wait`: the vCPUs stop before their first instruction.
+    pub fn new(vcpus: &[Arc<Vcpu>], wait: bool) -> Arc<Link> {
+        let seat = |_| Seat { wanted: wait, ..Seat::default() };
+        let state = State { seats: vcpus.iter().map(seat).collect(), ..State::default() };
+        Arc::new(Link { vcpus: vcpus.to_vec(), state: Mutex::new(state) })
+    }
+
+    /// How many vCPUs there are.
+    pub fn vcpus(&self) -> usize {
+        self.vcpus.len()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -96,19 +143,23 @@ impl Link {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn call_all(&self) {
+        self.vcpus.iter().for_each(|vcpu| vcpu.stop());
+    }
+
     // ---- the session's side ---------------------------------------------------------------------------
 
-    /// Events go to `events` from now on; the vCPU stops.
+    /// Events go to `events` from now on; the vCPUs stop.
     pub fn attach(&self, events: Sender<Event>) {
         let mut state = self.state();
-        match (state.ended, state.stopped.clone()) {
+        match (state.ended, state.told.clone().filter(|_| state.all_stopped())) {
             (Some(code), _) => drop(events.send(Event::Ended(code))),
-            (_, Some(stop)) => drop(events.send(Event::Stopped(stop))),
-            _ => state.pause = true,
+            (_, Some((vp, stop))) => drop(events.send(Event::Stopped(vp, stop))),
+            _ => state.want_all(),
         }
         state.session = Some(events);
         drop(state);
-        self.vcpu.stop();
+        self.call_all();
     }
 
     /// The session is over: nothing is armed any more, and the guest runs on, unless it is beyond that.
@@ -116,59 +167,81 @@ impl Link {
         let frozen = {
             let mut state = self.state();
             state.session = None;
-            matches!(state.stopped, Some(Stop::TripleFault(_)))
+            state.seats.iter().any(|seat| matches!(seat.stopped, Some(Stop::TripleFault(_))))
         };
+        let armed = Arc::default();
         let resume = (!frozen).then_some(Resume::Continue);
-        self.command(Box::new(move |runner| {
-            runner.arm_for(&Arc::default(), Resume::Continue);
-            resume
-        }));
+        self.send(&armed, &vec![Some(resume); self.vcpus.len()]);
     }
 
-    /// Stops the vCPU; an [`Event::Stopped`] follows.
+    /// Stops the vCPUs; an [`Event::Stopped`] follows.
     pub fn pause(&self) {
-        self.state().pause = true;
-        self.vcpu.stop();
+        self.state().want_all();
+        self.call_all();
     }
 
-    /// Runs `f` on the vCPU's thread, between two instructions.
+    /// Runs `f` on the thread of `vp`, between two instructions.
     pub fn ask<R: Send + 'static>(
         &self,
+        vp: VpIndex,
         f: impl FnOnce(&mut VcpuRunner) -> R + Send + 'static,
     ) -> Result<R, Gone> {
         let (answer, answered) = mpsc::channel();
-        self.command(Box::new(move |runner| {
+        let mut state = self.state();
+        if state.ended.is_some() {
+            return Err(Gone);
+        }
+        let seat = state.seat(vp);
+        seat.wanted |= seat.stopped.is_none();
+        seat.commands.push_back(Box::new(move |runner| {
             // The session may have given up.
             let _nobody = answer.send(f(runner));
             None
         }));
+        drop(state);
+        self.vcpus[vp.0 as usize].stop();
         answered.recv().map_err(|_| Gone)
     }
 
-    /// Arms `armed` and lets the vCPU go on.
-    pub fn go(&self, armed: Arc<Armed>, resume: Resume) {
-        self.command(Box::new(move |runner| {
-            runner.arm_for(&armed, resume);
-            Some(resume)
-        }));
+    /// Arms `armed` and lets those vCPUs go on that `resume` says how.
+    pub fn go(&self, armed: &Arc<Armed>, resume: &[Option<Resume>]) {
+        let commands: Vec<_> = resume.iter().map(|r| r.map(Some)).collect();
+        self.send(armed, &commands);
     }
 
-    fn command(&self, command: Command) {
+    /// Arms `armed` on every vCPU that `commands` has something for, which then goes on as it says, or stays.
+    fn send(&self, armed: &Arc<Armed>, commands: &[Option<Option<Resume>>]) {
         let mut state = self.state();
         if state.ended.is_some() {
             return;
         }
-        state.commands.push_back(command);
-        state.pause |= state.stopped.is_none();
+        if commands.iter().any(|c| matches!(c, Some(Some(_))))
+            && let Some((vp, _)) = state.told.take()
+        {
+            state.seat(vp).told = true;
+        }
+        for (seat, command) in state.seats.iter_mut().zip(commands) {
+            let Some(resume) = *command else { continue };
+            let armed = Arc::clone(armed);
+            seat.commands.push_back(Box::new(move |runner| {
+                runner.arm_for(&armed, resume.unwrap_or(Resume::Continue));
+                resume
+            }));
+            seat.wanted |= seat.stopped.is_none();
+            if resume.is_some() {
+                // From now on it counts as running: whoever stops next waits for it.
+                seat.stopped = None;
+            }
+        }
         drop(state);
-        self.vcpu.stop();
+        self.call_all();
     }
 
     /// The machine ended: whoever waits hears of it.
     pub fn end(&self, code: u8) {
         let mut state = self.state();
         state.ended = Some(code);
-        state.commands.clear();
+        state.seats.iter_mut().for_each(|seat| seat.commands.clear());
         if let Some(events) = &state.session {
             let _gone = events.send(Event::Ended(code));
         }
@@ -176,46 +249,74 @@ impl Link {
 
     // ---- the vCPU's side ------------------------------------------------------------------------------
 
-    /// Whether the vCPU is to stop.
-    pub fn wants_stop(&self) -> bool {
-        self.state().pause
+    /// Whether `vp` is to stop.
+    pub fn wants_stop(&self, vp: VpIndex) -> bool {
+        self.state().seat(vp).wanted
     }
 
-    /// The vCPU stopped: tells the session.
-    pub fn stopped(&self, stop: Stop) {
+    /// `vp` stopped, and so do the others; the last of them tells the session.
+    pub fn stopped(&self, vp: VpIndex, stop: Stop) {
         let mut state = self.state();
-        state.pause = false;
-        if let Some(events) = &state.session {
-            let _gone = events.send(Event::Stopped(stop.clone()));
+        let asked_for = |stop: &Stop| matches!(stop, Stop::Paused);
+        let first = state.told.as_ref().is_none_or(|(_, told)| asked_for(told) && !asked_for(&stop));
+        let seat = state.seat(vp);
+        (seat.wanted, seat.told) = (false, false);
+        seat.untold = (!first && stop.is_past()).then(|| stop.clone());
+        seat.stopped = Some(stop.clone());
+        if first {
+            state.told = Some((vp, stop));
         }
-        state.stopped = Some(stop);
+        state.want_all();
+        if state.all_stopped() {
+            let told = state.told.clone();
+            if let (Some(events), Some((vp, stop))) = (&state.session, told) {
+                let _gone = events.send(Event::Stopped(vp, stop));
+            }
+            return;
+        }
+        drop(state);
+        self.call_all();
+    }
+
+    /// Whether the last stop of `vp`, which goes on, was told.
+    pub fn was_told(&self, vp: VpIndex) -> bool {
+        self.state().seat(vp).told
+    }
+
+    /// What `vp` has still to tell, once.
+    pub fn take_untold(&self, vp: VpIndex) -> Option<Stop> {
+        self.state().seat(vp).untold.take()
     }
 
     /// Runs commands until one says how to go on; `None`: the run is to end.
     pub fn serve(&self, runner: &mut VcpuRunner) -> Option<Resume> {
+        let vp = runner.vp;
         loop {
             runner.vcpu.attention().take(Attention::STOP);
-            while let Some(command) = self.next() {
+            while let Some(command) = self.next(vp) {
                 if let Some(resume) = command(runner) {
                     let mut state = self.state();
-                    state.stopped = None;
-                    if state.pause {
+                    let seat = state.seat(vp);
+                    seat.stopped = None;
+                    if seat.wanted {
                         // Asked for behind the command, and the flag was just taken.
-                        self.vcpu.stop();
+                        runner.vcpu.stop();
                     }
                     return Some(resume);
                 }
             }
             if runner.lifecycle.requested() {
-                self.state().stopped = None;
+                let mut state = self.state();
+                state.told = None;
+                *state.seat(vp) = Seat::default();
                 return None;
             }
             runner.vcpu.park(Attention::STOP, None);
         }
     }
 
-    fn next(&self) -> Option<Command> {
-        self.state().commands.pop_front()
+    fn next(&self, vp: VpIndex) -> Option<Command> {
+        self.state().seat(vp).commands.pop_front()
     }
 }
 
@@ -223,23 +324,58 @@ impl Link {
 mod tests {
     use super::*;
 
+    const VP0: VpIndex = VpIndex(0);
+    const VP1: VpIndex = VpIndex(1);
+
+    fn link(count: usize, wait: bool) -> Arc<Link> {
+        let vcpus: Vec<Arc<Vcpu>> = (0..count).map(|_| Arc::default()).collect();
+        Link::new(&vcpus, wait)
+    }
+
     #[test]
     fn whoever_attaches_late_hears_how_things_stand() {
-        let link = Link::new(Arc::new(Vcpu::new()), false);
-        link.stopped(Stop::TripleFault("told".into()));
+        let link = link(1, false);
+        link.stopped(VP0, Stop::TripleFault("told".into()));
         let (sender, events) = mpsc::channel();
         link.attach(sender);
-        assert!(matches!(events.try_recv(), Ok(Event::Stopped(Stop::TripleFault(_)))));
+        assert!(matches!(events.try_recv(), Ok(Event::Stopped(VP0, Stop::TripleFault(_)))));
         link.end(3);
         assert!(matches!(events.try_recv(), Ok(Event::Ended(3))));
-        assert_eq!(link.ask(|_| ()), Err(Gone));
+        assert_eq!(link.ask(VP0, |_| ()), Err(Gone));
     }
 
     #[test]
     fn a_pause_asked_for_before_the_first_instruction_is_not_lost() {
-        let vcpu = Arc::new(Vcpu::new());
-        let link = Link::new(Arc::clone(&vcpu), true);
-        vcpu.forget();
-        assert!(link.wants_stop());
+        let link = link(2, true);
+        link.vcpus.iter().for_each(|vcpu| vcpu.forget());
+        assert!(link.wants_stop(VP0) && link.wants_stop(VP1));
+    }
+
+    #[test]
+    fn one_stop_stops_all_and_the_last_to_come_tells_the_first_reason() {
+        let link = link(2, false);
+        let (sender, events) = mpsc::channel();
+        link.attach(sender);
+        link.stopped(VP1, Stop::Paused);
+        assert!(events.try_recv().is_err(), "one still runs");
+        link.stopped(VP0, Stop::Stepped);
+        assert!(matches!(events.try_recv(), Ok(Event::Stopped(VP0, Stop::Stepped))));
+        // One is held back: it stands still already.
+        link.go(&Arc::default(), &[None, Some(Resume::Continue)]);
+        assert!(!link.wants_stop(VP0));
+        link.stopped(VP1, Stop::Stepped);
+        assert!(matches!(events.try_recv(), Ok(Event::Stopped(VP1, Stop::Stepped))));
+    }
+
+    #[test]
+    fn what_cannot_happen_again_is_told_when_its_turn_comes() {
+        let link = link(2, false);
+        link.stopped(VP0, Stop::Stepped);
+        assert!(link.wants_stop(VP1));
+        link.stopped(VP1, Stop::TripleFault("told".into()));
+        link.go(&Arc::default(), &[Some(Resume::Continue); 2]);
+        assert!(link.was_told(VP0) && !link.was_told(VP1));
+        assert!(matches!(link.take_untold(VP1), Some(Stop::TripleFault(_))));
+        assert_eq!(link.take_untold(VP1), None);
     }
 }

@@ -6,6 +6,7 @@ use super::link::Stop;
 use super::show;
 use super::target::Target;
 use crate::machine::{Fields, PciFunction};
+use crate::stats;
 use paravane_cpu::{Space, WatchKind, Watchpoint};
 use std::fmt::Write;
 
@@ -25,6 +26,7 @@ phys on|off           memory reads and writes of the debugger are physical
 step-interrupts on|off   whether a step takes pending interrupts (off: it steps past them)
 why                   why the guest stands still
 last                  the last blocks executed and the last device accesses
+vcpus [all]           a line for each vCPU; all: and how it came to where it is
 EXPR, ADDR: numbers, registers, [e] b[e] w[e] d[e] for memory, C's operators
 ";
 
@@ -89,6 +91,7 @@ fn run(target: &mut Target, word: &str, rest: &str) -> Said {
         }
         "why" => why(target),
         "last" => history(target),
+        "vcpus" => vcpus(target, rest),
         _ => Err(format!("'{word}' is no monitor command; 'monitor help' lists them")),
     }
 }
@@ -173,10 +176,14 @@ fn memory_map(target: &Target) -> Said {
 
 fn counters(target: &Target, group: &str) -> Said {
     let mut all = target.inspector.counters();
-    let engine =
-        target.ask(|runner| (runner.engine.counters(), runner.cpu.instructions)).map_err(|_| GONE)?;
-    all.entry("engine".into()).or_default().extend(engine.0);
-    all.entry("cpu0".into()).or_default().insert("instructions".into(), engine.1);
+    let mut engines = Vec::new();
+    for vp in target.vcpus() {
+        let asked = target.ask_vcpu(vp, |runner| (runner.engine.counters(), runner.cpu.instructions));
+        let (engine, instructions) = asked.map_err(|_| GONE)?;
+        engines.push(engine);
+        all.entry(format!("cpu{}", vp.0)).or_default().insert("instructions".into(), instructions);
+    }
+    all.entry("engine".into()).or_default().extend(stats::sums(engines.into_iter()));
     let mut out = String::new();
     for (name, values) in all.iter().filter(|g| group.is_empty() || g.0 == group) {
         for (counter, value) in values {
@@ -233,6 +240,24 @@ fn armed(target: &Target) -> String {
         let _infallible = writeln!(out, "{w}");
     }
     if out.is_empty() { "the monitor armed nothing\n".into() } else { out }
+}
+
+/// All vCPUs, briefly or with all that the engines remember.
+fn vcpus(target: &Target, rest: &str) -> Said {
+    let full = match rest {
+        "" => false,
+        "all" => true,
+        _ => return Err("say nothing, or all".into()),
+    };
+    let mut out = String::new();
+    for vp in target.vcpus() {
+        let text = target.ask_vcpu(vp, move |runner| {
+            let more = if full { runner.dossier() } else { String::new() };
+            format!("{}, rip {:#x}\n{more}", show::vcpu(runner), runner.cpu.rip)
+        });
+        out.push_str(&text.map_err(|_| GONE)?);
+    }
+    Ok(out)
 }
 
 /// What the engine remembers.

@@ -8,6 +8,7 @@ use crate::run::Request;
 use gdbstub::conn::Connection;
 use gdbstub::stub::state_machine::GdbStubStateMachine;
 use gdbstub::stub::{DisconnectReason, GdbStub};
+use paravane_memory::VpIndex;
 use std::io::Read;
 use std::sync::mpsc::{self, Receiver, Sender};
 
@@ -54,8 +55,8 @@ impl<'a> Session<'a> {
             match events.recv().map_err(|_| Over)? {
                 Event::Bytes(bytes) => early.extend(bytes),
                 Event::Hangup => return Err(Over),
-                Event::Stopped(stop) => {
-                    self.target.stopped(&stop);
+                Event::Stopped(vp, stop) => {
+                    self.target.stopped(vp, &stop);
                     self.restart()?;
                 }
                 Event::Ended(code) => {
@@ -69,7 +70,7 @@ impl<'a> Session<'a> {
             match events.recv().map_err(|_| Over)? {
                 Event::Bytes(bytes) => self.bytes(&mut framer, &bytes)?,
                 Event::Hangup => return Err(Over),
-                Event::Stopped(stop) => self.stopped(&stop)?,
+                Event::Stopped(vp, stop) => self.stopped(vp, &stop)?,
                 Event::Ended(code) => self.ended = Some(code),
             }
             self.report_end()?;
@@ -124,6 +125,7 @@ impl<'a> Session<'a> {
             self.wire()?.byte(b'+').map_err(|_| Over)?;
             return self.refuse("the guest is running: interrupt it first");
         }
+        self.target.follow_selection(packet);
         if wants_too_much(packet) {
             self.wire()?.byte(b'+').map_err(|_| Over)?;
             return self.refuse("that is more memory than a packet holds");
@@ -171,14 +173,14 @@ impl<'a> Session<'a> {
     }
 
     /// The guest stopped: says so, if the debugger waits for it.
-    fn stopped(&mut self, stop: &Stop) -> Result<(), Over> {
-        self.target.stopped(stop);
+    fn stopped(&mut self, vp: VpIndex, stop: &Stop) -> Result<(), Over> {
+        self.target.stopped(vp, stop);
         match self.stub.take().ok_or(Over)? {
             GdbStubStateMachine::Running(mut s) => {
                 if let Some(text) = target::told(stop, self.target.armed()) {
                     s.borrow_conn().say(&text).map_err(|_| Over)?;
                 }
-                let reason = target::reason(stop, self.target.armed());
+                let reason = target::reason(vp, stop, self.target.armed());
                 self.stub = Some(s.report_stop(&mut self.target, reason).map_err(|_| Over)?);
                 self.settle()
             }

@@ -1,6 +1,7 @@
 //! What the processor's tables say, as text (SDM 3A, 3.4.5, 4.5, 6.11, 7.2).
 
 use super::{memory, registers};
+use crate::run::VcpuRunner;
 use crate::run::mode;
 use paravane_cpu::{CpuState, LinAddr, PeekEnd, PeekStep, SegReg, peek};
 use paravane_memory::GuestMemory;
@@ -10,9 +11,14 @@ use std::fmt::Write;
 const MAX_ENTRIES: u64 = 8192;
 
 /// One line about the processor.
-pub fn vcpu(cpu: &CpuState) -> String {
-    let halted = if cpu.halted { ", halted" } else { "" };
-    format!("{}, CPL {}{halted}", mode(cpu), cpu.cpl)
+pub fn vcpu(runner: &VcpuRunner) -> String {
+    let cpu = &runner.cpu;
+    let still = match (runner.waiting, cpu.halted) {
+        (true, _) => ", waits for a start-up IPI",
+        (_, true) => ", halted",
+        _ => "",
+    };
+    format!("vcpu{}: {}, CPL {}{still}", runner.vp.0, mode(cpu), cpu.cpl)
 }
 
 /// Registers of a group: general, segment, control, debug, fpu, vector, msr; empty if there is no such group.

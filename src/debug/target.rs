@@ -1,9 +1,9 @@
-//! The stub's operations in terms of the machine: every one is a command run by the vCPU's own thread.
+//! The stub's operations in terms of the machine: every one is a command run by a vCPU's own thread.
 
 use super::armed::{Armed, Owner};
 use super::link::{Gone, Link, Resume, Stop};
 use super::registers::{self, REGISTERS, TARGET_XML, Written};
-use super::{memory, monitor};
+use super::{memory, monitor, show};
 use crate::machine::Inspector;
 use crate::run::{BOOT_VP, VcpuRunner};
 use gdbstub::arch::{Arch, RegId, Registers};
@@ -25,14 +25,13 @@ use gdbstub::target::ext::monitor_cmd::{ConsoleOutput, MonitorCmd, MonitorCmdOps
 use gdbstub::target::ext::thread_extra_info::{ThreadExtraInfo, ThreadExtraInfoOps};
 use gdbstub::target::{Target as GdbTarget, TargetError, TargetResult};
 use paravane_cpu::{CpuBus, Space, WatchKind, Watchpoint};
+use paravane_memory::VpIndex;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 /// What the debugger is told of a stop.
 pub(super) type Reason = MultiThreadStopReason<u64>;
 
-/// The only vCPU as a thread.
-const VCPU0: Tid = NonZeroUsize::MIN;
 /// EFAULT, EIO.
 const NO_MEMORY: u8 = 14;
 const IO_ERROR: u8 = 5;
@@ -99,7 +98,12 @@ pub(super) struct Target {
     link: Arc<Link>,
     pub(super) inspector: Arc<Inspector>,
     armed: Armed,
-    resume: Resume,
+    /// What the debugger said of single vCPUs.
+    resume: Vec<Option<Resume>>,
+    /// Those it said nothing of stay where they are.
+    locked: bool,
+    /// The vCPU that stopped last, or that the debugger chose since: whom the monitor speaks of.
+    pub(super) current: VpIndex,
     /// Why the guest stands still.
     pub(super) stop: Option<Stop>,
     /// Memory reads and writes are physical.
@@ -111,10 +115,12 @@ pub(super) struct Target {
 impl Target {
     pub(super) fn new(link: Arc<Link>, inspector: Arc<Inspector>) -> Target {
         Target {
+            resume: vec![None; link.vcpus()],
+            locked: false,
+            current: BOOT_VP,
             link,
             inspector,
             armed: Armed::default(),
-            resume: Resume::Continue,
             stop: None,
             physical: false,
             step_interrupts: false,
@@ -129,33 +135,86 @@ impl Target {
         &mut self.armed
     }
 
-    pub(super) fn stopped(&mut self, stop: &Stop) {
+    pub(super) fn stopped(&mut self, vp: VpIndex, stop: &Stop) {
+        self.current = vp;
         self.stop = Some(stop.clone());
     }
 
-    /// Runs `f` on the vCPU's thread.
+    /// The debugger chooses a thread for what follows by `Hg`, which the stub keeps to itself.
+    pub(super) fn follow_selection(&mut self, packet: &[u8]) {
+        let Some(thread) = packet.strip_prefix(b"$Hg") else { return };
+        let thread = thread.split(|&b| b == b'#').next().unwrap_or_default();
+        let thread = thread.rsplit(|&b| b == b'.').next().unwrap_or_default();
+        let thread = std::str::from_utf8(thread).ok().and_then(|text| usize::from_str_radix(text, 16).ok());
+        if let Some(vp) = thread.and_then(NonZeroUsize::new).and_then(|tid| self.vcpu(tid)) {
+            self.current = vp;
+        }
+    }
+
+    /// All vCPUs.
+    pub(super) fn vcpus(&self) -> impl Iterator<Item = VpIndex> + use<> {
+        (0..self.link.vcpus() as u32).map(VpIndex)
+    }
+
+    /// The vCPU that is thread `tid`.
+    fn vcpu(&self, tid: Tid) -> Option<VpIndex> {
+        self.vcpus().find(|vp| thread(*vp) == tid)
+    }
+
+    /// Runs `f` on the current vCPU's thread.
     pub(super) fn ask<R: Send + 'static>(
         &self,
         f: impl FnOnce(&mut VcpuRunner) -> R + Send + 'static,
     ) -> Result<R, Gone> {
-        self.link.ask(f)
+        self.link.ask(self.current, f)
+    }
+
+    /// Runs `f` on the thread of `vp`.
+    pub(super) fn ask_vcpu<R: Send + 'static>(
+        &self,
+        vp: VpIndex,
+        f: impl FnOnce(&mut VcpuRunner) -> R + Send + 'static,
+    ) -> Result<R, Gone> {
+        self.link.ask(vp, f)
+    }
+
+    /// Runs `f` on the vCPU that the debugger knows as `tid`.
+    fn ask_thread<R: Send + 'static>(
+        &self,
+        tid: Tid,
+        f: impl FnOnce(&mut VcpuRunner) -> R + Send + 'static,
+    ) -> TargetResult<R, Target> {
+        let vp = self.vcpu(tid).ok_or(TargetError::Errno(INVALID))?;
+        self.link.ask(vp, f).map_err(gone)
+    }
+
+    fn set_resume(&mut self, tid: Tid, resume: Resume) -> Result<(), &'static str> {
+        let vp = self.vcpu(tid).ok_or("there is no such vCPU")?;
+        self.resume[vp.0 as usize] = Some(resume);
+        Ok(())
     }
 }
 
-/// The stop as the protocol has it. A breakpoint or watchpoint that the debugger did not set itself is a plain trap: it would
+/// `vp` as a thread.
+fn thread(vp: VpIndex) -> Tid {
+    NonZeroUsize::MIN.saturating_add(vp.0 as usize)
+}
+
+/// The stop of `vp` as the protocol has it. A breakpoint or watchpoint that the debugger did not set itself is a plain trap: it would
 /// take it for one it has removed, and go on.
-pub(super) fn reason(stop: &Stop, armed: &Armed) -> Reason {
-    let trap = Reason::SignalWithThread { tid: VCPU0, signal: Signal::SIGTRAP };
+pub(super) fn reason(vp: VpIndex, stop: &Stop, armed: &Armed) -> Reason {
+    let tid = thread(vp);
+    let trap = Reason::SignalWithThread { tid, signal: Signal::SIGTRAP };
     match stop {
-        Stop::Paused => Reason::SignalWithThread { tid: VCPU0, signal: Signal::SIGINT },
+        Stop::Paused => Reason::SignalWithThread { tid, signal: Signal::SIGINT },
         Stop::Stepped | Stop::Breakpoint(_, Owner::Monitor(_)) => trap,
-        Stop::Breakpoint(_, Owner::Software) => Reason::SwBreak(VCPU0),
-        Stop::Breakpoint(_, Owner::Hardware) => Reason::HwBreak(VCPU0),
+        Stop::Breakpoint(_, Owner::Software) => Reason::SwBreak(tid),
+        Stop::Breakpoint(_, Owner::Hardware) => Reason::HwBreak(tid),
         Stop::Watch(hit) => match armed.debuggers(hit) {
-            Some(kind) => Reason::Watch { tid: VCPU0, kind: gdb_kind(kind), addr: hit.at },
+            Some(kind) => Reason::Watch { tid, kind: gdb_kind(kind), addr: hit.at },
             None => trap,
         },
-        Stop::TripleFault(_) => Reason::SignalWithThread { tid: VCPU0, signal: Signal::SIGSEGV },
+        Stop::TripleFault(_) => Reason::SignalWithThread { tid, signal: Signal::SIGSEGV },
     }
 }
 
@@ -205,7 +264,7 @@ fn write_register(runner: &mut VcpuRunner, n: usize, bytes: &[u8]) -> bool {
             true
         }
         Written::Cr8(v) => {
-            runner.bus.write_cr8(BOOT_VP, v);
+            runner.bus.write_cr8(runner.vp, v);
             true
         }
         Written::Refused => false,
@@ -214,7 +273,7 @@ fn write_register(runner: &mut VcpuRunner, n: usize, bytes: &[u8]) -> bool {
 
 /// All registers, one after the other.
 fn whole_file(runner: &VcpuRunner) -> Vec<u8> {
-    let cr8 = runner.bus.read_cr8(BOOT_VP);
+    let cr8 = runner.bus.read_cr8(runner.vp);
     (0..REGISTERS.len()).flat_map(|n| registers::get(&runner.cpu, cr8, n)).collect()
 }
 
@@ -245,15 +304,15 @@ impl GdbTarget for Target {
 }
 
 impl MultiThreadBase for Target {
-    fn read_registers(&mut self, regs: &mut File, _tid: Tid) -> TargetResult<(), Self> {
-        regs.0 = self.ask(|runner| whole_file(runner)).map_err(gone)?;
+    fn read_registers(&mut self, regs: &mut File, tid: Tid) -> TargetResult<(), Self> {
+        regs.0 = self.ask_thread(tid, |runner| whole_file(runner))?;
         Ok(())
     }
 
     /// What did not change is not written; what cannot be written and did change makes the whole an error.
-    fn write_registers(&mut self, regs: &File, _tid: Tid) -> TargetResult<(), Self> {
+    fn write_registers(&mut self, regs: &File, tid: Tid) -> TargetResult<(), Self> {
         let new = regs.0.clone();
-        let written = self.ask(move |runner| {
+        let written = self.ask_thread(tid, move |runner| {
             let old = whole_file(runner);
             let mut at = 0;
             let mut all = true;
@@ -266,22 +325,22 @@ impl MultiThreadBase for Target {
             }
             all
         });
-        if written.map_err(gone)? { Ok(()) } else { Err(TargetError::Errno(INVALID)) }
+        if written? { Ok(()) } else { Err(TargetError::Errno(INVALID)) }
     }
 
     fn support_single_register_access(&mut self) -> Option<SingleRegisterAccessOps<'_, Tid, Self>> {
         Some(self)
     }
 
-    fn read_addrs(&mut self, start: u64, data: &mut [u8], _tid: Tid) -> TargetResult<usize, Self> {
+    fn read_addrs(&mut self, start: u64, data: &mut [u8], tid: Tid) -> TargetResult<usize, Self> {
         let (len, physical) = (data.len(), self.physical);
-        let read = self.ask(move |runner| {
+        let read = self.ask_thread(tid, move |runner| {
             let mut buf = vec![0; len];
             let n = memory::read(&runner.cpu, &runner.mem, start, &mut buf, physical);
             buf.truncate(n);
             buf
         });
-        let read = read.map_err(gone)?;
+        let read = read?;
         if read.is_empty() && len > 0 {
             return Err(TargetError::Errno(NO_MEMORY));
         }
@@ -289,14 +348,15 @@ impl MultiThreadBase for Target {
         Ok(read.len())
     }
 
-    fn write_addrs(&mut self, start: u64, data: &[u8], _tid: Tid) -> TargetResult<(), Self> {
+    fn write_addrs(&mut self, start: u64, data: &[u8], tid: Tid) -> TargetResult<(), Self> {
         let (data, physical) = (data.to_vec(), self.physical);
-        let written = self.ask(move |runner| memory::write(&runner.cpu, &runner.mem, start, &data, physical));
-        if written.map_err(gone)? { Ok(()) } else { Err(TargetError::Errno(NO_MEMORY)) }
+        let written = self
+            .ask_thread(tid, move |runner| memory::write(&runner.cpu, &runner.mem, start, &data, physical));
+        if written? { Ok(()) } else { Err(TargetError::Errno(NO_MEMORY)) }
     }
 
     fn list_active_threads(&mut self, active: &mut dyn FnMut(Tid)) -> Result<(), &'static str> {
-        active(VCPU0);
+        self.vcpus().map(thread).for_each(active);
         Ok(())
     }
 
@@ -310,8 +370,8 @@ impl MultiThreadBase for Target {
 }
 
 impl ThreadExtraInfo for Target {
-    fn thread_extra_info(&self, _tid: Tid, buf: &mut [u8]) -> Result<usize, &'static str> {
-        let text = self.ask(|runner| super::show::vcpu(&runner.cpu)).unwrap_or_else(|_| "gone".into());
+    fn thread_extra_info(&self, tid: Tid, buf: &mut [u8]) -> Result<usize, &'static str> {
+        let text = self.ask_thread(tid, |runner| show::vcpu(runner)).unwrap_or_else(|_| "gone".into());
         let n = text.len().min(buf.len());
         buf[..n].copy_from_slice(&text.as_bytes()[..n]);
         Ok(n)
@@ -319,37 +379,39 @@ impl ThreadExtraInfo for Target {
 }
 
 impl SingleRegisterAccess<Tid> for Target {
-    fn read_register(&mut self, _tid: Tid, number: Number, buf: &mut [u8]) -> TargetResult<usize, Self> {
+    fn read_register(&mut self, tid: Tid, number: Number, buf: &mut [u8]) -> TargetResult<usize, Self> {
         let n = number.0;
-        let bytes = self.ask(move |r| registers::get(&r.cpu, r.bus.read_cr8(BOOT_VP), n)).map_err(gone)?;
+        let bytes = self.ask_thread(tid, move |r| registers::get(&r.cpu, r.bus.read_cr8(r.vp), n))?;
         let to = buf.get_mut(..bytes.len()).ok_or(TargetError::Errno(INVALID))?;
         to.copy_from_slice(&bytes);
         Ok(bytes.len())
     }
 
-    fn write_register(&mut self, _tid: Tid, number: Number, val: &[u8]) -> TargetResult<(), Self> {
+    fn write_register(&mut self, tid: Tid, number: Number, val: &[u8]) -> TargetResult<(), Self> {
         let bytes = val.to_vec();
-        let written = self.ask(move |runner| write_register(runner, number.0, &bytes));
-        if written.map_err(gone)? { Ok(()) } else { Err(TargetError::Errno(INVALID)) }
+        let written = self.ask_thread(tid, move |runner| write_register(runner, number.0, &bytes));
+        if written? { Ok(()) } else { Err(TargetError::Errno(INVALID)) }
     }
 }
 
 impl MultiThreadResume for Target {
     fn resume(&mut self) -> Result<(), &'static str> {
         self.stop = None;
-        self.link.go(Arc::new(self.armed.clone()), self.resume);
+        let others = (!self.locked).then_some(Resume::Continue);
+        let resume: Vec<_> = self.resume.iter().map(|r| r.or(others)).collect();
+        self.link.go(&Arc::new(self.armed.clone()), &resume);
         Ok(())
     }
 
     fn clear_resume_actions(&mut self) -> Result<(), &'static str> {
-        self.resume = Resume::Continue;
+        self.resume.fill(None);
+        self.locked = false;
         Ok(())
     }
 
     /// Signals mean nothing to a machine.
-    fn set_resume_action_continue(&mut self, _tid: Tid, _signal: Option<Signal>) -> Result<(), &'static str> {
-        self.resume = Resume::Continue;
-        Ok(())
+    fn set_resume_action_continue(&mut self, tid: Tid, _signal: Option<Signal>) -> Result<(), &'static str> {
+        self.set_resume(tid, Resume::Continue)
     }
 
     fn support_single_step(&mut self) -> Option<MultiThreadSingleStepOps<'_, Self>> {
@@ -372,15 +434,14 @@ impl MultiThreadSingleStep for Target {
 }
 
 impl MultiThreadRangeStepping for Target {
-    fn set_resume_action_range_step(&mut self, _tid: Tid, start: u64, end: u64) -> Result<(), &'static str> {
-        self.resume = Resume::Step { start, end, interrupts: self.step_interrupts };
-        Ok(())
+    fn set_resume_action_range_step(&mut self, tid: Tid, start: u64, end: u64) -> Result<(), &'static str> {
+        self.set_resume(tid, Resume::Step { start, end, interrupts: self.step_interrupts })
     }
 }
 
-/// One vCPU: nobody else could run.
 impl MultiThreadSchedulerLocking for Target {
     fn set_resume_action_scheduler_lock(&mut self) -> Result<(), &'static str> {
+        self.locked = true;
         Ok(())
     }
 }

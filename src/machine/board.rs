@@ -88,7 +88,7 @@ pub(super) struct Wiring<'a> {
     pub(super) timers: &'a Arc<TimerQueue>,
     pub(super) counters: &'a Counters,
     pub(super) lifecycle: &'a Lifecycle,
-    pub(super) vcpu: &'a Arc<Vcpu>,
+    pub(super) vcpus: &'a [Arc<Vcpu>],
 }
 
 /// All devices of a machine.
@@ -138,6 +138,7 @@ impl Board {
             Arc::clone(&w.clock),
             w.tsc,
             ferr,
+            w.vcpus.len() as u32,
             w.counters,
         );
         let (pci, router, backends) = b.pci(disks)?;
@@ -174,12 +175,12 @@ impl Board {
 impl<'a> Builder<'a> {
     fn new(w: &'a Wiring<'a>) -> Builder<'a> {
         let bus = Bus::new(w.counters);
-        let config = FabricConfig { vcpus: 1, apic_hz: APIC_HZ, tsc: w.tsc };
-        let kick = Arc::new(Kick(Arc::clone(w.vcpu)));
+        let config = FabricConfig { vcpus: w.vcpus.len() as u32, apic_hz: APIC_HZ, tsc: w.tsc };
+        let kick = Arc::new(Kick(w.vcpus.to_vec()));
         let fabric = InterruptFabric::new(config, Arc::clone(&w.clock), w.timers, kick, w.counters);
         let sink = Arc::clone(&fabric) as Arc<dyn IrqSink>;
         let control: Arc<dyn MachineControl> =
-            Arc::new(Control { lifecycle: w.lifecycle.clone(), vcpu: Arc::clone(w.vcpu) });
+            Arc::new(Control { lifecycle: w.lifecycle.clone(), vcpus: w.vcpus.to_vec() });
         let a20 = A20Gate::new(Arc::clone(&control));
         Builder { w, bus, fabric, sink, control, a20, devices: Vec::new(), lockstep: Vec::new() }
     }

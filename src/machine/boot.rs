@@ -1,6 +1,6 @@
 //! Puts tables and a kernel into guest memory and the processor at its entry, as firmware would.
 
-use super::config::{Boot, MachineConfig};
+use super::config::{Boot, MAX_CPUS, MachineConfig};
 use paravane_cpu::{CpuState, DescriptorTable, Segment, gpr};
 use paravane_firmware::boot::{self, BootError, Entry, NamedFile, Request};
 use paravane_firmware::e820::E820;
@@ -39,8 +39,11 @@ impl Payload {
         let low = ranges.first().map_or(0, |r| r.1);
         let high = ranges.iter().filter(|r| r.0 != PhysAddr(0)).map(|r| r.1).sum();
         let memory = E820::pc(low, high);
-        let tables =
-            Tables::build(&tables::Config { cpus: 1, memory: mem.ram_size(), com2: config.serial.len() > 1 });
+        let tables = Tables::build(&tables::Config {
+            cpus: config.cpus.min(MAX_CPUS) as u8,
+            memory: mem.ram_size(),
+            com2: config.serial.len() > 1,
+        });
         let ram = VmMemory::new(mem);
         // Every machine has the first megabyte: `MachineConfig::memory` is checked for it.
         let _always_fits = tables.write(&ram);

@@ -78,11 +78,16 @@ pub enum SerialConfig {
     None,
 }
 
+/// The most processors: each takes some TiB of address space for the translator's tables, of which there are 128.
+pub const MAX_CPUS: u32 = 16;
+
 /// A whole machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct MachineConfig {
     /// Bytes of RAM.
     pub memory: u64,
+    /// Processors, 1 to [`MAX_CPUS`].
+    pub cpus: u32,
     /// Processor model by name.
     pub model: String,
     /// Engine.

@@ -30,38 +30,42 @@ pub struct MachineBus {
     fabric: Arc<InterruptFabric>,
     clock: Arc<dyn Clock>,
     tsc: TscClock,
-    /// The bootstrap processor's IA32_APIC_BASE as last written: where its APIC answers.
-    apic_base: AtomicU64,
+    /// IA32_APIC_BASE of each processor as last written: where its APIC answers.
+    apic_bases: Vec<AtomicU64>,
     /// FERR# raises IRQ 13; the coprocessor error latch lowers it.
     ferr: Arc<IrqLine>,
-    counts: Counts,
+    /// Of each processor.
+    counts: Vec<Counts>,
     log: AccessLog,
 }
 
+impl Counts {
+    fn new(vp: u32, counters: &Counters) -> Counts {
+        let group = format!("cpu{vp}");
+        let count = |name| counters.counter(&group, name);
+        Counts { pio: count("exits_pio"), mmio: count("exits_mmio"), interrupts: count("interrupts_taken") }
+    }
+}
+
 impl MachineBus {
-    /// Joins the parts; `ferr` is IRQ 13.
+    /// Joins the parts for `cpus` processors; `ferr` is IRQ 13.
     pub(super) fn new(
         bus: Arc<Bus>,
         fabric: Arc<InterruptFabric>,
         clock: Arc<dyn Clock>,
         tsc: TscClock,
         ferr: Arc<IrqLine>,
+        cpus: u32,
         counters: &Counters,
     ) -> MachineBus {
-        let count = |name| counters.counter("cpu0", name);
-        let counts = Counts {
-            pio: count("exits_pio"),
-            mmio: count("exits_mmio"),
-            interrupts: count("interrupts_taken"),
-        };
         let this = MachineBus {
             bus,
             fabric,
             clock,
             tsc,
-            apic_base: AtomicU64::new(0),
+            apic_bases: (0..cpus).map(|_| AtomicU64::new(0)).collect(),
             ferr,
-            counts,
+            counts: (0..cpus).map(|vp| Counts::new(vp, counters)).collect(),
             log: AccessLog::default(),
         };
         this.reset();
@@ -73,15 +77,23 @@ impl MachineBus {
         self.log.list()
     }
 
-    /// Follows the local APIC's reset.
+    /// Follows the local APICs' reset.
     pub(super) fn reset(&self) {
-        let base = self.fabric.read_msr(VpIndex(0), MSR_APIC_BASE).unwrap_or(0);
-        self.apic_base.store(base, Ordering::Relaxed);
+        (0..self.apic_bases.len() as u32).for_each(|vp| self.follow_apic_base(VpIndex(vp)));
+    }
+
+    fn follow_apic_base(&self, vp: VpIndex) {
+        let base = self.fabric.read_msr(vp, MSR_APIC_BASE).unwrap_or(0);
+        self.apic_bases[vp.0 as usize].store(base, Ordering::Relaxed);
+    }
+
+    fn counts(&self, vp: VpIndex) -> &Counts {
+        &self.counts[vp.0 as usize]
     }
 
     /// The offset into the local APIC's page, if `at` is there and the APIC answers.
-    fn lapic_offset(&self, at: PhysAddr) -> Option<u64> {
-        let base = self.apic_base.load(Ordering::Relaxed);
+    fn lapic_offset(&self, vp: VpIndex, at: PhysAddr) -> Option<u64> {
+        let base = self.apic_bases[vp.0 as usize].load(Ordering::Relaxed);
         let answers = base & (APIC_BASE_ENABLE | APIC_BASE_X2APIC) == APIC_BASE_ENABLE;
         let offset = at.0.wrapping_sub(base & APIC_BASE_ADDRESS);
         (answers && offset < PAGE_SIZE).then_some(offset)
@@ -90,8 +102,8 @@ impl MachineBus {
 
 impl CpuBus for MachineBus {
     fn mmio_load(&self, vp: VpIndex, at: PhysAddr, width: Width) -> u64 {
-        self.counts.mmio.add(1);
-        let value = match self.lapic_offset(at) {
+        self.counts(vp).mmio.add(1);
+        let value = match self.lapic_offset(vp, at) {
             Some(offset) => u64::from(self.fabric.lapic_load(vp, offset)) & width.mask(),
             None => self.bus.mmio_load(at, width),
         };
@@ -100,43 +112,43 @@ impl CpuBus for MachineBus {
     }
 
     fn mmio_store(&self, vp: VpIndex, at: PhysAddr, width: Width, value: u64) {
-        self.counts.mmio.add(1);
+        self.counts(vp).mmio.add(1);
         self.log.mmio(at.0, width, true, value);
-        match self.lapic_offset(at) {
+        match self.lapic_offset(vp, at) {
             Some(offset) => self.fabric.lapic_store(vp, offset, value as u32),
             None => self.bus.mmio_store(at, width, value),
         }
     }
 
-    fn port_in(&self, _vp: VpIndex, port: Port, width: Width) -> u32 {
-        self.counts.pio.add(1);
+    fn port_in(&self, vp: VpIndex, port: Port, width: Width) -> u32 {
+        self.counts(vp).pio.add(1);
         let value = self.bus.port_in(port, width);
         self.log.port(port.0, width, false, value);
         value
     }
 
-    fn port_out(&self, _vp: VpIndex, port: Port, width: Width, value: u32) {
-        self.counts.pio.add(1);
+    fn port_out(&self, vp: VpIndex, port: Port, width: Width, value: u32) {
+        self.counts(vp).pio.add(1);
         self.log.port(port.0, width, true, value);
         self.bus.port_out(port, width, value);
     }
 
-    fn port_in_string(&self, _vp: VpIndex, port: Port, width: Width, buf: &mut [u8]) -> usize {
+    fn port_in_string(&self, vp: VpIndex, port: Port, width: Width, buf: &mut [u8]) -> usize {
         let filled = self.bus.port_in_string(port, width, buf);
-        self.counts.pio.add(u64::from(filled > 0));
+        self.counts(vp).pio.add(u64::from(filled > 0));
         filled
     }
 
-    fn port_out_string(&self, _vp: VpIndex, port: Port, width: Width, buf: &[u8]) -> usize {
+    fn port_out_string(&self, vp: VpIndex, port: Port, width: Width, buf: &[u8]) -> usize {
         let taken = self.bus.port_out_string(port, width, buf);
-        self.counts.pio.add(u64::from(taken > 0));
+        self.counts(vp).pio.add(u64::from(taken > 0));
         taken
     }
 
     fn acknowledge(&self, vp: VpIndex) -> Option<u8> {
         let vector = self.fabric.acknowledge(vp);
         if vector.is_some() {
-            self.counts.interrupts.add(1);
+            self.counts(vp).interrupts.add(1);
         }
         vector
     }
@@ -159,7 +171,7 @@ impl CpuBus for MachineBus {
         }
         self.fabric.write_msr(vp, msr, value).map_err(|_| MsrFault)?;
         if msr == MSR_APIC_BASE {
-            self.reset();
+            self.follow_apic_base(vp);
         }
         Ok(())
     }
@@ -181,30 +193,37 @@ impl CpuBus for MachineBus {
     }
 }
 
-/// Interrupt controllers reach the vCPU through its mailbox.
-pub(super) struct Kick(pub(super) Arc<Vcpu>);
+/// Interrupt controllers reach a vCPU through its mailbox.
+pub(super) struct Kick(pub(super) Vec<Arc<Vcpu>>);
+
+impl Kick {
+    fn vcpu(&self, vp: VpIndex) -> &Vcpu {
+        &self.0[vp.0 as usize]
+    }
+}
 
 impl VcpuKick for Kick {
-    fn interrupt(&self, _vp: VpIndex) {
-        self.0.notify(Attention::INTERRUPT);
+    fn interrupt(&self, vp: VpIndex) {
+        self.vcpu(vp).notify(Attention::INTERRUPT);
     }
 
-    fn nmi(&self, _vp: VpIndex) {
-        self.0.notify(Attention::NMI);
+    fn nmi(&self, vp: VpIndex) {
+        self.vcpu(vp).notify(Attention::NMI);
     }
 
-    fn init(&self, _vp: VpIndex) {
-        self.0.notify(Attention::INIT);
+    fn init(&self, vp: VpIndex) {
+        self.vcpu(vp).init();
     }
 
-    /// The only processor never waits for a start-up IPI.
-    fn startup(&self, _vp: VpIndex, _vector: u8) {}
+    fn startup(&self, vp: VpIndex, vector: u8) {
+        self.vcpu(vp).start_up(vector);
+    }
 }
 
 /// Devices ask for power-off, reset and A20.
 pub(super) struct Control {
     pub(super) lifecycle: Lifecycle,
-    pub(super) vcpu: Arc<Vcpu>,
+    pub(super) vcpus: Vec<Arc<Vcpu>>,
 }
 
 impl MachineControl for Control {
@@ -221,6 +240,6 @@ impl MachineControl for Control {
     }
 
     fn set_a20(&self, on: bool) {
-        self.vcpu.set_a20(on);
+        self.vcpus.iter().for_each(|vcpu| vcpu.set_a20(on));
     }
 }

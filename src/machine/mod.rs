@@ -20,7 +20,7 @@ mod tsc;
 
 pub use access_log::DeviceAccess;
 pub use clock::{HostClock, InstructionClock};
-pub use config::{Boot, ClockKind, DiskBus, DiskConfig, EngineKind, MachineConfig, SerialConfig};
+pub use config::{Boot, ClockKind, DiskBus, DiskConfig, EngineKind, MAX_CPUS, MachineConfig, SerialConfig};
 pub use cpubus::MachineBus;
 pub use engine::probe_translator;
 pub use error::MachineError;
@@ -29,13 +29,13 @@ pub use lab_port::LabPort;
 pub use lockstep::LockstepDisk;
 pub use serial::{SerialEnd, SerialInput};
 
-use crate::run::{Lifecycle, Lockstep, TimeKeeper, Vcpu};
+use crate::run::{BOOT_VP, Lifecycle, Lockstep, TimeKeeper, Vcpu};
 use board::{Board, Wiring};
 use boot::Payload;
 use paravane_cpu::{CpuModel, CpuState, Engine};
 use paravane_devices::{ByteSink, Clock, Counters, TimerQueue, TscClock};
 use paravane_jit::JitOptions;
-use paravane_memory::{GuestMemory, MemoryConfig};
+use paravane_memory::{GuestMemory, MemoryConfig, VpIndex};
 use std::sync::Arc;
 
 /// The least RAM in which anything of ours starts.
@@ -107,7 +107,7 @@ pub struct Machine {
     timers: Arc<TimerQueue>,
     counters: Counters,
     lifecycle: Lifecycle,
-    vcpu: Arc<Vcpu>,
+    vcpus: Vec<Arc<Vcpu>>,
     board: Board,
     /// Instructions are counted exactly.
     counting: bool,
@@ -125,12 +125,13 @@ impl Machine {
         check_memory(config.memory)?;
         let time = Time::new(config.clock);
         let tsc = time.tsc();
-        let model = engine::model(&config.model)?.with_tsc(tsc.hz(), board::APIC_HZ);
+        let model = engine::model(&config.model)?.with_tsc(tsc.hz(), board::APIC_HZ).with_cpus(config.cpus);
         let payload = Payload::read(&config.boot)?;
         let mem = GuestMemory::new(MemoryConfig::pc(config.memory)).map_err(MachineError::NoHostMemory)?;
         let disks = storage::open(config)?;
-        let (timers, counters, vcpu) = (TimerQueue::new(), Counters::default(), Arc::new(Vcpu::new()));
-        lifecycle.watch(Arc::clone(&vcpu));
+        let (timers, counters) = (TimerQueue::new(), Counters::default());
+        let vcpus: Vec<Arc<Vcpu>> = (0..config.cpus).map(|_| Arc::default()).collect();
+        vcpus.iter().for_each(|vcpu| lifecycle.watch(Arc::clone(vcpu)));
         let (counting, single_blocks) = (ends.count_instructions, ends.single_blocks);
         let wiring = Wiring {
             config,
@@ -140,7 +141,7 @@ impl Machine {
             timers: &timers,
             counters: &counters,
             lifecycle: &lifecycle,
-            vcpu: &vcpu,
+            vcpus: &vcpus,
         };
         let board = Board::build(wiring, disks, ends)?;
         Ok(Machine {
@@ -152,36 +153,38 @@ impl Machine {
             timers,
             counters,
             lifecycle,
-            vcpu,
+            vcpus,
             board,
             counting,
             single_blocks,
         })
     }
 
-    /// Does what firmware does after power-on or reset, loads the kernel, and returns the processor at its entry.
+    /// Does what firmware does after power-on or reset, loads the kernel, and returns the boot processor at its entry. The
+    /// others wait for a start-up IPI.
     pub fn start(&self) -> Result<CpuState, MachineError> {
         self.board.post();
         Ok(self.payload.load(&self.mem, &self.config)?)
     }
 
-    /// A fresh engine for the processor.
-    pub fn engine(&self) -> Result<Box<dyn Engine>, MachineError> {
+    /// A fresh engine for processor `vp`.
+    pub fn engine(&self, vp: VpIndex) -> Result<Box<dyn Engine>, MachineError> {
         let counting = self.counting || self.config.clock == ClockKind::Instructions;
-        let attention = self.vcpu.attention().clone();
+        let attention = self.mailbox(vp).attention().clone();
         let options = JitOptions {
             count_instructions: counting,
             tsc_base: self.time.tsc_base(),
             single_blocks: self.single_blocks,
+            vcpus: self.vcpus.len(),
             ..JitOptions::default()
         };
-        engine::build(self.config.engine, self.model.clone(), &self.mem, attention, options)
+        engine::build(self.config.engine, self.model.clone(), &self.mem, vp, attention, options)
     }
 
     /// Pulses the reset line of every device.
     pub fn reset(&self) {
         self.board.reset();
-        self.vcpu.forget();
+        self.vcpus.iter().for_each(|vcpu| vcpu.forget());
     }
 
     /// Whether a reset starts the machine again.
@@ -199,9 +202,23 @@ impl Machine {
         Arc::clone(&self.board.cpu_bus)
     }
 
-    /// The processor's mailbox.
-    pub fn vcpu(&self) -> Arc<Vcpu> {
-        Arc::clone(&self.vcpu)
+    /// The processors' mailboxes, by number.
+    pub fn vcpus(&self) -> &[Arc<Vcpu>] {
+        &self.vcpus
+    }
+
+    /// The boot processor's mailbox.
+    pub fn boot_vcpu(&self) -> Arc<Vcpu> {
+        Arc::clone(self.mailbox(BOOT_VP))
+    }
+
+    fn mailbox(&self, vp: VpIndex) -> &Arc<Vcpu> {
+        &self.vcpus[vp.0 as usize]
+    }
+
+    /// What every processor is.
+    pub fn model(&self) -> &CpuModel {
+        &self.model
     }
 
     /// Everything that is counted.
@@ -232,7 +249,7 @@ impl Machine {
     /// Who moves machine time, for the vCPU.
     pub fn time_keeper(&self) -> TimeKeeper {
         match &self.time {
-            Time::Host(_) => TimeKeeper::Host,
+            Time::Host(_) => TimeKeeper::Elsewhere,
             Time::Instructions(clock) => TimeKeeper::Instructions(Lockstep {
                 clock: Arc::clone(clock),
                 timers: Arc::clone(&self.timers),

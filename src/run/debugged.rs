@@ -63,8 +63,13 @@ impl VcpuRunner {
             if self.lifecycle.requested() {
                 return true;
             }
-            link.stopped(stop.clone());
+            link.stopped(self.vp, stop.clone());
             let Some(resume) = link.serve(self) else { return true };
+            if let Some(untold) = link.take_untold(self.vp) {
+                stop = untold;
+                continue;
+            }
+            let reported = reported.filter(|_| link.was_told(self.vp));
             if let Stop::TripleFault(dossier) = stop {
                 self.end_shut_down(dossier.to_string());
                 return true;
@@ -96,7 +101,7 @@ impl VcpuRunner {
             if stop != Stop::Stepped || !range.contains(&instruction_address(&self.cpu).0) {
                 return Ok(stop);
             }
-            if link.wants_stop() {
+            if link.wants_stop(self.vp) {
                 return Ok(Stop::Paused);
             }
             let here = self.plan.stops_at(&self.cpu, &self.mem).map(DebugStop::Breakpoint);
@@ -106,9 +111,27 @@ impl VcpuRunner {
         }
     }
 
-    /// One instruction. A halted processor waits for what wakes it, or for the debugger.
+    /// Sleeps until something happens to a processor that was not started.
+    fn wait_for_startup(&mut self) -> Result<Option<Stop>, Ended> {
+        self.sleep();
+        self.take_calls();
+        if self.lifecycle.requested() {
+            return Err(Ended);
+        }
+        let stop = if self.waiting { Stop::Paused } else { Stop::Stepped };
+        Ok((!self.waiting || self.debugger_wants_stop()).then_some(stop))
+    }
+
+    /// One instruction. A halted processor waits for what wakes it, or for the debugger; so does one that waits for a
+    /// start-up IPI, which is the step then.
     fn step(&mut self, interrupts: bool) -> Result<Stop, Ended> {
         loop {
+            if self.waiting {
+                match self.wait_for_startup()? {
+                    Some(stop) => return Ok(stop),
+                    None => continue,
+                }
+            }
             let before = self.cpu.instructions;
             let exit = self.engine.step(&mut self.cpu, &self.mem, &*self.bus, interrupts);
             let passed = self.cpu.instructions.wrapping_sub(before);
@@ -119,8 +142,8 @@ impl VcpuRunner {
             }
             match exit {
                 Exit::Halt if passed == 0 => {
-                    self.halted();
-                    if self.debug.as_ref().is_some_and(|link| link.wants_stop()) {
+                    self.sleep();
+                    if self.debugger_wants_stop() {
                         return Ok(Stop::Paused);
                     }
                 }

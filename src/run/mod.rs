@@ -1,12 +1,14 @@
 //! Running a machine: threads, time, the terminal, and how it ends.
 
 mod command;
+mod crew;
 mod debugged;
 pub mod dossier;
 mod event_loop;
 mod lifecycle;
 mod output;
 mod park;
+mod rounds;
 mod serial;
 mod signals;
 pub mod terminal;
@@ -25,7 +27,6 @@ use crate::debug::{Link, Symbols};
 use crate::machine::{Machine, MachineError, Time};
 use crate::stats::{self, Snapshot};
 use std::sync::Arc;
-use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 /// How often the main thread looks whether the user wants to leave.
@@ -64,69 +65,42 @@ pub fn drive(machine: &mut Machine, watchers: Watchers) -> Result<Finished, Mach
         }
         Time::Instructions(_) => None,
     };
-    let mut runner = VcpuRunner::new(machine)?;
-    runner.probe = watchers.probe;
-    runner.debug = watchers.debug;
-    runner.symbols = watchers.symbols;
-    runner.reset_at_shutdown = watchers.reset_at_shutdown;
+    let mut vcpus = VcpuRunner::all(machine)?;
+    vcpus[0].probe = watchers.probe;
+    for vcpu in &mut vcpus {
+        vcpu.debug = watchers.debug.clone();
+        vcpu.symbols = Arc::clone(&watchers.symbols);
+        vcpu.reset_at_shutdown = watchers.reset_at_shutdown;
+    }
     let mut resets = 0;
-    let mut last = None;
-    while let Some(mut ended) = on_own_thread(runner)? {
+    let mut last = Vec::new();
+    while let Some(mut ended) = crew::run(vcpus, machine.lifecycle())? {
         if !machine.reboots() || machine.lifecycle().take_reset().is_none() {
-            last = Some(ended);
+            last = ended;
             break;
         }
         resets += 1;
         machine.reset();
-        ended.cpu = machine.start()?;
-        ended.engine = machine.engine()?;
-        runner = ended;
+        let boot = machine.start()?;
+        ended.iter_mut().try_for_each(|vcpu| vcpu.power_on(machine, &boot))?;
+        vcpus = ended;
     }
     let request =
-        machine.lifecycle().peek().unwrap_or_else(|| Request::Host("the vCPU stopped by itself".into()));
-    Ok(Finished { request, stats: final_stats(machine, last.as_ref(), resets) })
+        machine.lifecycle().peek().unwrap_or_else(|| Request::Host("the vCPUs stopped by themselves".into()));
+    Ok(Finished { request, stats: final_stats(machine, &last, resets) })
 }
 
-/// Runs the vCPU on a thread of its own and gives it back; `None` if it does not hear that the user wants to leave.
-fn on_own_thread(runner: VcpuRunner) -> Result<Option<VcpuRunner>, MachineError> {
-    let lifecycle = runner.lifecycle.clone();
-    let (give_back, given_back) = mpsc::channel();
-    std::thread::Builder::new()
-        .name("vcpu0".into())
-        .spawn(move || {
-            let _guard = PanicGuard(runner.lifecycle.clone());
-            let mut runner = runner;
-            runner.run();
-            // Nobody waits any more if we were too late.
-            let _late = give_back.send(runner);
-        })
-        .map_err(|e| MachineError::Host("the vCPU's thread", e))?;
-    let mut patience = PATIENCE;
-    loop {
-        match given_back.recv_timeout(TICK) {
-            Ok(runner) => return Ok(Some(runner)),
-            Err(RecvTimeoutError::Disconnected) => {
-                return Err(MachineError::Wiring("the vCPU's thread panicked: please report this".into()));
-            }
-            Err(RecvTimeoutError::Timeout) if lifecycle.user_wants_out() => {
-                patience = patience.saturating_sub(TICK);
-                if patience.is_zero() {
-                    return Ok(None);
-                }
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-        }
+/// The engines' counters are summed up.
+fn final_stats(machine: &Machine, vcpus: &[VcpuRunner], resets: u64) -> Snapshot {
+    let one = |name: &str, value| vec![(name.to_owned(), value)];
+    let mut more: Vec<(String, Vec<(String, u64)>)> = vec![
+        ("cpu0".into(), one("resets", resets)),
+        ("memory".into(), one("ram_bytes", machine.memory().ram_size())),
+        ("host".into(), one("cpu_ns", stats::process_cpu_ns())),
+    ];
+    for vcpu in vcpus {
+        more.push((format!("cpu{}", vcpu.vp.0), one("instructions", vcpu.cpu.instructions)));
     }
-}
-
-fn final_stats(machine: &Machine, runner: Option<&VcpuRunner>, resets: u64) -> Snapshot {
-    let engine = runner.map(|r| r.engine.counters()).unwrap_or_default();
-    let mut cpu = vec![("resets".to_owned(), resets)];
-    cpu.extend(runner.map(|r| ("instructions".to_owned(), r.cpu.instructions)));
-    let memory = vec![("ram_bytes".to_owned(), machine.memory().ram_size())];
-    let host = vec![("cpu_ns".to_owned(), stats::process_cpu_ns())];
-    stats::snapshot(
-        machine.counters(),
-        &[("engine", engine), ("cpu0", cpu), ("memory", memory), ("host", host)],
-    )
+    more.push(("engine".into(), stats::sums(vcpus.iter().map(|vcpu| vcpu.engine.counters()))));
+    stats::snapshot(machine.counters(), &more)
 }

@@ -8,6 +8,7 @@ use paravane_cpu::Attention;
 use rustix::thread::futex;
 use rustix::time::Timespec;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// The mailbox of one vCPU: attention flags and its bed.
@@ -16,6 +17,10 @@ pub struct Vcpu {
     attention: Attention,
     /// What the A20 gate became: 0 nothing new, 1 held low, 2 enabled.
     a20: AtomicU8,
+    /// The vector of the last start-up IPI.
+    startup: AtomicU8,
+    /// Who sleeps for both: they run on one thread.
+    sleeper: OnceLock<Arc<Vcpu>>,
     parked: AtomicBool,
 }
 
@@ -61,8 +66,34 @@ impl Vcpu {
         }
     }
 
+    /// INIT arrived; a start-up IPI before it is void.
+    pub fn init(&self) {
+        self.attention.take(Attention::STARTUP);
+        self.notify(Attention::INIT);
+    }
+
+    /// A start-up IPI arrived.
+    pub fn start_up(&self, vector: u8) {
+        self.startup.store(vector, Ordering::SeqCst);
+        self.notify(Attention::STARTUP);
+    }
+
+    /// The vector of the start-up IPI that [`Attention::STARTUP`] is about.
+    pub fn startup_vector(&self) -> u8 {
+        self.startup.load(Ordering::SeqCst)
+    }
+
+    /// From now on `sleeper`'s thread runs this vCPU too, and is woken by what wakes this one.
+    pub fn sleep_with(&self, sleeper: &Arc<Vcpu>) {
+        let _still_the_same = self.sleeper.set(Arc::clone(sleeper));
+    }
+
     fn wake(&self) {
-        if self.parked.load(Ordering::SeqCst) {
+        if let Some(sleeper) = self.sleeper.get() {
+            if sleeper.parked.load(Ordering::SeqCst) {
+                sleeper.stop();
+            }
+        } else if self.parked.load(Ordering::SeqCst) {
             // A wake can only fail for a bad address.
             let _woken = futex::wake(self.attention.cell(), futex::Flags::PRIVATE, 1);
         }
@@ -70,10 +101,19 @@ impl Vcpu {
 
     /// Sleeps until one of `flags` is set, or `until` is reached; true if one is set. Only the vCPU's own thread parks.
     pub fn park(&self, flags: u32, until: Option<Instant>) -> bool {
+        self.sleep(|| self.attention.cell().load(Ordering::SeqCst) & flags != 0, until)
+    }
+
+    /// Sleeps until `called`, which looks at the flags of this vCPU and of those that sleep with it.
+    pub fn sleep_until(&self, called: impl Fn() -> bool) {
+        self.sleep(called, None);
+    }
+
+    fn sleep(&self, called: impl Fn() -> bool, until: Option<Instant>) -> bool {
         self.parked.store(true, Ordering::SeqCst);
         let awake = loop {
             let seen = self.attention.cell().load(Ordering::SeqCst);
-            if seen & flags != 0 {
+            if called() {
                 break true;
             }
             let left = until.map(|t| t.saturating_duration_since(Instant::now()));
@@ -113,6 +153,28 @@ mod tests {
             let t = std::thread::spawn(move || waker.notify(Attention::INTERRUPT));
             assert!(v.park(Attention::INTERRUPT, Some(Instant::now() + Duration::from_secs(10))));
             assert_eq!(v.attention().take(Attention::INTERRUPT), Attention::INTERRUPT);
+            t.join().expect("waker");
+        }
+    }
+
+    #[test]
+    fn init_voids_a_start_up_ipi_before_it() {
+        let v = Vcpu::new();
+        v.start_up(0x9A);
+        assert_eq!((v.attention().get(), v.startup_vector()), (Attention::STARTUP, 0x9A));
+        v.init();
+        assert_eq!(v.attention().get(), Attention::INIT);
+    }
+
+    #[test]
+    fn who_sleeps_for_another_is_woken_for_it() {
+        let (sleeper, other) = (Arc::new(Vcpu::new()), Arc::new(Vcpu::new()));
+        other.sleep_with(&sleeper);
+        for _ in 0..100 {
+            let waker = Arc::clone(&other);
+            let t = std::thread::spawn(move || waker.notify(Attention::INTERRUPT));
+            sleeper.sleep_until(|| other.attention().get() != 0);
+            other.attention().take(Attention::INTERRUPT);
             t.join().expect("waker");
         }
     }

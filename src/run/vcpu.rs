@@ -9,6 +9,7 @@ use paravane_cpu::{Attention, Budget, CpuState, DebugPlan, Engine, Exit, flags};
 use paravane_devices::{Clock, TimerQueue};
 use paravane_memory::{GuestMemory, VpIndex};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Instructions in one slice under the instruction clock: how far machine time may lag behind inside guest code.
 const SLICE: u64 = 10_000;
@@ -16,8 +17,8 @@ const SLICE: u64 = 10_000;
 /// Who moves machine time.
 #[derive(Clone)]
 pub enum TimeKeeper {
-    /// The host; the event loop fires timers.
-    Host,
+    /// The host, whose event loop fires timers; or whoever gives the vCPU its turns.
+    Elsewhere,
     /// This vCPU.
     Instructions(Lockstep),
 }
@@ -35,20 +36,20 @@ pub struct Lockstep {
 
 impl Lockstep {
     /// How many instructions the next slice may have.
-    fn budget(&self) -> Budget {
+    pub(super) fn budget(&self) -> Budget {
         let left = self.timers.next_deadline().map_or(SLICE, |at| at.since(self.clock.now()));
         Budget { instructions: left.clamp(1, SLICE) }
     }
 
     /// `instructions` have retired: what became due happens.
-    fn passed(&self, instructions: u64) {
+    pub(super) fn passed(&self, instructions: u64) {
         self.clock.retire(instructions);
         self.disks.iter().for_each(|disk| disk.settle());
         self.timers.run_expired(self.clock.now());
     }
 
     /// Jumps to the next deadline; false if there is none.
-    fn skip(&self) -> bool {
+    pub(super) fn skip(&self) -> bool {
         let Some(next) = self.timers.next_deadline() else { return false };
         self.clock.skip_to(next);
         self.timers.run_expired(self.clock.now());
@@ -59,10 +60,26 @@ impl Lockstep {
 /// Looks at a vCPU between two instructions.
 pub type Probe = Box<dyn FnMut(&CpuState, &dyn Engine) + Send>;
 
+/// How a turn in guest code came to its end.
+pub(super) enum Turn {
+    /// There is more to do.
+    On,
+    /// Nothing is to be done before somebody calls.
+    Idle,
+    /// The run is over.
+    Ended,
+}
+
 /// A virtual processor and everything it needs to run.
 pub struct VcpuRunner {
+    /// Its number.
+    pub vp: VpIndex,
     /// Architectural state.
     pub cpu: CpuState,
+    /// INIT was received and no start-up IPI since (SDM 3A, 9.4.3).
+    pub waiting: bool,
+    /// What EDX holds after INIT.
+    signature: u32,
     /// What executes.
     pub engine: Box<dyn Engine>,
     /// RAM.
@@ -90,14 +107,29 @@ pub struct VcpuRunner {
 }
 
 impl VcpuRunner {
-    /// The processor of `machine`, which is started.
+    /// The boot processor of `machine`, which is started.
     pub fn new(machine: &Machine) -> Result<VcpuRunner, MachineError> {
+        VcpuRunner::number(machine, BOOT_VP, &machine.start()?)
+    }
+
+    /// All processors of `machine`, which is started.
+    pub fn all(machine: &Machine) -> Result<Vec<VcpuRunner>, MachineError> {
+        let boot = machine.start()?;
+        let numbers = 0..machine.vcpus().len() as u32;
+        numbers.map(|n| VcpuRunner::number(machine, VpIndex(n), &boot)).collect()
+    }
+
+    fn number(machine: &Machine, vp: VpIndex, boot: &CpuState) -> Result<VcpuRunner, MachineError> {
+        let (cpu, waiting) = at_power_on(vp, boot);
         Ok(VcpuRunner {
-            cpu: machine.start()?,
-            engine: machine.engine()?,
+            vp,
+            cpu,
+            waiting,
+            signature: machine.model().signature(),
+            engine: machine.engine(vp)?,
             mem: machine.memory().clone(),
             bus: machine.bus(),
-            vcpu: machine.vcpu(),
+            vcpu: Arc::clone(&machine.vcpus()[vp.0 as usize]),
             lifecycle: machine.lifecycle().clone(),
             time: machine.time_keeper(),
             probe: None,
@@ -109,42 +141,69 @@ impl VcpuRunner {
         })
     }
 
+    /// Starts again after a reset of the machine, whose boot processor is at `boot`.
+    pub fn power_on(&mut self, machine: &Machine, boot: &CpuState) -> Result<(), MachineError> {
+        (self.cpu, self.waiting) = at_power_on(self.vp, boot);
+        self.engine = machine.engine(self.vp)?;
+        Ok(())
+    }
+
     /// Runs until a lifecycle request is there.
     pub fn run(&mut self) {
-        if self.debug.as_ref().is_some_and(|link| link.wants_stop()) {
-            self.vcpu.stop();
-        }
-        self.engine.set_debug(&self.plan);
+        self.begin();
         while !self.slice(u64::MAX) {}
     }
 
+    /// Before the first turn.
+    pub(super) fn begin(&mut self) {
+        if self.debugger_wants_stop() {
+            self.vcpu.stop();
+        }
+        self.engine.set_debug(&self.plan);
+    }
+
     /// Runs up to the next timer's deadline under the instruction clock, but `limit` instructions at most, or until
-    /// something needs the machine; true if the run ends.
+    /// something needs the machine; sleeps if there is nothing to do. True if the run ends.
     pub fn slice(&mut self, limit: u64) -> bool {
         let budget = Budget { instructions: self.budget().instructions.min(limit) };
+        match self.turn(budget) {
+            Turn::On => false,
+            Turn::Idle => {
+                self.sleep();
+                false
+            }
+            Turn::Ended => true,
+        }
+    }
+
+    /// Runs for `budget`, or until something needs the machine.
+    pub(super) fn turn(&mut self, budget: Budget) -> Turn {
+        if self.waiting {
+            return if self.called() { self.stopped() } else { Turn::Idle };
+        }
         let before = self.cpu.instructions;
         let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.bus, budget);
         self.time_passed(self.cpu.instructions.wrapping_sub(before));
         match exit {
-            Exit::Halt => self.halted(),
-            Exit::Budget => {}
-            Exit::Stop => return self.stopped(),
-            Exit::Debug(stop) => return self.debug_event(stop),
+            Exit::Halt => Turn::Idle,
+            Exit::Budget => Turn::On,
+            Exit::Stop => self.stopped(),
+            Exit::Debug(stop) if self.debug_event(stop) => Turn::Ended,
+            Exit::Debug(_) => Turn::On,
             Exit::TripleFault => {
                 self.shut_down();
-                return true;
+                Turn::Ended
             }
             Exit::Unsupported => {
                 self.lifecycle.request(Request::Host(self.unsupported()));
-                return true;
+                Turn::Ended
             }
         }
-        false
     }
 
     fn budget(&self) -> Budget {
         match &self.time {
-            TimeKeeper::Host => Budget::UNLIMITED,
+            TimeKeeper::Elsewhere => Budget::UNLIMITED,
             TimeKeeper::Instructions(lockstep) => lockstep.budget(),
         }
     }
@@ -156,19 +215,26 @@ impl VcpuRunner {
     }
 
     /// Waits for attention; under the instruction clock time jumps to the next deadline instead.
-    pub(super) fn halted(&self) {
-        let wanted = self.awaited();
+    pub(super) fn sleep(&self) {
         if let TimeKeeper::Instructions(lockstep) = &self.time
-            && (self.vcpu.attention().get() & wanted != 0 || lockstep.skip())
+            && (self.called() || lockstep.skip())
         {
             return;
         }
-        self.vcpu.park(wanted, None);
+        self.vcpu.park(self.awaited(), None);
     }
 
-    /// What can wake the processor from HLT.
+    /// Whether there is something that ends a halt.
+    pub(super) fn called(&self) -> bool {
+        self.vcpu.attention().cell().load(Ordering::SeqCst) & self.awaited() != 0
+    }
+
+    /// What can wake the processor from HLT, or while it waits for a start-up IPI.
     fn awaited(&self) -> u32 {
         let mut awaited = Attention::STOP | Attention::INIT | Attention::STARTUP;
+        if self.waiting {
+            return awaited;
+        }
         if !self.cpu.nmi_blocked {
             awaited |= Attention::NMI;
         }
@@ -178,23 +244,47 @@ impl VcpuRunner {
         awaited
     }
 
-    /// Handles STOP and INIT; true if the run ends.
-    fn stopped(&mut self) -> bool {
+    pub(super) fn debugger_wants_stop(&self) -> bool {
+        self.debug.as_ref().is_some_and(|link| link.wants_stop(self.vp))
+    }
+
+    /// Does what STOP, INIT and STARTUP are about as far as the processor is concerned.
+    pub(super) fn take_calls(&mut self) {
         let asked = self.vcpu.attention().take(Attention::STOP | Attention::INIT | Attention::STARTUP);
         if asked & Attention::INIT != 0 {
-            self.lifecycle.request(Request::Reset("INIT"));
+            self.init();
+        }
+        if asked & Attention::STARTUP != 0 && self.waiting {
+            self.cpu.start_up(self.vcpu.startup_vector());
+            self.waiting = false;
         }
         self.follow_a20();
+    }
+
+    /// Somebody called.
+    fn stopped(&mut self) -> Turn {
+        self.take_calls();
         if self.lifecycle.requested() {
-            return true;
+            return Turn::Ended;
         }
-        if self.debug.as_ref().is_some_and(|link| link.wants_stop()) && self.debugged(Stop::Paused) {
-            return true;
+        if self.debugger_wants_stop() && self.debugged(Stop::Paused) {
+            return Turn::Ended;
         }
         if let Some(probe) = &mut self.probe {
             probe(&self.cpu, &*self.engine);
         }
-        false
+        Turn::On
+    }
+
+    /// INIT: the boot processor would go to the reset vector, where firmware starts the machine again.
+    fn init(&mut self) {
+        if self.vp == BOOT_VP {
+            self.lifecycle.request(Request::Reset("INIT"));
+        } else {
+            self.cpu.init(self.signature);
+            self.engine.reset();
+            self.waiting = true;
+        }
     }
 
     pub(super) fn follow_a20(&mut self) {
@@ -245,6 +335,14 @@ impl VcpuRunner {
     }
 }
 
+/// A processor after the machine's power-on and firmware, and whether it waits for a start-up IPI.
+fn at_power_on(vp: VpIndex, boot: &CpuState) -> (CpuState, bool) {
+    match vp {
+        BOOT_VP => (boot.clone(), false),
+        _ => (CpuState::reset(vp.0), true),
+    }
+}
+
 /// Ends the run if the thread that holds this panics.
 pub struct PanicGuard(pub Lifecycle);
 
@@ -256,5 +354,5 @@ impl Drop for PanicGuard {
     }
 }
 
-/// The first (and so far only) processor.
+/// The processor that firmware starts the operating system on.
 pub const BOOT_VP: VpIndex = VpIndex(0);

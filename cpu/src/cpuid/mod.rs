@@ -63,6 +63,11 @@ impl CpuModel {
         self
     }
 
+    /// Family, model and stepping as CPUID leaf 1 has them in EAX.
+    pub fn signature(&self) -> u32 {
+        self.signature
+    }
+
     fn has(&self, f: bits::Feature) -> bool {
         self.features.has(f)
     }

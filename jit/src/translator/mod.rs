@@ -280,6 +280,12 @@ impl Engine for Translator {
         self.core.flush_translations();
     }
 
+    fn reset(&mut self) {
+        (self.interrupt_pending, self.nmi_pending) = (false, false);
+        self.attention.take(Attention::NMI | Attention::INTERRUPT);
+        self.flush_translations();
+    }
+
     fn post_mortem(&self) -> PostMortem {
         self.core.post_mortem()
     }
