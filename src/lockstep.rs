@@ -6,7 +6,7 @@ use crate::machine::{ClockKind, EngineKind, HostEnds, Machine, MachineConfig, Ma
 use crate::run::{Lifecycle, VcpuRunner, dossier};
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use indicatif::ProgressBar;
-use paravane_cpu::{Access, Budget, CpuState, LinAddr, Privilege, SegReg, flags, translate};
+use paravane_cpu::{Budget, CpuState, LinAddr, SegReg, flags, peek};
 use paravane_memory::RamOffset;
 use std::error::Error;
 use std::fmt::Write;
@@ -81,11 +81,9 @@ impl Side {
         let (cpu, mem) = (&self.runner.cpu, self.machine.memory());
         let mut code = Vec::new();
         for lin in [lin, (lin | 0xFFF).wrapping_add(1)] {
-            let Ok(at) = translate(cpu, mem, LinAddr(lin), Access::Execute, Privilege::Supervisor) else {
-                break;
-            };
+            let Some(at) = peek(cpu, mem, LinAddr(lin)).phys() else { break };
             let mut bytes = vec![0; 4096 - (lin & 0xFFF) as usize];
-            if mem.read(at.phys, &mut bytes).is_err() {
+            if mem.read(at, &mut bytes).is_err() {
                 break;
             }
             code.append(&mut bytes);

@@ -1,5 +1,5 @@
-//! The machine that tests put around a processor (feature `testbed`): nothing but a port log, a queue of interrupts and
-//! two wires.
+//! The machine that tests put around a processor (feature `testbed`): nothing but a port log, a queue of interrupts,
+//! two wires and the coprocessor error latch.
 
 use crate::bus::{CpuBus, CpuidResult, MsrFault};
 use crate::engine::Attention;
@@ -21,8 +21,10 @@ pub struct Board {
     pub written: Mutex<Vec<(u16, u32)>>,
     /// Vectors that wait to be acknowledged.
     pub pending: Mutex<VecDeque<u8>>,
-    /// How often FERR# was raised.
+    /// How often FERR# went up.
     pub fpu_errors: Mutex<u32>,
+    /// FERR# and IGNNE#.
+    coprocessor: Mutex<(bool, bool)>,
     cr8: Mutex<u64>,
     at_port: Wire,
     at_fpu_error: Wire,
@@ -73,8 +75,13 @@ impl CpuBus for Board {
         if log.len() < LOG {
             log.push((port.0, value));
         }
-        if port.0 == 0x80 {
-            pull(self, &self.at_port);
+        match port.0 {
+            0x80 => pull(self, &self.at_port),
+            0xF0 => {
+                let mut pins = self.coprocessor.lock().expect("pins");
+                pins.1 = pins.0;
+            }
+            _ => {}
         }
     }
     fn acknowledge(&self, _: VpIndex) -> Option<u8> {
@@ -98,8 +105,15 @@ impl CpuBus for Board {
     fn tsc(&self, _: VpIndex) -> u64 {
         1000
     }
-    fn fpu_error(&self, _: VpIndex) {
-        *self.fpu_errors.lock().expect("count") += 1;
-        pull(self, &self.at_fpu_error);
+    fn set_ferr(&self, _: VpIndex, up: bool) {
+        let mut pins = self.coprocessor.lock().expect("pins");
+        if up && !pins.0 {
+            *self.fpu_errors.lock().expect("count") += 1;
+            pull(self, &self.at_fpu_error);
+        }
+        *pins = (up, up && pins.1);
+    }
+    fn ignne(&self, _: VpIndex) -> bool {
+        self.coprocessor.lock().expect("pins").1
     }
 }

@@ -49,6 +49,8 @@ pub trait CpuBus: Sync {
     fn write_cr8(&self, vp: VpIndex, value: u64);
     /// The time-stamp counter before the guest's own TSC_ADJUST offset.
     fn tsc(&self, vp: VpIndex) -> u64;
-    /// FERR#: an unmasked x87 error with CR0.NE clear raises IRQ 13.
-    fn fpu_error(&self, vp: VpIndex);
+    /// Drives FERR#: up where an x87 instruction waits for an unmasked error with CR0.NE clear.
+    fn set_ferr(&self, vp: VpIndex, up: bool);
+    /// Whether IGNNE# is driven: the chipset does that only while FERR# is up, on a write to one of its ports.
+    fn ignne(&self, vp: VpIndex) -> bool;
 }

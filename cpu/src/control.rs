@@ -3,10 +3,9 @@
 use crate::debug::{dr6, dr7};
 use crate::exec::Exec;
 use crate::fault::{Fault, Vector};
-use crate::mmu::PHYS_BITS;
 use crate::segment;
-use crate::state::{CpuState, LinAddr, SegReg, attr, cr0, cr4, efer};
-use paravane_memory::{GuestMemory, Mapped, PhysAddr, RamOffset};
+use crate::state::{LinAddr, SegReg, attr, cr0, cr4, efer};
+use paravane_memory::{Mapped, PhysAddr, RamOffset};
 
 const CR0_DEFINED: u64 = cr0::PE
     | cr0::MP
@@ -23,18 +22,19 @@ const CR0_DEFINED: u64 = cr0::PE
 /// CR4 bits whose change drops every translation.
 const CR4_PAGING: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP;
 
-/// Reserved bits of a present PDPTE under PAE.
-const PDPTE_RESERVED: u64 = 0x1E6 | !((1 << PHYS_BITS) - 1);
+/// Reserved bits of a present PDPTE under PAE, whatever the model (SDM 3A, table 4-8).
+const PDPTE_RESERVED: u64 = 0x1E6 | 0xFFF << 52;
 
 /// Reads the four PDPTEs that CR3 `cr3` names; `None` if one has reserved bits set.
-fn read_pdptes(cpu: &CpuState, mem: &GuestMemory, cr3: u64) -> Option<[u64; 4]> {
+fn read_pdptes(ex: &Exec<'_>, cr3: u64) -> Option<[u64; 4]> {
+    let reserved = PDPTE_RESERVED | ex.model.paging().beyond();
     let mut pdptes = [0; 4];
     for (i, entry) in pdptes.iter_mut().enumerate() {
-        let at = PhysAddr(crate::mmu::mask_a20(cpu, (cr3 & 0xFFFF_FFE0) + 8 * i as u64));
-        if let Mapped::Ram(page) | Mapped::Rom(page) = mem.resolve(at.page()) {
-            *entry = mem.ram_load(RamOffset(page.0 + at.page_offset()), 8);
+        let at = PhysAddr(crate::mmu::mask_a20(ex.cpu, (cr3 & 0xFFFF_FFE0) + 8 * i as u64));
+        if let Mapped::Ram(page) | Mapped::Rom(page) = ex.mem.resolve(at.page()) {
+            *entry = ex.mem.ram_load(RamOffset(page.0 + at.page_offset()), 8);
         }
-        if *entry & 1 != 0 && *entry & PDPTE_RESERVED != 0 {
+        if *entry & 1 != 0 && *entry & reserved != 0 {
             return None;
         }
     }
@@ -71,7 +71,7 @@ pub(crate) fn write_cr0(ex: &mut Exec<'_>, value: u64) -> Result<(), Fault> {
         lm &= !efer::LMA;
     }
     if (old ^ new) & (cr0::PG | cr0::CD | cr0::NW) != 0 && pae_paging(new, ex.cpu.cr4, lm) {
-        ex.cpu.pdptes = read_pdptes(ex.cpu, ex.mem, ex.cpu.cr3).ok_or(Fault::GP0)?;
+        ex.cpu.pdptes = read_pdptes(ex, ex.cpu.cr3).ok_or(Fault::GP0)?;
     }
     ex.cpu.efer = lm;
     ex.cpu.cr0 = new;
@@ -93,14 +93,14 @@ pub(crate) fn write_cr3(ex: &mut Exec<'_>, value: u64) -> Result<(), Fault> {
         new &= !(1 << 63);
     }
     if ex.cpu.code64() {
-        if new >> PHYS_BITS != 0 {
+        if new >> ex.model.paging().phys_bits != 0 {
             return Err(Fault::GP0);
         }
     } else {
         new &= 0xFFFF_FFFF;
     }
     if pae_paging(ex.cpu.cr0, ex.cpu.cr4, ex.cpu.efer) {
-        ex.cpu.pdptes = read_pdptes(ex.cpu, ex.mem, new).ok_or(Fault::GP0)?;
+        ex.cpu.pdptes = read_pdptes(ex, new).ok_or(Fault::GP0)?;
     }
     let switched = ex.cpu.cr3 != new;
     ex.cpu.cr3 = new;
@@ -118,7 +118,7 @@ pub(crate) fn write_cr3(ex: &mut Exec<'_>, value: u64) -> Result<(), Fault> {
 pub(crate) fn task_cr3(ex: &mut Exec<'_>, value: u64) {
     ex.cpu.cr3 = value;
     if pae_paging(ex.cpu.cr0, ex.cpu.cr4, ex.cpu.efer) {
-        ex.cpu.pdptes = read_pdptes(ex.cpu, ex.mem, value).unwrap_or_default();
+        ex.cpu.pdptes = read_pdptes(ex, value).unwrap_or_default();
     }
     let pcid = ex.cpu.pcid();
     ex.flushes.switched = Some(pcid);
@@ -143,7 +143,7 @@ pub(crate) fn write_cr4(ex: &mut Exec<'_>, value: u64) -> Result<(), Fault> {
     if (old ^ value) & (cr4::PAE | cr4::PGE | cr4::PSE | cr4::SMEP) != 0
         && pae_paging(ex.cpu.cr0, value, ex.cpu.efer)
     {
-        ex.cpu.pdptes = read_pdptes(ex.cpu, ex.mem, ex.cpu.cr3).ok_or(Fault::GP0)?;
+        ex.cpu.pdptes = read_pdptes(ex, ex.cpu.cr3).ok_or(Fault::GP0)?;
     }
     ex.cpu.cr4 = value;
     if (old ^ value) & CR4_PAGING != 0 {
@@ -272,7 +272,7 @@ pub(crate) fn load_task_register(ex: &mut Exec<'_>, selector: u16) -> Result<(),
 /// INVPCID of `kind` with descriptor `low` (PCID) and `high` (linear address).
 pub(crate) fn invpcid(ex: &mut Exec<'_>, kind: u64, low: u64, high: u64) -> Result<(), Fault> {
     let pcid = (low & 0xFFF) as u16;
-    if kind > 3 || (kind < 2 && (low >> 12 != 0 || (ex.cpu.cr4 & cr4::PCIDE == 0 && pcid != 0))) {
+    if kind > 3 || low >> 12 != 0 || (kind < 2 && ex.cpu.cr4 & cr4::PCIDE == 0 && pcid != 0) {
         return Err(Fault::GP0);
     }
     match kind {

@@ -6,16 +6,16 @@
 use crate::bus::CpuBus;
 use crate::cpuid::CpuModel;
 use crate::debug::{self, debugctl, dr6, dr7};
-use crate::engine::{Attention, VectorUnit};
+use crate::engine::{Attention, Exit, VectorUnit};
 use crate::exception::{self, Event, Source};
 use crate::exec::{Exec, Outcome};
 use crate::fault::{Fault, Vector};
 use crate::fetch::{Decoded, Fetcher};
 use crate::interp;
-use crate::mmu::{Flushes, Tlb};
+use crate::mmu::{Flushes, PagingFeatures, Tlb};
 use crate::plan::{DebugPlan, DebugStop, WatchHit};
 use crate::post_mortem::{Attempt, Chain, PostMortem, Trail};
-use crate::state::{CpuState, LinAddr, SegReg, Shadow, flags, gpr};
+use crate::state::{CpuState, LinAddr, SegReg, Shadow, cr0, flags, gpr};
 use iced_x86::{FlowControl, Mnemonic};
 use paravane_memory::{GuestMemory, PhysAddr, RamOffset, VpIndex};
 use std::sync::Arc;
@@ -72,6 +72,7 @@ impl Unit {
             delivering: None,
             failing: "",
             transferred: false,
+            branched: false,
             delivered: false,
         }
     }
@@ -101,7 +102,7 @@ impl Core {
     /// A core of `model` for processor `vp`.
     pub fn new(model: CpuModel, vector: Box<dyn VectorUnit>, attention: Attention, vp: VpIndex) -> Core {
         let fetcher = Fetcher::new(model.decoder_options());
-        let (tlb, flushes, plan) = (Tlb::new(), Flushes::default(), Arc::default());
+        let (tlb, flushes, plan) = (Tlb::new(model.paging()), Flushes::default(), Arc::default());
         let unit = Unit { model, vector, attention, vp, tlb, flushes, plan };
         Core {
             unit,
@@ -126,6 +127,12 @@ impl Core {
     /// The model this core was made with.
     pub fn model(&self) -> &CpuModel {
         &self.unit.model
+    }
+
+    /// What paging has, as the model says.
+    #[inline]
+    pub fn paging(&self) -> PagingFeatures {
+        self.unit.tlb.features
     }
 
     /// The flags that ask for attention.
@@ -171,9 +178,12 @@ impl Core {
         let flow = decoded.instr.flow_control();
         let mut ex = self.unit.exec(cpu, mem, bus, next);
         let result = interp::execute(&mut ex, &decoded.instr, decoded.bytes());
+        if ex.cpu.ignne || (ex.cpu.cr0 & cr0::NE == 0 && matches!(self.last, Mnemonic::Out)) {
+            interp::follow_ignne(&mut ex);
+        }
         let end = End {
             rsp,
-            trap: trap && !ex.delivered && (!branches || branched(flow, ex.next_rip != next)),
+            trap: trap && !ex.delivered && (!branches || branched(flow, ex.branched)),
             next: ex.next_rip,
             outcome: ex.outcome,
             hits: ex.debug_hits,
@@ -379,6 +389,17 @@ impl Core {
         }
     }
 
+    /// What the debugger is told of a step of its own.
+    pub fn step_exit(&mut self, step: Step) -> Exit {
+        match (self.take_hit(), step) {
+            (_, Step::TripleFault) => Exit::TripleFault,
+            (_, Step::Unsupported) => Exit::Unsupported,
+            (Some(stop), _) => Exit::Debug(stop),
+            (None, Step::Halt) => Exit::Halt,
+            (None, Step::Done) => Exit::Budget,
+        }
+    }
+
     /// What the debugger asks for.
     pub fn plan(&self) -> &Arc<DebugPlan> {
         &self.unit.plan
@@ -451,11 +472,11 @@ fn note_address(cpu: &mut CpuState, fault: &Fault) {
     }
 }
 
-/// Whether an instruction of this kind transferred control, `moved` telling whether RIP is not the next instruction's.
-fn branched(flow: FlowControl, moved: bool) -> bool {
+/// Whether an instruction of this kind transferred control, `taken` telling whether a near branch did.
+fn branched(flow: FlowControl, taken: bool) -> bool {
     match flow {
         FlowControl::Next => false,
-        FlowControl::ConditionalBranch => moved,
+        FlowControl::ConditionalBranch => taken,
         _ => true,
     }
 }

@@ -53,6 +53,8 @@ pub(crate) struct Exec<'a> {
     pub failing: &'static str,
     /// RIP and RFLAGS were loaded as a whole (delivery, IRET, task switch): nothing is rolled back, RF stays.
     pub transferred: bool,
+    /// A near branch was taken, be it to the next instruction.
+    pub branched: bool,
     /// An interrupt was delivered or a task switched: no single-step trap follows.
     pub delivered: bool,
 }

@@ -99,13 +99,7 @@ impl Engine for Interpreter {
         }
         let step = self.core.single_step(cpu, mem, bus, interrupts);
         self.core.ignore_flushes();
-        match (self.core.take_hit(), step) {
-            (_, Step::TripleFault) => Exit::TripleFault,
-            (_, Step::Unsupported) => Exit::Unsupported,
-            (Some(stop), _) => Exit::Debug(stop),
-            (None, Step::Halt) => Exit::Halt,
-            (None, Step::Done) => Exit::Budget,
-        }
+        self.core.step_exit(step)
     }
 
     fn set_debug(&mut self, plan: &Arc<DebugPlan>) {

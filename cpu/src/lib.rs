@@ -40,7 +40,10 @@ pub use engine::{Attention, Budget, Engine, Exit, HostCode, VectorUnit};
 pub use fault::{Fault, Vector};
 pub use interp::{operand_alignment, x87_opcode};
 pub use interpreter::Interpreter;
-pub use mmu::{Access, Flushes, Peek, PeekEnd, PeekStep, Privilege, Translation, inspect, peek, translate};
+pub use mmu::{
+    Access, Flushes, PagingFeatures, Peek, PeekEnd, PeekStep, Privilege, Translation, inspect, peek,
+    translate,
+};
 pub use paravane_memory::{Port, VpIndex};
 pub use plan::{DebugPlan, DebugStop, Space, WatchHit, WatchKind, Watchpoint};
 pub use post_mortem::{Attempt, PostMortem, Trail};

@@ -3,7 +3,6 @@
 use crate::debug::debugctl;
 use crate::exec::Exec;
 use crate::fault::Fault;
-use crate::mmu::PHYS_BITS;
 use crate::segment::canonical;
 use crate::state::{SegReg, efer};
 
@@ -135,7 +134,7 @@ pub(crate) fn write(ex: &mut Exec<'_>, n: u32, v: u64) -> Result<(), Fault> {
         MTRR_VARIABLE..=MTRR_VARIABLE_LAST => {
             let low =
                 if n & 1 == 0 { memory_types(v & 0xFF, false) && v & 0xF00 == 0 } else { v & 0x7FF == 0 };
-            check(low && v >> PHYS_BITS == 0)?;
+            check(low && v >> ex.model.paging().phys_bits == 0)?;
         }
         FMASK | TSC_AUX => check(v >> 32 == 0)?,
         DEBUGCTL => check(v & !(debugctl::LBR | debugctl::BTF) == 0)?,

@@ -215,6 +215,18 @@ impl FpuState {
         FpuState(area)
     }
 
+    /// IE to PE and SF of the x87 status word.
+    pub(crate) fn x87_exceptions(&self) -> u8 {
+        self.0[2] & 0x7F
+    }
+
+    /// Sets them, and ES and B as follows from the masks (SDM 1, 8.1.3).
+    pub(crate) fn set_x87_exceptions(&mut self, flags: u8) {
+        let error = flags & !self.0[0] & 0x3F != 0;
+        self.0[2] = flags | u8::from(error) << 7;
+        self.0[3] = self.0[3] & 0x7F | u8::from(error) << 7;
+    }
+
     /// MXCSR.
     pub fn mxcsr(&self) -> u32 {
         u32::from_le_bytes(self.0[24..28].try_into().expect("four bytes"))
@@ -328,6 +340,8 @@ pub struct CpuState {
     pub instructions: u64,
     /// Address lines above 19 masked bit 20 when false.
     pub a20: bool,
+    /// IGNNE# is driven for an x87 error that is still pending: instructions do not wait for it.
+    pub ignne: bool,
 }
 
 /// The number of this vCPU as plain data.
@@ -370,6 +384,7 @@ impl CpuState {
             vp,
             instructions: 0,
             a20: true,
+            ignne: false,
         }
     }
 

@@ -94,7 +94,11 @@ pub(crate) fn switch(ex: &mut Exec<'_>, selector: u16, reason: Reason, rip: u64)
         set_busy(ex, selector, true)?;
     }
     commit(ex, new, &image, reason);
-    load_segments(ex, &image)
+    // Faults of the new task's state name the event that switched to it, too.
+    load_segments(ex, &image).map_err(|fault| match fault.vector {
+        Vector::PF => fault,
+        _ => Fault { error_code: fault.error_code.map(|code| code | reason.ext()), ..fault },
+    })
 }
 
 /// The TSS descriptor, checked.

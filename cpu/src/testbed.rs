@@ -6,7 +6,7 @@ use crate::cpuid::{HostFeatures, model_by_name};
 use crate::engine::{Attention, VectorUnit};
 use crate::exec::Exec;
 use crate::fault::Fault;
-use crate::mmu::{Flushes, Tlb};
+use crate::mmu::{Flushes, PagingFeatures, Tlb};
 use crate::state::{CpuState, DescriptorTable, FpuState, SegReg, Segment, cr0};
 use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, VpIndex};
 
@@ -135,7 +135,7 @@ impl Bed {
             vector: Box::new(NoVector),
             attention: self.attention.clone(),
             vp: VpIndex(0),
-            tlb: Tlb::new(),
+            tlb: Tlb::new(PagingFeatures::ALL),
             flushes: Flushes::default(),
             plan: Default::default(),
         };

@@ -334,9 +334,10 @@ pub(crate) fn loadable_flags(cpu: &CpuState, size: usize) -> u64 {
     mask
 }
 
-/// IRET, IRETD, IRETQ.
+/// IRET, IRETD, IRETQ. NMIs are let in again even if it faults (SDM 3A, 6.7.1).
 pub(crate) fn iret(ex: &mut Exec<'_>, size: usize) -> Result<(), Fault> {
     ex.transferred = false;
+    ex.cpu.nmi_blocked = false;
     let virtual_if = size == 2 && vme::virtual_if(ex.cpu);
     if ex.cpu.v8086() && ex.cpu.iopl() < 3 && !virtual_if {
         return Err(Fault::GP0);
@@ -388,7 +389,6 @@ fn finish_iret(ex: &mut Exec<'_>, image: u64, mut mask: u64, size: usize) -> Res
         mask |= flags::RF;
     }
     ex.cpu.rflags = (ex.cpu.rflags & !mask) | (image & mask) | flags::FIXED;
-    ex.cpu.nmi_blocked = false;
     ex.transferred = true;
     Ok(())
 }
@@ -398,9 +398,7 @@ fn iret_task(ex: &mut Exec<'_>) -> Result<(), Fault> {
         return Err(Fault::GP0);
     }
     let link = ex.sys_load(ex.cpu.tr.base, 2)? as u16;
-    task::switch(ex, link, Reason::Return, ex.next_rip)?;
-    ex.cpu.nmi_blocked = false;
-    Ok(())
+    task::switch(ex, link, Reason::Return, ex.next_rip)
 }
 
 fn iret_v8086(ex: &mut Exec<'_>, mut frame: Frame, offset: u64, cs: u16, image: u64) -> Result<(), Fault> {
@@ -425,7 +423,6 @@ fn iret_v8086(ex: &mut Exec<'_>, mut frame: Frame, offset: u64, cs: u16, image: 
     ex.cpu.cpl = 3;
     ex.next_rip = offset;
     ex.cpu.rflags = (image & 0x003F_7FD7) | flags::FIXED;
-    ex.cpu.nmi_blocked = false;
     ex.transferred = true;
     Ok(())
 }

@@ -39,7 +39,7 @@ pub use paravane_memory::{Port, VpIndex, Width};
 pub use pit::Pit;
 pub use rtc::Rtc;
 pub use snapshot::{Snapshot, StateError, StateStream};
-pub use sysports::{ByteSink, CoprocessorError, DebugConsole, DebugExit, SystemPorts};
+pub use sysports::{ByteSink, CoprocessorError, CoprocessorPins, DebugConsole, DebugExit, SystemPorts};
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};
 pub use timed::bind_timer;
 pub use uart::{CharSink, CharSource, NoInput, Uart, UartWiring};

@@ -8,6 +8,7 @@ use crate::snapshot::{Snapshot, StateError, StateStream};
 use paravane_memory::{Port, Width};
 use std::fmt::Display;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// System control port A.
 const PORT_A: u16 = 0x92;
@@ -180,31 +181,85 @@ impl Drop for DebugConsole {
     }
 }
 
-/// The coprocessor error latch (82371SB, CERR register): FERR# raises IRQ 13, a write to port F0h or F1h lowers it.
-/// Claim [`CoprocessorError::RANGE`] with `Width::W8`.
+/// The pins between the processor and the coprocessor error latch (82371SB, FERR#, IGNNE# and the CERR register): FERR#
+/// going up raises IRQ 13; a write to the register lowers it, and drives IGNNE# for as long as FERR# stays up.
+pub struct CoprocessorPins {
+    irq: IrqLine,
+    ferr: AtomicBool,
+    ignne: AtomicBool,
+}
+
+impl CoprocessorPins {
+    /// A latch before `irq`.
+    pub fn new(irq: IrqLine) -> CoprocessorPins {
+        CoprocessorPins { irq, ferr: AtomicBool::new(false), ignne: AtomicBool::new(false) }
+    }
+
+    /// The processor drives FERR#.
+    pub fn set_ferr(&self, up: bool) {
+        if self.ferr.swap(up, Ordering::SeqCst) != up {
+            if up {
+                self.irq.set(true);
+            } else {
+                self.ignne.store(false, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Whether IGNNE# is driven.
+    pub fn ignne(&self) -> bool {
+        self.ignne.load(Ordering::SeqCst)
+    }
+
+    fn written(&self) {
+        self.irq.set(false);
+        self.ignne.store(self.ferr.load(Ordering::SeqCst), Ordering::SeqCst);
+    }
+
+    fn state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let CoprocessorPins { irq, ferr, ignne } = self;
+        irq.shared_state(s)?;
+        for pin in [ferr, ignne] {
+            let mut up = pin.load(Ordering::SeqCst);
+            up.state(s)?;
+            pin.store(up, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    fn reset(&self) {
+        self.irq.set(false);
+        self.ferr.store(false, Ordering::SeqCst);
+        self.ignne.store(false, Ordering::SeqCst);
+    }
+}
+
+/// The CERR register, at ports F0h and F1h. Claim [`CoprocessorError::RANGE`] with `Width::W8`.
 pub struct CoprocessorError {
-    irq: Arc<IrqLine>,
+    pins: Arc<CoprocessorPins>,
 }
 
 impl CoprocessorError {
     /// (first port, count) of the range to claim.
     pub const RANGE: (Port, u32) = (Port(0xF0), 2);
 
-    /// The latch behind `irq`, which whoever sees FERR# raises.
-    pub fn new(irq: Arc<IrqLine>) -> CoprocessorError {
-        CoprocessorError { irq }
+    /// The register behind `pins`.
+    pub fn new(pins: Arc<CoprocessorPins>) -> CoprocessorError {
+        CoprocessorError { pins }
     }
 }
 
 impl Snapshot for CoprocessorError {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
-        self.irq.shared_state(s)
+        self.pins.state(s)
     }
 }
 
 impl Inspect for CoprocessorError {
     fn inspect(&self, field: &mut dyn FnMut(&str, &dyn Display)) {
-        field("irq13", &self.irq.is_high());
+        field("irq13", &self.pins.irq.is_high());
+        field("ferr", &self.pins.ferr.load(Ordering::SeqCst));
+        field("ignne", &self.pins.ignne());
     }
 }
 
@@ -214,7 +269,7 @@ impl Device for CoprocessorError {
     }
 
     fn reset(&mut self, _kind: ResetKind) {
-        self.irq.set(false);
+        self.pins.reset();
     }
 
     fn as_snapshot(&mut self) -> Option<&mut dyn Snapshot> {
@@ -232,7 +287,7 @@ impl PioDevice for CoprocessorError {
     }
 
     fn port_out(&mut self, _port: Port, _width: Width, _value: u32) {
-        self.irq.set(false);
+        self.pins.written();
     }
 }
 
@@ -309,15 +364,34 @@ mod tests {
         assert_eq!(ports.post_code(), 0x55);
     }
 
+    /// 82371SB, FERR#, IGNNE# and CERR.
     #[test]
-    fn irq_13_stays_up_until_port_f0_is_written() {
-        let irq = Arc::new(IrqLine::unconnected());
-        let mut latch = CoprocessorError::new(irq.clone());
-        irq.set(true);
-        assert_eq!(latch.port_in(Port(0xF0), Width::W8), 0xFF);
-        assert!(irq.is_high());
+    fn coprocessor_errors() {
+        let pins = Arc::new(CoprocessorPins::new(IrqLine::unconnected()));
+        let mut latch = CoprocessorError::new(pins.clone());
+        let state = || (pins.irq.is_high(), pins.ignne());
         latch.port_out(Port(0xF0), Width::W8, 0);
-        assert!(!irq.is_high());
+        assert_eq!(state(), (false, false), "IGNNE# needs FERR#");
+        pins.set_ferr(true);
+        assert_eq!(latch.port_in(Port(0xF0), Width::W8), 0xFF);
+        assert_eq!(state(), (true, false), "until the register is written");
+        latch.port_out(Port(0xF0), Width::W8, 0);
+        assert_eq!(state(), (false, true));
+        pins.set_ferr(true);
+        assert_eq!(state(), (false, true), "only the edge of FERR# counts");
+        pins.set_ferr(false);
+        assert_eq!(state(), (false, false), "IGNNE# falls with FERR#");
+        // The handler clears the error first.
+        pins.set_ferr(true);
+        pins.set_ferr(false);
+        assert_eq!(state(), (true, false), "IRQ 13 is latched");
+        latch.port_out(Port(0xF1), Width::W8, 0);
+        assert_eq!(state(), (false, false));
+        pins.set_ferr(true);
+        latch.port_out(Port(0xF0), Width::W8, 0);
+        pins.set_ferr(true);
+        latch.reset(ResetKind::PowerOn);
+        assert_eq!(state(), (false, false));
     }
 
     #[test]

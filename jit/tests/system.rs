@@ -28,6 +28,8 @@ mod gates;
 mod illegal;
 #[path = "system/interrupts.rs"]
 mod interrupts;
+#[path = "system/models.rs"]
+mod models;
 #[path = "system/modes.rs"]
 mod modes;
 #[path = "system/modified.rs"]

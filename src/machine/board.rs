@@ -33,10 +33,10 @@ use paravane_devices::ide::IdeController;
 use paravane_devices::pci::{HostBridge, IsaBridge, PciBus, PirqRouter, PowerFunction};
 use paravane_devices::uart::{self, CharSink, CharSource, NoInput, Uart, UartWiring};
 use paravane_devices::{
-    A20Gate, A20Source, AcpiPm, AcpiPmWiring, Bus, ByteSink, Clock, CoprocessorError, Counters, DebugConsole,
-    DebugExit, Device, DeviceHandle, FabricConfig, InterruptFabric, IoApicWindow, IrqLine, IrqSink,
-    MachineControl, MsiSink, PicPorts, Pit, ResetKind, Rtc, SystemPorts, TimerQueue, TscClock, WiredOr,
-    bind_timer, share,
+    A20Gate, A20Source, AcpiPm, AcpiPmWiring, Bus, ByteSink, Clock, CoprocessorError, CoprocessorPins,
+    Counters, DebugConsole, DebugExit, Device, DeviceHandle, FabricConfig, InterruptFabric, IoApicWindow,
+    IrqLine, IrqSink, MachineControl, MsiSink, PicPorts, Pit, ResetKind, Rtc, SystemPorts, TimerQueue,
+    TscClock, WiredOr, bind_timer, share,
 };
 use paravane_memory::{GuestMemory, PhysAddr, Port, Width};
 use paravane_pv::virtio::{
@@ -130,7 +130,7 @@ impl Board {
         if let Some(heard) = ends.lab_port {
             b.ports(share(LabDevice::new(heard)), &[(LabDevice::PORT, 1)], Width::W8);
         }
-        let ferr = Arc::new(b.line(irq::FERR, "fpu"));
+        let ferr = Arc::new(CoprocessorPins::new(b.line(irq::FERR, "fpu")));
         b.ports(share(CoprocessorError::new(Arc::clone(&ferr))), &[CoprocessorError::RANGE], Width::W8);
         let cpu_bus = MachineBus::new(
             Arc::clone(&b.bus),

@@ -2,7 +2,7 @@
 
 use paravane_cpu::{Attention, CpuBus, CpuidResult, MsrFault};
 use paravane_devices::{
-    Bus, Clock, Counter, Counters, InterruptFabric, IrqLine, MachineControl, TscClock, VcpuKick,
+    Bus, Clock, CoprocessorPins, Counter, Counters, InterruptFabric, MachineControl, TscClock, VcpuKick,
 };
 use paravane_memory::{PAGE_SIZE, PhysAddr, Port, VpIndex, Width};
 use std::sync::Arc;
@@ -32,8 +32,8 @@ pub struct MachineBus {
     tsc: TscClock,
     /// IA32_APIC_BASE of each processor as last written: where its APIC answers.
     apic_bases: Vec<AtomicU64>,
-    /// FERR# raises IRQ 13; the coprocessor error latch lowers it.
-    ferr: Arc<IrqLine>,
+    /// FERR# and IGNNE# of the bootstrap processor; those of the others lead nowhere.
+    ferr: Arc<CoprocessorPins>,
     /// Of each processor.
     counts: Vec<Counts>,
     log: AccessLog,
@@ -48,13 +48,13 @@ impl Counts {
 }
 
 impl MachineBus {
-    /// Joins the parts for `cpus` processors; `ferr` is IRQ 13.
+    /// Joins the parts for `cpus` processors; `ferr` leads to the coprocessor error latch.
     pub(super) fn new(
         bus: Arc<Bus>,
         fabric: Arc<InterruptFabric>,
         clock: Arc<dyn Clock>,
         tsc: TscClock,
-        ferr: Arc<IrqLine>,
+        ferr: Arc<CoprocessorPins>,
         cpus: u32,
         counters: &Counters,
     ) -> MachineBus {
@@ -188,8 +188,14 @@ impl CpuBus for MachineBus {
         self.tsc.at(self.clock.now())
     }
 
-    fn fpu_error(&self, _vp: VpIndex) {
-        self.ferr.set(true);
+    fn set_ferr(&self, vp: VpIndex, up: bool) {
+        if vp == BOOT_VP {
+            self.ferr.set_ferr(up);
+        }
+    }
+
+    fn ignne(&self, vp: VpIndex) -> bool {
+        vp == BOOT_VP && self.ferr.ignne()
     }
 }
 

@@ -9,7 +9,7 @@ mod models;
 pub use models::{HostFeatures, MODEL_NAMES, model_by_name};
 
 use crate::bus::{CpuBus, CpuidResult};
-use crate::mmu::PHYS_BITS;
+use crate::mmu::PagingFeatures;
 use crate::msr::index as msr;
 use crate::state::{CpuState, cr4, efer};
 use bits::{Features, Word};
@@ -75,6 +75,16 @@ impl CpuModel {
     /// Long mode exists.
     pub fn has_long_mode(&self) -> bool {
         self.has(bits::LM)
+    }
+
+    /// What paging has. MAXPHYADDR without leaf 8000_0008H is 36 with PAE and 32 without (SDM 3A, 4.1.4).
+    pub fn paging(&self) -> PagingFeatures {
+        let phys_bits = match (self.has(bits::LM), self.has(bits::PAE)) {
+            (true, _) => PagingFeatures::ALL.phys_bits,
+            (false, true) => 36,
+            (false, false) => 32,
+        };
+        PagingFeatures { phys_bits, page_1g: self.has(bits::PAGE_1G), pse36: self.has(bits::PSE36) }
     }
 
     /// XGETBV with ECX = 1 exists.
@@ -288,7 +298,7 @@ impl CpuModel {
             }
             0x8000_0006 => CpuidResult { ecx: 1024 << 16 | 8 << 12 | 64, ..Default::default() },
             0x8000_0007 => CpuidResult { edx: 1 << 8, ..Default::default() },
-            0x8000_0008 => CpuidResult { eax: 48 << 8 | PHYS_BITS, ..Default::default() },
+            0x8000_0008 => CpuidResult { eax: 48 << 8 | self.paging().phys_bits, ..Default::default() },
             _ => CpuidResult::default(),
         }
     }

@@ -23,6 +23,7 @@ mod xsave;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use vector::follow_ignne;
 pub use vector::operand_alignment;
 pub use x87::opcode as x87_opcode;
 

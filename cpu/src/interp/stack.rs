@@ -40,6 +40,7 @@ pub(super) fn branch(ex: &mut Exec<'_>, target: u64, size: usize) -> Result<(), 
         return Err(Fault::GP0);
     }
     ex.next_rip = target;
+    ex.branched = true;
     Ok(())
 }
 

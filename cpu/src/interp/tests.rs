@@ -6,7 +6,7 @@ use crate::cpuid::{HostFeatures, model_by_name};
 use crate::engine::{Attention, VectorUnit};
 use crate::exec::{Exec, Outcome};
 use crate::fault::{Fault, Vector};
-use crate::mmu::{Flushes, Tlb};
+use crate::mmu::{Flushes, PagingFeatures, Tlb};
 use crate::state::flags::{AF, CF, DF, FIXED, OF, PF, SF, ZF};
 use crate::state::gpr::{R8, RAX, RBP, RBX, RCX, RDI, RDX, RSI, RSP};
 use crate::state::{CpuState, FpuState, SegReg, Segment, cr0, cr4, efer};
@@ -76,7 +76,7 @@ impl Pc {
         cpu.rip = 0x1000;
         cpu.gpr[RSP] = 0x8000;
         let mem = GuestMemory::new(MemoryConfig::pc(1 << 20)).expect("memory");
-        Pc { bits, cpu, mem, tlb: Tlb::new(), unit: Recorder::default() }
+        Pc { bits, cpu, mem, tlb: Tlb::new(PagingFeatures::ALL), unit: Recorder::default() }
     }
 
     fn with(mut self, n: usize, v: u64) -> Pc {
@@ -108,6 +108,7 @@ impl Pc {
             delivering: None,
             failing: "",
             transferred: false,
+            branched: false,
             delivered: false,
         };
         execute(&mut ex, &instr, code)?;

@@ -57,11 +57,15 @@ pub(super) fn execute(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8]) -> Optio
         _ => {}
     }
     let class = classify(i)?;
-    Some(available(ex, class).and_then(|()| match masked::execute(ex, i) {
+    let run = |ex: &mut Exec<'_>| match masked::execute(ex, i) {
         Some(done) => done,
         None if class == Class::X87 => x87(ex, i, bytes),
         None => on_host(ex, i, bytes, class),
-    }))
+    };
+    Some(
+        available(ex, class)
+            .and_then(|()| if ex.cpu.ignne { with_errors_aside(ex, i, run) } else { run(ex) }),
+    )
 }
 
 /// An x87 instruction, and what it means for the instruction and data pointers.
@@ -144,10 +148,49 @@ fn available(ex: &Exec<'_>, class: Class) -> Result<(), Fault> {
     if cpu.cr0 & missing != 0 { Err(Fault::NM) } else { Ok(()) }
 }
 
+/// Runs an instruction under IGNNE#, where a pending x87 error stops nothing: it stands aside meanwhile, and joins what the
+/// instruction raises. Only FLDENV and FRSTOR, which load other flags, end it.
+fn with_errors_aside(
+    ex: &mut Exec<'_>,
+    i: &Instruction,
+    run: impl FnOnce(&mut Exec<'_>) -> Result<(), Fault>,
+) -> Result<(), Fault> {
+    use Mnemonic::*;
+    if matches!(i.mnemonic(), Fnstcw | Fnstsw | Fnstenv | Fnsave | Fnclex | Fninit) {
+        return run(ex); // They never wait, and show the error or end it.
+    }
+    ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+    let pending = ex.cpu.fpu.x87_exceptions();
+    ex.cpu.fpu.set_x87_exceptions(0);
+    ex.vector.changed(&ex.cpu.fpu, ex.vp);
+    let done = run(ex);
+    ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+    if done.is_err() || !matches!(i.mnemonic(), Fldenv | Frstor) {
+        let raised = ex.cpu.fpu.x87_exceptions();
+        ex.cpu.fpu.set_x87_exceptions(pending | raised);
+        ex.vector.changed(&ex.cpu.fpu, ex.vp);
+    }
+    done
+}
+
+/// Looks whether IGNNE# is driven, and takes FERR# down where no error is pending.
+pub(crate) fn follow_ignne(ex: &mut Exec<'_>) {
+    if ex.cpu.ignne || ex.bus.ignne(ex.vp) {
+        ex.vector.sync(&mut ex.cpu.fpu, ex.vp);
+        ex.cpu.ignne = ex.cpu.fpu.0[2] & FSW_ES != 0;
+        if !ex.cpu.ignne {
+            ex.bus.set_ferr(ex.vp, false);
+        }
+    }
+}
+
 /// WAIT/FWAIT: a pending x87 error is raised by running FNOP, which waits for it too.
 fn wait(ex: &mut Exec<'_>) -> Result<(), Fault> {
     if ex.cpu.cr0 & (cr0::MP | cr0::TS) == cr0::MP | cr0::TS {
         return Err(Fault::NM);
+    }
+    if ex.cpu.ignne {
+        return Ok(());
     }
     run(ex, &[0xD9, 0xD0], &mut Operand([0; 512]))
 }
@@ -194,7 +237,7 @@ fn run(ex: &mut Exec<'_>, code: &[u8], operand: &mut Operand) -> Result<(), Faul
     match done {
         Err(f) if f.vector == Vector::MF && cpu.cr0 & cr0::NE == 0 => {
             // FERR# is up and the processor freezes until an interrupt arrives (SDM 1, 8.7.2): run it again.
-            ex.bus.fpu_error(ex.vp);
+            ex.bus.set_ferr(ex.vp, true);
             ex.next_rip = cpu.rip;
             Ok(())
         }

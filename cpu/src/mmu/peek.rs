@@ -1,7 +1,7 @@
 //! A page walk that only looks: no accessed or dirty bit is set, no permission is asked (SDM 3A, 4.3 to 4.5).
 
-use super::mask_a20;
-use super::walk::{ADDRESS, BEYOND, P, PS};
+use super::walk::{ADDRESS, P, PS};
+use super::{PagingFeatures, mask_a20};
 use crate::state::{CpuState, LinAddr, cr4};
 use paravane_memory::{GuestMemory, Mapped, PhysAddr, RamOffset};
 
@@ -59,7 +59,8 @@ impl Peek {
     }
 }
 
-/// Walks the paging structures for `lin` as they are in memory now, disturbing nothing.
+/// Walks the paging structures for `lin` as they are in memory now, disturbing nothing. What is reserved on some models
+/// only is taken as if it were not.
 pub fn peek(cpu: &CpuState, mem: &GuestMemory, lin: LinAddr) -> Peek {
     let mut walk = Looker { cpu, mem, steps: [None; 4] };
     let end = walk.run(lin.0);
@@ -102,7 +103,7 @@ impl Looker<'_> {
                 Ok(value) => value,
                 Err(end) => return end,
             };
-            if value & (BEYOND | if level == 4 { PS } else { 0 }) != 0 {
+            if value & (PagingFeatures::ALL.beyond() | if level == 4 { PS } else { 0 }) != 0 {
                 return PeekEnd::Reserved;
             }
             if level == 1 || value & PS != 0 {
@@ -120,7 +121,7 @@ impl Looker<'_> {
             Err(end) => return end,
         };
         if pde & PS != 0 && self.cpu.cr4 & cr4::PSE != 0 {
-            if pde & 1 << 21 != 0 {
+            if pde & PagingFeatures::ALL.large_pde_reserved() != 0 {
                 return PeekEnd::Reserved;
             }
             return self.mapped((pde & 0xFFC0_0000) | (pde >> 13 & 0xFF) << 32 | (lin & 0x3F_FFFF), 22);
@@ -182,7 +183,8 @@ mod tests {
         assert_eq!(end, PeekEnd::Mapped { phys: PhysAddr(0x20_0456), page_shift: 21 });
         assert_eq!(peek(&cpu, &mem, LinAddr(0x1000)).end, PeekEnd::NotPresent);
         assert_eq!(peek(&cpu, &mem, LinAddr(1 << 47)).end, PeekEnd::NotCanonical);
-        let walked = translate(&cpu, &mem, LinAddr(0x123), Access::Read, Privilege::Supervisor);
+        let walked =
+            translate(&cpu, &mem, PagingFeatures::ALL, LinAddr(0x123), Access::Read, Privilege::Supervisor);
         assert_eq!(walked.expect("mapped").phys, PhysAddr(0x5123));
     }
 }

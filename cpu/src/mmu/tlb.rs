@@ -1,6 +1,6 @@
 //! The interpreter's own translation cache: direct mapped, by access and privilege.
 
-use super::{Access, Flushes, Privilege, Translation};
+use super::{Access, Flushes, PagingFeatures, Privilege, Translation};
 use crate::fault::Fault;
 use crate::state::{CpuState, LinAddr, flags};
 use hashbrown::HashSet;
@@ -41,6 +41,8 @@ const EMPTY: Entry = Entry { tag: INVALID, base: NOT_MEMORY, phys: 0 };
 /// Software TLB.
 #[derive(Debug)]
 pub(crate) struct Tlb {
+    /// What the model's page walk knows.
+    pub(crate) features: PagingFeatures,
     entries: Box<[Entry]>,
     /// Slots that may hold something, so that a flush costs what was used.
     filled: Vec<u32>,
@@ -54,8 +56,9 @@ pub(crate) struct Tlb {
 }
 
 impl Tlb {
-    pub(crate) fn new() -> Tlb {
+    pub(crate) fn new(features: PagingFeatures) -> Tlb {
         Tlb {
+            features,
             entries: vec![EMPTY; SLOTS * CLASSES].into_boxed_slice(),
             filled: Vec::new(),
             large: HashSet::new(),
@@ -107,7 +110,7 @@ impl Tlb {
         slot: usize,
     ) -> Result<Entry, Fault> {
         self.misses += 1;
-        let t: Translation = super::translate(cpu, mem, lin, access, privilege)?;
+        let t: Translation = super::translate(cpu, mem, self.features, lin, access, privilege)?;
         let base = match mem.resolve(t.phys.page()) {
             Mapped::Ram(at) => at.0,
             Mapped::Rom(at) if access != Access::Write => at.0,
@@ -217,7 +220,7 @@ mod tests {
         mem.write(PhysAddr(0x1000), &0x2007u32.to_le_bytes()).expect("PDE");
         mem.write(PhysAddr(0x2000), &0x5007u32.to_le_bytes()).expect("PTE 0");
         mem.write(PhysAddr(0x2004), &0x6107u32.to_le_bytes()).expect("PTE 1, global");
-        let mut tlb = Tlb::new();
+        let mut tlb = Tlb::new(PagingFeatures::ALL);
         let get = |tlb: &mut Tlb, lin| {
             tlb.lookup(&cpu, &mem, LinAddr(lin), Access::Read, Privilege::User).expect("mapped").phys(0).0
         };

@@ -1,12 +1,9 @@
 //! The page walk: no paging, 32-bit, PAE and 4-level (SDM 3A, 4.3 to 4.7).
 
-use super::{Access, Privilege, Translation};
+use super::{Access, PagingFeatures, Privilege, Translation};
 use crate::fault::Fault;
 use crate::state::{CpuState, LinAddr, cr0, cr4, efer, flags};
 use paravane_memory::{GuestMemory, Mapped, PhysAddr, RamOffset};
-
-/// MAXPHYADDR: physical address bits, as CPUID 8000_0008H says.
-pub const PHYS_BITS: u32 = 40;
 
 pub(super) const P: u64 = 1 << 0;
 const W: u64 = 1 << 1;
@@ -16,10 +13,8 @@ const D: u64 = 1 << 6;
 pub(super) const PS: u64 = 1 << 7;
 const G: u64 = 1 << 8;
 const XD: u64 = 1 << 63;
-/// Address bits of 8-byte entries.
-pub(super) const ADDRESS: u64 = ((1 << PHYS_BITS) - 1) & !0xFFF;
-/// Bits 51 to MAXPHYADDR, reserved in 8-byte entries.
-pub(super) const BEYOND: u64 = ((1 << 52) - 1) & !((1 << PHYS_BITS) - 1);
+/// Address bits of 8-byte entries, the reserved ones included.
+pub(super) const ADDRESS: u64 = ((1 << 52) - 1) & !0xFFF;
 
 /// Page-fault error code bits.
 mod code {
@@ -55,6 +50,7 @@ pub(crate) fn mask_a20(cpu: &CpuState, phys: u64) -> u64 {
 pub fn translate(
     cpu: &CpuState,
     mem: &GuestMemory,
+    features: PagingFeatures,
     lin: LinAddr,
     access: Access,
     privilege: Privilege,
@@ -69,7 +65,7 @@ pub fn translate(
             executable: true,
         });
     }
-    let walk = Walk { cpu, mem, lin: lin.0, access, privilege, marks: true };
+    let walk = Walk { cpu, mem, features, lin: lin.0, access, privilege, marks: true };
     loop {
         match walk.run() {
             Ok(t) => return Ok(t),
@@ -84,19 +80,21 @@ pub fn translate(
 pub fn inspect(
     cpu: &CpuState,
     mem: &GuestMemory,
+    features: PagingFeatures,
     lin: LinAddr,
     access: Access,
     privilege: Privilege,
 ) -> Option<Translation> {
     if !cpu.paging() {
-        return translate(cpu, mem, lin, access, privilege).ok();
+        return translate(cpu, mem, features, lin, access, privilege).ok();
     }
-    Walk { cpu, mem, lin: lin.0, access, privilege, marks: false }.run().ok()
+    Walk { cpu, mem, features, lin: lin.0, access, privilege, marks: false }.run().ok()
 }
 
 struct Walk<'a> {
     cpu: &'a CpuState,
     mem: &'a GuestMemory,
+    features: PagingFeatures,
     lin: u64,
     access: Access,
     privilege: Privilege,
@@ -134,14 +132,14 @@ impl Walk<'_> {
                 return Err(self.fault(0));
             }
             let leaf = level == 1 || value & PS != 0;
-            let mut reserved = BEYOND;
+            let mut reserved = self.features.beyond();
             if !nx {
                 reserved |= XD;
             }
             if top == 2 {
                 reserved |= 0x7FF << 52;
             }
-            if level == 4 {
+            if level == 4 || (level == 3 && !self.features.page_1g) {
                 reserved |= PS;
             } else if leaf && level > 1 {
                 reserved |= ((1 << shift) - 1) & !0x1FFF;
@@ -169,7 +167,7 @@ impl Walk<'_> {
             return Err(self.fault(0));
         }
         if pde.value & PS != 0 && self.cpu.cr4 & cr4::PSE != 0 {
-            if pde.value & 1 << 21 != 0 {
+            if pde.value & self.features.large_pde_reserved() != 0 {
                 return Err(self.fault(code::PRESENT | code::RESERVED));
             }
             let phys = (pde.value & 0xFFC0_0000) | (pde.value >> 13 & 0xFF) << 32 | (lin & 0x3F_FFFF);
@@ -305,28 +303,29 @@ mod tests {
         r.expect_err("a page fault").error_code.expect("a code")
     }
 
+    const ALL: PagingFeatures = PagingFeatures::ALL;
     use Access::{Execute, Read, Write};
     use Privilege::{Implicit, Supervisor, User};
 
     #[test]
     fn accessed_and_dirty_bits_are_set_on_use() {
         let (cpu, mem) = long(0x5007);
-        let t = translate(&cpu, &mem, LinAddr(0x123), Read, User).expect("mapped");
+        let t = translate(&cpu, &mem, ALL, LinAddr(0x123), Read, User).expect("mapped");
         assert_eq!((t.phys, t.writable), (PhysAddr(0x5123), false));
         assert_eq!(mem.read_u64(PhysAddr(0x4000)), Ok(0x5027));
         assert_eq!(mem.read_u64(PhysAddr(0x1000)), Ok(0x2027));
-        assert!(translate(&cpu, &mem, LinAddr(0), Write, User).expect("mapped").writable);
+        assert!(translate(&cpu, &mem, ALL, LinAddr(0), Write, User).expect("mapped").writable);
         assert_eq!(mem.read_u64(PhysAddr(0x4000)), Ok(0x5067));
     }
 
     #[test]
     fn looking_changes_nothing() {
         let (cpu, mem) = long(0x5007);
-        let look = |access| inspect(&cpu, &mem, LinAddr(0x123), access, User);
+        let look = |access| inspect(&cpu, &mem, ALL, LinAddr(0x123), access, User);
         assert_eq!(look(Read), None);
         assert_eq!(mem.read_u64(PhysAddr(0x1000)), Ok(0x2007));
         assert_eq!(mem.read_u64(PhysAddr(0x4000)), Ok(0x5007));
-        translate(&cpu, &mem, LinAddr(0), Read, User).expect("mapped");
+        translate(&cpu, &mem, ALL, LinAddr(0), Read, User).expect("mapped");
         assert_eq!(look(Read).expect("accessed").phys, PhysAddr(0x5123));
         assert_eq!(look(Write), None, "not dirty");
         assert_eq!(mem.read_u64(PhysAddr(0x4000)), Ok(0x5027));
@@ -335,32 +334,32 @@ mod tests {
     #[test]
     fn error_codes_name_the_cause() {
         let (cpu, mem) = long(0);
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Read, Supervisor)), 0);
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Write, User)), 6);
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Execute, User)), 0x14);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Read, Supervisor)), 0);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Write, User)), 6);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Execute, User)), 0x14);
         let (cpu, mem) = long(0x5003 | XD);
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Read, User)), 5);
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Execute, Supervisor)), 0x11);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Read, User)), 5);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Execute, Supervisor)), 0x11);
         let (mut cpu, mem) = long(0x5003 | XD);
         cpu.efer &= !efer::NXE;
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Read, Supervisor)), 9);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Read, Supervisor)), 9);
         let (cpu, mem) = long(0x5003 | 1 << 45);
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Read, Supervisor)), 9);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Read, Supervisor)), 9);
     }
 
     #[test]
     fn write_protection_smep_and_smap() {
         let (mut cpu, mem) = long(0x5005);
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Write, Supervisor)), 3);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Write, Supervisor)), 3);
         cpu.cr0 &= !cr0::WP;
-        assert!(translate(&cpu, &mem, LinAddr(0), Write, Supervisor).is_ok());
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Write, User)), 7);
+        assert!(translate(&cpu, &mem, ALL, LinAddr(0), Write, Supervisor).is_ok());
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Write, User)), 7);
         cpu.cr4 |= cr4::SMEP | cr4::SMAP;
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Execute, Supervisor)), 0x11);
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Read, Supervisor)), 1);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Execute, Supervisor)), 0x11);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Read, Supervisor)), 1);
         cpu.rflags |= flags::AC;
-        assert!(translate(&cpu, &mem, LinAddr(0), Read, Supervisor).is_ok());
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0), Read, Implicit)), 1);
+        assert!(translate(&cpu, &mem, ALL, LinAddr(0), Read, Supervisor).is_ok());
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0), Read, Implicit)), 1);
     }
 
     #[test]
@@ -369,13 +368,13 @@ mod tests {
         cpu.efer = 0;
         cpu.pdptes[0] = 0x3001;
         mem.write(PhysAddr(0x3008), &0x0040_00E3u64.to_le_bytes()).expect("PDE");
-        let t = translate(&cpu, &mem, LinAddr(0x20_0345), Read, Supervisor).expect("2 MiB page");
+        let t = translate(&cpu, &mem, ALL, LinAddr(0x20_0345), Read, Supervisor).expect("2 MiB page");
         assert_eq!((t.phys, t.page_shift, t.user), (PhysAddr(0x40_0345), 21, false));
-        assert_eq!(error(translate(&cpu, &mem, LinAddr(0x4000_0000), Read, Supervisor)), 0);
+        assert_eq!(error(translate(&cpu, &mem, ALL, LinAddr(0x4000_0000), Read, Supervisor)), 0);
         cpu.cr4 = cr4::PSE;
         cpu.cr3 = 0x1000;
         mem.write(PhysAddr(0x1000), &0x0080_2083u32.to_le_bytes()).expect("PDE");
-        let t = translate(&cpu, &mem, LinAddr(0x1234), Read, Supervisor).expect("4 MiB page");
+        let t = translate(&cpu, &mem, ALL, LinAddr(0x1234), Read, Supervisor).expect("4 MiB page");
         assert_eq!((t.phys, t.page_shift), (PhysAddr(0x1_0080_1234), 22));
     }
 }

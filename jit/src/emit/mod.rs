@@ -376,8 +376,12 @@ impl Emitter {
         }
     }
 
-    /// Whether the bytes mean the same on the host: no RSP, no register without a host register.
+    /// Whether the bytes mean the same on the host: no RSP, no register without a host register, no F2 and F3 (see
+    /// [`normalize`]).
     fn copyable(&self, instr: &Instruction, raw: &[u8]) -> bool {
+        if instr.has_rep_prefix() || instr.has_repne_prefix() {
+            return false;
+        }
         for i in 0..instr.op_count() {
             let r = instr.op_register(i);
             if r.is_gpr() && !matches!(regs::place(regs::number(r)), Place::Host(h) if h == regs::number(r)) {
@@ -454,8 +458,11 @@ fn replaces(instr: &Instruction, i: u32) -> bool {
         && instr.op1_register() != instr.op0_register()
 }
 
-/// Replaces forms that 64-bit mode encodes differently.
+/// Replaces forms that 64-bit mode encodes differently, and drops F2 and F3: they mean nothing to the guest's model, but
+/// might to the host (BSR becomes LZCNT).
 fn normalize(instr: &mut Instruction) -> Result<(), Unfit> {
+    instr.set_has_rep_prefix(false);
+    instr.set_has_repne_prefix(false);
     let code = match instr.code() {
         Code::Inc_r32 => Code::Inc_rm32,
         Code::Dec_r32 => Code::Dec_rm32,

@@ -36,7 +36,8 @@ impl Translator {
             return None;
         }
         let privilege = if user { Privilege::User } else { Privilege::Supervisor };
-        let t = translate(cpu, &self.mem, LinAddr(lin), Access::Execute, privilege).ok()?;
+        let t =
+            translate(cpu, &self.mem, self.core.paging(), LinAddr(lin), Access::Execute, privilege).ok()?;
         let (Mapped::Ram(o) | Mapped::Rom(o)) = self.mem.resolve(t.phys.page()) else { return None };
         self.context().xslots[slot as usize] = (o.0 >> PAGE_SHIFT) as u32 + 1;
         self.pages.validated(slot, t.global, t.page_shift);

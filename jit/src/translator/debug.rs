@@ -5,7 +5,7 @@
 use super::Translator;
 use crate::block::{Block, BlockId, BlockKey};
 use crate::code_cache::CodeOffset;
-use paravane_cpu::{CpuBus, CpuState, DebugPlan, Exit, HostCode, Step};
+use paravane_cpu::{CpuBus, CpuState, DebugPlan, Exit, HostCode};
 use paravane_memory::{Mapped, PAGE_SHIFT, PhysAddr, RamOffset};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -93,12 +93,6 @@ impl Translator {
         self.follow_attention(self.attention.get());
         let step = self.offering_interrupts(|this| this.core.single_step(cpu, &this.mem, bus, interrupts));
         self.end(cpu);
-        match (self.core.take_hit(), step) {
-            (_, Step::TripleFault) => Exit::TripleFault,
-            (_, Step::Unsupported) => Exit::Unsupported,
-            (Some(stop), _) => Exit::Debug(stop),
-            (None, Step::Halt) => Exit::Halt,
-            (None, Step::Done) => Exit::Budget,
-        }
+        self.core.step_exit(step)
     }
 }

@@ -56,10 +56,10 @@ impl Translator {
         // A soft access must not set accessed and dirty bits: it asks only what is allowed as things are.
         let privilege = if cpu.cpl == 3 { Privilege::User } else { Privilege::Supervisor };
         let t = if soft {
-            inspect(cpu, &self.mem, LinAddr(ea), Access::Read, privilege)
+            inspect(cpu, &self.mem, self.core.paging(), LinAddr(ea), Access::Read, privilege)
         } else {
             let access = if write { Access::Write } else { Access::Read };
-            translate(cpu, &self.mem, LinAddr(ea), access, privilege).ok()
+            translate(cpu, &self.mem, self.core.paging(), LinAddr(ea), access, privilege).ok()
         };
         let Some(t) = t else {
             self.stats.miss_fault += 1;

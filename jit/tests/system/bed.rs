@@ -10,8 +10,8 @@
 //! into one section; the tests only copy them into the guest's memory.
 
 use paravane_cpu::{
-    Attention, Board, Budget, CpuState, DebugPlan, DescriptorTable, Engine, Exit, FpuState, HostFeatures,
-    Interpreter, PostMortem, SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
+    Attention, Board, Budget, CpuModel, CpuState, DebugPlan, DescriptorTable, Engine, Exit, FpuState,
+    HostFeatures, Interpreter, PostMortem, SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
 };
 use paravane_jit::{HostVectorUnit, JitOptions, Translator};
 use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, VpIndex};
@@ -157,6 +157,7 @@ pub struct Bed {
     pub board: Arc<Board>,
     pub attention: Attention,
     pub start: Start,
+    model: CpuModel,
     engine: Box<dyn Engine>,
     /// Where the last [`Bed::faults`] started and what it left.
     last: Option<(CpuState, CpuState)>,
@@ -164,28 +165,37 @@ pub struct Bed {
 
 /// Runs `test` in a fresh machine for each engine.
 pub fn both(start: Start, test: impl Fn(&mut Bed)) {
+    both_as("max", start, test);
+}
+
+/// Likewise, on a processor of `model`.
+pub fn both_as(model: &str, start: Start, test: impl Fn(&mut Bed)) {
     for translated in [false, true] {
-        eprintln!("{start:?}, {}", if translated { "translator" } else { "interpreter" });
-        test(&mut Bed::new(start, translated));
+        eprintln!("{model}, {start:?}, {}", if translated { "translator" } else { "interpreter" });
+        test(&mut Bed::of_model(model, start, translated));
     }
 }
 
 impl Bed {
     pub fn new(start: Start, translated: bool) -> Bed {
+        Bed::of_model("max", start, translated)
+    }
+
+    pub fn of_model(model: &str, start: Start, translated: bool) -> Bed {
         let mem = GuestMemory::new(MemoryConfig::pc(32 << 20)).expect("memory");
         let attention = Attention::default();
-        let model = model_by_name("max", &HostFeatures::detect()).expect("max");
+        let model = model_by_name(model, &HostFeatures::detect()).expect("a model");
         let engine: Box<dyn Engine> = if translated {
             let options = JitOptions { code_cache: 4 << 20, ..JitOptions::default() };
-            let jit = Translator::new(model, &mem, attention.clone(), VpIndex(0), options);
+            let jit = Translator::new(model.clone(), &mem, attention.clone(), VpIndex(0), options);
             Box::new(jit.expect("translator"))
         } else {
             let vector = Box::new(HostVectorUnit::new().expect("vector unit"));
-            Box::new(Interpreter::new(model, vector, attention.clone(), VpIndex(0)))
+            Box::new(Interpreter::new(model.clone(), vector, attention.clone(), VpIndex(0)))
         };
         let board = Arc::new(Board::default());
         let cpu = CpuState::reset(0);
-        let mut bed = Bed { cpu, mem, board, attention, start, engine, last: None };
+        let mut bed = Bed { cpu, mem, board, attention, start, model, engine, last: None };
         bed.restore();
         bed
     }
@@ -385,6 +395,8 @@ impl Bed {
         if self.start == Start::Long {
             c.seg[SegReg::Cs as usize] = Segment::flat(sel::CODE64, 0xA09B);
         }
+        c.cr4 &= self.model.cr4_allowed();
+        c.efer &= self.model.efer_allowed() | efer::LMA;
         self.cpu = c;
     }
 

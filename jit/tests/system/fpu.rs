@@ -1,6 +1,6 @@
 //! x87 and SSE: when they fault, what they leave, how they round (SDM 1, chapters 8, 9 and 11; 3A, 2.5 and chapter 13).
 
-use crate::bed::{Bed, CODE, DATA, Program, STACK, Start, both, pf};
+use crate::bed::{Bed, CODE, DATA, HANDLERS, Program, STACK, Start, both, pf};
 use paravane_cpu::{cr0, cr4, flags, gpr};
 
 /// SDM 3A, table 13-1 and SDM 2A, tables 2-18 ff.: EM, MP and TS against x87, WAIT, MMX, SSE and state instructions.
@@ -187,6 +187,45 @@ fn errors_by_irq_13() {
             assert_eq!(bed.cpu.gpr[gpr::RBX] & 0xFF, 1);
         });
     }
+}
+
+/// A write to port F0H drives IGNNE# while FERR# is up: x87 instructions go on though the error is pending, until it is
+/// cleared; the next one stops them again (SDM 1, 8.7.2 and D.2; 82371SB, CERR register).
+#[test]
+fn ignored_errors() {
+    both(Start::Protected, |bed| {
+        bed.cpu.cr0 &= !cr0::NE;
+        bed.cpu.rflags |= flags::IF;
+        bed.put16(DATA + 8, 0x37B);
+        bed.interrupt_on_fpu_error(0x75);
+        // The handler: 1.0 + 1.0 and a second division by zero, both stored; FNSTSW before and after FNCLEX.
+        let handler = program!(32: "out 0xF0, al", "fnstsw [esi + 0x10]", "fwait", "fld1", "fld1", "faddp", "fstp dword ptr [esi + 0x14]",
+            "fld1", "fldz", "fdivp", "fst dword ptr [esi + 0x18]", "fldcw [esi + 8]", "fnstsw [esi + 0x1C]", "paddb mm0, mm1", "emms", "fnclex", "fnstsw [esi + 0x1E]", "iretd");
+        bed.put(HANDLERS + 0x750, handler.bytes);
+        let p = program!(32: "mov esi, 0x200000", "fninit", "fldcw [esi + 8]", "fld1", "fldz", "fdivp", "mov edi, 77"; "fldl2e");
+        bed.finish(&p);
+        // ES, ZE; B and TOP 6: 1.0 and 0 are as they were, nothing was popped.
+        assert_eq!(bed.get16(DATA + 0x10) & 0xB8FF, 0xB084);
+        assert_eq!(bed.get32(DATA + 0x14), 2.0f32.to_bits());
+        assert_eq!(bed.get32(DATA + 0x18), 0, "an unmasked division by zero leaves the operands");
+        assert_eq!((bed.get16(DATA + 0x1C) & 0x8084, bed.get16(DATA + 0x1E) & 0x80FF), (0x8084, 0));
+        assert_eq!(*bed.board.fpu_errors.lock().expect("count"), 1);
+        // FERR# fell with FNCLEX, and IGNNE# with it: the next error waits for its own interrupt.
+        bed.interrupt_on_fpu_error(0x75);
+        let again =
+            program!(32: "fninit", "fldcw [esi + 8]", "fld1", "fldz", "fdivp", "mov edi, 78"; "fldl2e");
+        bed.put(HANDLERS + 0x750, program!(32: "hlt").bytes);
+        bed.run(&again);
+        assert_eq!((bed.taken().vector, bed.taken().rip), (0x75, bed.code() + again.at));
+        // Without FERR# the port does nothing.
+        bed.cpu.gpr[gpr::RSP] += 12;
+        bed.cpu.rflags |= flags::IF;
+        bed.interrupt_on_fpu_error(0x75);
+        let early =
+            program!(32: "fninit", "out 0xF0, al", "fldcw [esi + 8]", "fld1", "fldz", "fdivp"; "fldl2e");
+        bed.run(&early);
+        assert_eq!((bed.taken().vector, bed.taken().rip), (0x75, bed.code() + early.at));
+    });
 }
 
 /// A pending error comes before anything the memory operand could raise, and only at waiting instructions.

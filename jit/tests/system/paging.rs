@@ -1,7 +1,7 @@
 //! Page permissions, accessed and dirty bits, page sizes (SDM 3A, 4.6 to 4.8).
 
-use crate::bed::{Bed, CODE, DATA, HANDLERS, PD, PD32, PDPT, PML4, Start, both, pf, pte};
-use paravane_cpu::{cr0, cr4, efer, flags, gpr};
+use crate::bed::{Bed, CODE, DATA, HANDLERS, PD, PD32, PDPT, PML4, STACK, Start, both, pf, pte};
+use paravane_cpu::{Segment, cr0, cr4, efer, flags, gpr};
 
 /// What an access does.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -173,6 +173,116 @@ fn stac_and_clac() {
         bed.page_faults(&window, DATA + 4, pf::P | pf::W);
         assert_eq!(bed.cpu.gpr[gpr::RAX], 5050);
         assert_eq!(bed.cpu.rflags & flags::AC, 0);
+    });
+}
+
+/// Accesses by the processor itself (here to the LDT) are supervisor accesses at any CPL, and EFLAGS.AC does not lift SMAP
+/// for them (SDM 3A, 4.6).
+#[test]
+fn implicit_accesses() {
+    for start in [Start::Pae, Start::Compat] {
+        both(start, |bed| {
+            let load = program!(32: "mov eax, 0x0F"; "mov es, eax");
+            let loads = program!(32: "mov eax, 0x0F", "mov es, eax", "int 0x50");
+            let prepare = |bed: &mut Bed, bits: u64, user: bool| {
+                bed.restore();
+                bed.gate(0x50, 14, 3, HANDLERS + 0x500);
+                for page in [0x1000, 0x2000, 0x3000, 0x4000, 0x6_F000] {
+                    bed.map(page, page, pte::P | pte::RW);
+                }
+                bed.map(CODE, CODE, pte::P | pte::RW | if user { pte::US } else { 0 });
+                bed.map(DATA, DATA, bits);
+                bed.flush();
+                bed.put64(DATA + 8, 0x00CF_F200_0000_FFFF);
+                if user {
+                    bed.user();
+                }
+                bed.cpu.ldtr = Segment { base: DATA, limit: 0xF, attributes: 0x82, selector: 0x70 };
+                bed.cpu.cr4 |= cr4::SMAP;
+                bed.cpu.rflags |= flags::AC;
+            };
+            let supervisor = pte::P | pte::RW;
+            for user in [false, true] {
+                prepare(bed, pte::ALL, user);
+                bed.page_faults(&load, DATA + 8, pf::P);
+                // A page of the supervisor's is open to the processor. The descriptor's accessed bit is written.
+                prepare(bed, supervisor, user);
+                bed.run(&loads);
+                assert_eq!(bed.taken().vector, 0x50);
+                assert_eq!(bed.get64(DATA + 8), 0x00CF_F300_0000_FFFF);
+                assert_eq!(bed.pte(DATA) & AD, AD);
+                // Under WP it must be writable, for the supervisor.
+                prepare(bed, pte::P, user);
+                bed.page_faults(&load, DATA + 8 + 5, pf::P | pf::W);
+                prepare(bed, pte::P, user);
+                bed.cpu.cr0 &= !cr0::WP;
+                bed.run(&loads);
+                assert_eq!((bed.taken().vector, bed.get64(DATA + 8)), (0x50, 0x00CF_F300_0000_FFFF));
+                // Written once: the accessed bit that is set already asks for nothing.
+                prepare(bed, pte::P, user);
+                bed.put64(DATA + 8, 0x00CF_F300_0000_FFFF);
+                bed.run(&loads);
+                assert_eq!((bed.taken().vector, bed.pte(DATA) & AD), (0x50, pte::A));
+            }
+        });
+    }
+}
+
+/// A handler in a user page under SMEP: the fault is the handler's first fetch.
+#[test]
+fn a_handler_in_a_user_page() {
+    both(Start::Long, |bed| {
+        for page in [0x1000, 0x2000, 0x3000, 0x4000, 0x6_F000, CODE] {
+            bed.map(page, page, pte::P | pte::RW);
+        }
+        bed.gate(0x40, 14, 0, DATA);
+        bed.cpu.cr4 |= cr4::SMEP;
+        bed.run(&program!(64: "int 0x40"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, t.rip, bed.cpu.cr2), (14, Some(pf::P | pf::I), DATA, DATA));
+        assert_eq!(t.sp, STACK - 40, "the first frame stands");
+    });
+}
+
+/// Accessed and dirty bits of what an instruction used before it faulted (SDM 3A, 4.8: a page's A says that it was used, its D
+/// that it was written).
+#[test]
+fn bits_of_instructions_that_fault_later() {
+    both(Start::Long, |bed| {
+        let prepare = |bed: &mut Bed| {
+            bed.reset();
+            bed.map(DATA, DATA, pte::ALL);
+            bed.map(DATA + 0x1000, DATA + 0x1000, pte::P);
+            bed.map(DATA + 0x2000, 0, 0);
+            bed.flush();
+        };
+        // The source is read, the destination refused.
+        for (p, cr2, error) in [
+            (program!(64: "mov esi, 0x200000", "mov edi, 0x202000"; "movsq"), 0x20_2000, pf::W),
+            (program!(64: "mov esi, 0x200000", "mov edi, 0x201000"; "movsq"), 0x20_1000, pf::W | pf::P),
+            (program!(64: "mov esi, 0x200000", "mov rsp, 0x202008"; "push [rsi]"), 0x20_2000, pf::W),
+            (program!(64: "mov esi, 0x200000", "mov rsp, 0x201008"; "call [rsi]"), 0x20_1000, pf::W | pf::P),
+        ] {
+            prepare(bed);
+            bed.ist(14);
+            bed.page_faults(&p, cr2, error);
+            assert_eq!(bed.pte(DATA) & AD, pte::A, "{:x?}", p.bytes);
+            assert_eq!(bed.pte(DATA + 0x1000) & pte::D, 0, "{:x?}", p.bytes);
+        }
+        // Nothing is written by a store of which the second page refuses.
+        prepare(bed);
+        bed.put64(DATA + 0xFF8, 0x1111_1111_1111_1111);
+        bed.page_faults(&program!(64: "mov esi, 0x200FFC"; "mov [rsi], rsp"), DATA + 0x1000, pf::W | pf::P);
+        assert_eq!(bed.get64(DATA + 0xFF8), 0x1111_1111_1111_1111);
+        // REP: the iterations before the fault are done, their pages dirty, the next one is not begun.
+        prepare(bed);
+        bed.page_faults(
+            &program!(64: "mov edi, 0x200FF0", "mov ecx, 9", "mov eax, 0x77"; "rep stosq"),
+            DATA + 0x1000,
+            pf::W | pf::P,
+        );
+        assert_eq!((bed.cpu.gpr[gpr::RCX], bed.cpu.gpr[gpr::RDI]), (7, DATA + 0x1000));
+        assert_eq!((bed.pte(DATA) & AD, bed.pte(DATA + 0x1000) & pte::D), (AD, 0));
     });
 }
 

@@ -71,9 +71,9 @@ fn order() -> Vec<u64> {
 }
 
 /// Puts CR3 values on the list.
-fn list(bed: &mut Bed, spaces: &[u64]) {
-    for (i, &space) in spaces.iter().enumerate() {
-        bed.put64(LIST + i as u64 * 8, cr3(space) | KEEP);
+fn list(bed: &mut Bed, cr3: impl Fn(u64) -> u64) {
+    for (i, &space) in order().iter().enumerate() {
+        bed.put64(LIST + i as u64 * 8, cr3(space));
     }
 }
 
@@ -104,22 +104,27 @@ fn check_visits(bed: &Bed) {
     }
 }
 
+/// A user program asks for one space after the other, whose CR3 is `cr3`, and uses each.
+fn visit(bed: &mut Bed, cr3: impl Fn(u64) -> u64) {
+    list(bed, cr3);
+    service(
+        bed,
+        0x40,
+        &program!(64: "push rax", "mov rax, [rbx]", "add rbx, 8", "mov cr3, rax", "pop rax", "iretq"),
+    );
+    user(bed);
+    bed.cpu.gpr[gpr::RCX] = order().len() as u64;
+    bed.run(&program!(64: "2: int 0x40", "mov rax, [rsi]", "add r10, rax", "inc qword ptr [rsi + 8]",
+        "call rdi", "add r11, rax", "dec ecx", "jnz 2b"));
+    assert_eq!(bed.taken().vector, 13, "HLT at CPL 3");
+    check_visits(bed);
+}
+
 #[test]
 fn a_user_program_sees_each_space() {
     both(Start::Long, |bed| {
         build(bed, pte::ALL);
-        list(bed, &order());
-        service(
-            bed,
-            0x40,
-            &program!(64: "push rax", "mov rax, [rbx]", "add rbx, 8", "mov cr3, rax", "pop rax", "iretq"),
-        );
-        user(bed);
-        bed.cpu.gpr[gpr::RCX] = order().len() as u64;
-        bed.run(&program!(64: "2: int 0x40", "mov rax, [rsi]", "add r10, rax", "inc qword ptr [rsi + 8]",
-            "call rdi", "add r11, rax", "dec ecx", "jnz 2b"));
-        assert_eq!(bed.taken().vector, 13, "HLT at CPL 3");
-        check_visits(bed);
+        visit(bed, |space| cr3(space) | KEEP);
     });
 }
 
@@ -128,7 +133,7 @@ fn the_supervisor_sees_each_space_at_both_ends_of_the_linear_space() {
     for (offset, smap) in [(0, false), (UPPER, false), (0, true), (UPPER, true)] {
         both(Start::Long, |bed| {
             build(bed, pte::ALL);
-            list(bed, &order());
+            list(bed, |space| cr3(space) | KEEP);
             if smap {
                 // User pages are reached through the view with EFLAGS.AC.
                 bed.cpu.cr4 |= cr4::SMAP;
@@ -241,20 +246,7 @@ fn without_pcids_every_load_of_cr3_is_another_space() {
     both(Start::Long, |bed| {
         build(bed, pte::ALL);
         bed.cpu.cr4 &= !cr4::PCIDE;
-        for (i, &space) in order().iter().enumerate() {
-            bed.put64(LIST + i as u64 * 8, root(space));
-        }
-        service(
-            bed,
-            0x40,
-            &program!(64: "push rax", "mov rax, [rbx]", "add rbx, 8", "mov cr3, rax", "pop rax", "iretq"),
-        );
-        user(bed);
-        bed.cpu.gpr[gpr::RCX] = order().len() as u64;
-        bed.run(&program!(64: "2: int 0x40", "mov rax, [rsi]", "add r10, rax", "inc qword ptr [rsi + 8]",
-            "call rdi", "add r11, rax", "dec ecx", "jnz 2b"));
-        assert_eq!(bed.taken().vector, 13, "HLT at CPL 3");
-        check_visits(bed);
+        visit(bed, root);
     });
 }
 
@@ -277,20 +269,7 @@ fn a_pcid_for_another_tree_starts_empty_without_bit_63() {
     both(Start::Long, |bed| {
         // One PCID for all trees, as a kernel reuses them for new processes.
         build(bed, pte::ALL);
-        for (i, &space) in order().iter().enumerate() {
-            bed.put64(LIST + i as u64 * 8, root(space) | 5);
-        }
-        service(
-            bed,
-            0x40,
-            &program!(64: "push rax", "mov rax, [rbx]", "add rbx, 8", "mov cr3, rax", "pop rax", "iretq"),
-        );
-        user(bed);
-        bed.cpu.gpr[gpr::RCX] = order().len() as u64;
-        bed.run(&program!(64: "2: int 0x40", "mov rax, [rsi]", "add r10, rax", "inc qword ptr [rsi + 8]",
-            "call rdi", "add r11, rax", "dec ecx", "jnz 2b"));
-        assert_eq!(bed.taken().vector, 13, "HLT at CPL 3");
-        check_visits(bed);
+        visit(bed, |space| root(space) | 5);
     });
 }
 

@@ -160,36 +160,46 @@ fn bad_segments_in_the_new_task() {
             (96, sel::DATA, 10, u32::from(sel::DATA)), // LDT
             (96, 0x0C, 10, 0x0C),
         ] {
-            eprintln!("{offset} {value:x}");
-            bed.restore();
-            second_task(bed);
-            bed.gdt(sel::FREE, descriptor(0, 0xF_FFFF, 0xC01B));
-            bed.gdt(sel::FREE + 0x18, descriptor(0, 0xF_FFFF, 0xC013));
-            bed.gdt(sel::FREE + 0x20, descriptor(0, 0xF_FFFF, 0xC099));
-            bed.put16(TSS2 + offset, value);
-            // The handler is a third task: the second one's stack may be what is wrong.
-            bed.gdt(0x80, 0x0000_8900_3900_0067);
-            let tss: Vec<u8> = (0..104).step_by(8).flat_map(|i| bed.get64(TSS2 + i).to_le_bytes()).collect();
-            bed.put(0x3900, &tss);
-            for (at, v) in [
-                (32, (CODE + 0x900) as u32),
-                (56, 0x6_4000),
-                (76, 8),
-                (80, 0x18),
-                (84, 0x18),
-                (72, 0x18),
-                (96, 0),
-            ] {
-                bed.put32(0x3900 + at, v);
+            // By a jump, and by an external interrupt, which sets EXT.
+            for external in [false, true] {
+                eprintln!("{offset} {value:x} {external}");
+                bed.restore();
+                second_task(bed);
+                bed.gdt(sel::FREE, descriptor(0, 0xF_FFFF, 0xC01B));
+                bed.gdt(sel::FREE + 0x18, descriptor(0, 0xF_FFFF, 0xC013));
+                bed.gdt(sel::FREE + 0x20, descriptor(0, 0xF_FFFF, 0xC099));
+                bed.put16(TSS2 + offset, value);
+                // The handler is a third task: the second one's stack may be what is wrong.
+                bed.gdt(0x80, 0x0000_8900_3900_0067);
+                let tss: Vec<u8> =
+                    (0..104).step_by(8).flat_map(|i| bed.get64(TSS2 + i).to_le_bytes()).collect();
+                bed.put(0x3900, &tss);
+                for (at, v) in [
+                    (32, (CODE + 0x900) as u32),
+                    (56, 0x6_4000),
+                    (76, 8),
+                    (80, 0x18),
+                    (84, 0x18),
+                    (72, 0x18),
+                    (96, 0),
+                ] {
+                    bed.put32(0x3900 + at, v);
+                }
+                for v in [10, 11, 12] {
+                    bed.put64(IDT + v * 8, 0x0000_8500_0080_0000);
+                }
+                bed.put(CODE + 0x900, program!(32: "pop dword ptr [0x200000]", "hlt").bytes);
+                if external {
+                    bed.put64(IDT + 0x60 * 8, 0x0000_8500_0068_0000);
+                    bed.interrupt_at_port(0x60);
+                    start(bed, &[0xE6, 0x80, 0xFB, 0x90, 0x90]); // OUT 80H, AL; STI; NOP; NOP
+                } else {
+                    start(bed, JUMP);
+                }
+                assert_eq!((bed.cpu.tr.selector, bed.get16(0x3900)), (0x80, 0x68), "raised in the new task");
+                assert_eq!(bed.get32(DATA), error | u32::from(external), "#{vector}");
+                assert_eq!(u64::from(bed.get32(TSS2 + 32)), CODE + 0x800);
             }
-            for v in [10, 11, 12] {
-                bed.put64(IDT + v * 8, 0x0000_8500_0080_0000);
-            }
-            bed.put(CODE + 0x900, program!(32: "pop dword ptr [0x200000]", "hlt").bytes);
-            start(bed, JUMP);
-            assert_eq!((bed.cpu.tr.selector, bed.get16(0x3900)), (0x80, 0x68), "raised in the new task");
-            assert_eq!(bed.get32(DATA), error, "#{vector}");
-            assert_eq!(u64::from(bed.get32(TSS2 + 32)), CODE + 0x800);
         }
     });
 }

@@ -133,6 +133,16 @@ fn process_context_identifiers() {
         bed.put64(0x20_2000, 0x1000);
         bed.faults(&program!(64: "mov eax, 1", "mov esi, 0x202000"; "invpcid rax, [rsi]"), 13, 0);
         bed.faults(&program!(64: "mov eax, 4", "mov esi, 0x202000"; "invpcid rax, [rsi]"), 13, 0);
+        // The descriptor's bits 63:12 are reserved for the types that do not use it, too; a PCID needs CR4.PCIDE.
+        bed.faults(&program!(64: "mov eax, 2", "mov esi, 0x202000"; "invpcid rax, [rsi]"), 13, 0);
+        bed.put64(0x20_2000, 7);
+        bed.finish(&program!(64: "mov eax, 3", "mov esi, 0x202000", "invpcid rax, [rsi]"));
+        bed.reset();
+        bed.finish(&program!(64: "mov eax, 2", "mov esi, 0x202000", "invpcid rax, [rsi]"));
+        bed.faults(&program!(64: "mov eax, 1", "mov esi, 0x202000"; "invpcid rax, [rsi]"), 13, 0);
+        bed.put64(0x20_2008, 1 << 47);
+        bed.put64(0x20_2000, 0);
+        bed.faults(&program!(64: "xor eax, eax", "mov esi, 0x202000"; "invpcid rax, [rsi]"), 13, 0);
     });
 }
 
