@@ -237,6 +237,18 @@ fn the_debug_exit_port_gives_the_exit_code() {
     }
 }
 
+/// A run with `args` ends in a triple fault on both engines, and what is said of it has these parts.
+fn explained(args: &[&str], parts: &[&str]) {
+    for engine in ["jit", "interp"] {
+        let output = paravane(&[&["run", "--engine", engine], args].concat());
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(3), "{engine}: {text}");
+        for part in parts {
+            assert!(text.contains(part), "{engine}: {part} in\n{text}");
+        }
+    }
+}
+
 #[test]
 fn a_triple_fault_ends_with_3_and_a_dossier() {
     let dir = Scratch::new("triple");
@@ -245,23 +257,18 @@ fn a_triple_fault_ends_with_3_and_a_dossier() {
     sector.resize(510, 0);
     sector.extend([0x55, 0xAA]);
     let kernel = dir.file("kernel", &sector);
-    for engine in ["jit", "interp"] {
-        let output = paravane(&["run", "--kernel", &kernel, "--engine", engine, "--memory", "16M"]);
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(3), "{engine}: {text}");
-        assert!(text.contains("triple fault") && text.contains("rip 0x7c05"), "{engine}: {text}");
-        for part in [
-            "1. #BP at rip 0x7c05 could not be delivered: the vector lies beyond",
-            "vector table entry 3: beyond the limit, 0x0",
-            "which raised #GP",
-            "#DF",
-            "after a double fault that is the end",
-            "last blocks",
-            "int3",
-        ] {
-            assert!(text.contains(part), "{engine}: {part} in\n{text}");
-        }
-    }
+    let parts = [
+        "triple fault",
+        "rip 0x7c05",
+        "1. #BP at rip 0x7c05 could not be delivered: the vector lies beyond",
+        "vector table entry 3: beyond the limit, 0x0",
+        "which raised #GP",
+        "#DF",
+        "after a double fault that is the end",
+        "last blocks",
+        "int3",
+    ];
+    explained(&["--kernel", &kernel, "--memory", "16M"], &parts);
 }
 
 #[test]
@@ -272,35 +279,17 @@ fn a_triple_fault_in_long_mode_is_explained() {
     let fninit_call = elf.windows(3).position(|w| w == [0xDB, 0xE3, 0xE8]).expect("FNINIT; CALL");
     elf[fninit_call..fninit_call + 2].copy_from_slice(&[0x0F, 0x0B]);
     let kernel = dir.file("broken.elf", &elf);
-    for engine in ["jit", "interp"] {
-        let args = [
-            "run",
-            "--kernel",
-            &kernel,
-            "--engine",
-            engine,
-            "--memory",
-            "64M",
-            "--serial",
-            "none",
-            "--symbols",
-            &kernel,
-        ];
-        let output = paravane(&args);
-        let text = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(3), "{engine}: {text}");
-        for part in [
-            "1. #UD at rip 0x2000",
-            "<lab_long+0x",
-            "beyond the IDT's limit",
-            "2. #GP(0x33)",
-            "3. #DF(0x0)",
-            "64-bit mode, CPL 0",
-            "ud2",
-        ] {
-            assert!(text.contains(part), "{engine}: {part} in\n{text}");
-        }
-    }
+    let parts = [
+        "1. #UD at rip 0x2000",
+        "<lab_long+0x",
+        "beyond the IDT's limit",
+        "2. #GP(0x33)",
+        "3. #DF(0x0)",
+        "64-bit mode, CPL 0",
+        "ud2",
+    ];
+    let args = ["--kernel", &kernel, "--memory", "64M", "--serial", "none", "--symbols", &kernel];
+    explained(&args, &parts);
     let line = refusal(&["run", "--kernel", &kernel, "--symbols", &dir.file("none", b"MZ")]);
     assert!(line.contains("--symbols") && line.contains("ELF"), "{line}");
 }

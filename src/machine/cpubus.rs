@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::access_log::{AccessLog, DeviceAccess};
-use crate::run::{Lifecycle, Request, Vcpu};
+use crate::run::{BOOT_VP, Lifecycle, Request, Vcpu};
 
 /// IA32_APIC_BASE and its bits (SDM 3A 11.4.4).
 const MSR_APIC_BASE: u32 = 0x1B;

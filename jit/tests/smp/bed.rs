@@ -103,7 +103,10 @@ impl CpuBus for Nothing {
     fn tsc(&self, _: VpIndex) -> u64 {
         0
     }
-    fn fpu_error(&self, _: VpIndex) {}
+    fn set_ferr(&self, _: VpIndex, _: bool) {}
+    fn ignne(&self, _: VpIndex) -> bool {
+        false
+    }
 }
 
 /// Tests take turns: their processors need the host's.

@@ -564,6 +564,10 @@ impl Bed {
             let t = self.taken();
             assert_eq!((t.vector, t.error), (vector, error), "{}", self.place());
             assert_eq!(t.rip, self.code() + program.at, "the pushed RIP");
+            // Faults push RF set (SDM 3B, 17.3.1.1); #DB is several things, #DF an abort.
+            if self.start != Start::Real && !matches!(vector, 1 | 8) {
+                assert_ne!(t.flags & flags::RF, 0, "the pushed RF");
+            }
         }
         self.last = Some((start, self.cpu.clone()));
         self.taken()

@@ -82,6 +82,63 @@ fn instruction_and_data_pointers_of_an_error() {
     });
 }
 
+/// Every x87 exception alone unmasked: #MF at the next waiting instruction (SDM 1, 8.5).
+#[test]
+fn every_error_unmasked() {
+    both(Start::Long, |bed| {
+        let large = (0x7FFEu16, 1u64 << 63);
+        let small = (1u16, 1u64 << 63);
+        for (at, (exponent, mantissa)) in [(0x20, large), (0x30, small)] {
+            bed.put64(DATA + at, mantissa);
+            bed.put16(DATA + at + 8, exponent);
+        }
+        bed.put32(DATA + 0x40, 1); // a denormal
+        let cases = [
+            (
+                0x37E,
+                0x01,
+                program!(64: "mov esi, 0x200000", "fninit", "fldcw [rsi]", "fldz", "fldz", "fdivp"; "fwait"),
+            ),
+            (0x37E, 0x41, program!(64: "mov esi, 0x200000", "fninit", "fldcw [rsi]", "fstp st"; "fwait")),
+            (
+                0x37D,
+                0x02,
+                program!(64: "mov esi, 0x200000", "fninit", "fldcw [rsi]", "fld dword ptr [rsi + 0x40]"; "fwait"),
+            ),
+            (
+                0x37B,
+                0x04,
+                program!(64: "mov esi, 0x200000", "fninit", "fldcw [rsi]", "fld1", "fldz", "fdivp"; "fwait"),
+            ),
+            (
+                0x377,
+                0x08,
+                program!(64: "mov esi, 0x200000", "fninit", "fldcw [rsi]", "fld tbyte ptr [rsi + 0x20]", "fmul st, st"; "fwait"),
+            ),
+            (
+                0x36F,
+                0x10,
+                program!(64: "mov esi, 0x200000", "fninit", "fldcw [rsi]", "fld tbyte ptr [rsi + 0x30]", "fmul st, st"; "fwait"),
+            ),
+            (
+                0x35F,
+                0x20,
+                program!(64: "mov esi, 0x200000", "fninit", "fldcw [rsi]", "fld1", "fldpi", "fdivp"; "fwait"),
+            ),
+        ];
+        for (fcw, flags, p) in cases {
+            bed.reset();
+            bed.put16(DATA, fcw);
+            bed.faults(&p, 16, None);
+            assert_eq!(bed.cpu.fpu.0[2], 0x80 | flags, "FCW {fcw:x}");
+            // Masked, nothing is raised.
+            bed.reset();
+            bed.put16(DATA, 0x37F);
+            bed.finish(&p);
+        }
+    });
+}
+
 #[test]
 fn an_error_handler_sees_the_pointers() {
     both(Start::Long, |bed| {

@@ -170,6 +170,95 @@ fn lock() {
     });
 }
 
+/// Encodings with a memory operand of instructions that take LOCK (SDM 2A, LOCK): the opcode behind the escapes, its register
+/// field if that is part of it.
+fn takes_lock(map: &[u8], opcode: u8, field: u8) -> bool {
+    match (map, opcode) {
+        // ADD, OR, ADC, SBB, AND, SUB, XOR of a register to memory, then of an immediate
+        ([], 0x00..=0x37) => opcode & 7 < 2 && opcode >> 3 < 7,
+        ([], 0x80 | 0x81 | 0x83) => field < 7,
+        ([], 0x86 | 0x87) => true,                   // XCHG
+        ([], 0xF6 | 0xF7) => matches!(field, 2 | 3), // NOT, NEG
+        ([], 0xFE | 0xFF) => field < 2,              // INC, DEC
+        ([0x0F], 0xAB | 0xB3 | 0xBB) => true,        // BTS, BTR, BTC
+        ([0x0F], 0xBA) => matches!(field, 5..=7),
+        ([0x0F], 0xB0 | 0xB1 | 0xC0 | 0xC1) => true, // CMPXCHG, XADD
+        ([0x0F], 0xC7) => field == 1,                // CMPXCHG8B
+        _ => false,
+    }
+}
+
+/// LOCK before every opcode of every map, with memory and register operands.
+#[test]
+fn lock_before_everything() {
+    for start in [Start::Long, Start::Protected] {
+        both(start, |bed| {
+            let is_prefix = |map: &[u8], b: u8| {
+                map.is_empty()
+                    && (matches!(b, 0x0F | 0x26 | 0x2E | 0x36 | 0x3E | 0x64..=0x67 | 0xF0 | 0xF2 | 0xF3)
+                        || (start == Start::Long && b & 0xF0 == 0x40))
+            };
+            for map in [&[][..], &[0x0F], &[0x0F, 0x38], &[0x0F, 0x3A]] {
+                for opcode in (0..=255u8).filter(|&b| !is_prefix(map, b)) {
+                    if map == [0x0F] && matches!(opcode, 0x38 | 0x3A) {
+                        continue;
+                    }
+                    // The longer maps have no register fields.
+                    for field in 0..if map.len() < 2 { 8 } else { 1 } {
+                        for memory in [true, false] {
+                            let modrm = field << 3 | if memory { 6 } else { 0xC0 };
+                            bed.reset();
+                            bed.cpu.gpr[gpr::RSI] = DATA;
+                            bed.put(bed.code(), &[0xF4; 16]);
+                            bed.put(bed.code(), &[&[0xF0], map, &[opcode, modrm]].concat());
+                            bed.cpu.rip = bed.code();
+                            bed.go();
+                            let legal = (memory && takes_lock(map, opcode, field))
+                                || (start == Start::Protected
+                                    && memory
+                                    && opcode == 0x82
+                                    && field < 7
+                                    && map.is_empty());
+                            let note = format!("LOCK {map:02x?} {opcode:02x} {modrm:02x}");
+                            if legal {
+                                assert!((bed.code()..bed.code() + 16).contains(&bed.cpu.rip), "{note}");
+                            } else {
+                                assert_eq!((bed.taken().vector, bed.taken().rip), (6, bed.code()), "{note}");
+                            }
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// The holes of the two-byte opcode map (SDM 2D, table A-3), and what in it is not offered (GETSEC, VMREAD, VMWRITE, 3DNow!,
+/// FEMMS, PadLock).
+#[test]
+fn holes_of_the_two_byte_map() {
+    for start in [Start::Long, Start::Protected, Start::Real] {
+        both(start, |bed| {
+            let holes = [
+                0x04, 0x0A, 0x0C, 0x24, 0x25, 0x26, 0x27, 0x36, 0x39, 0x3B, 0x3C, 0x3D, 0x3E, 0x3F, 0x7A,
+                0x7B, 0xB8,
+            ];
+            let absent = [0x37, 0x78, 0x79, 0x0E, 0x0F, 0xA6, 0xA7];
+            for opcode in holes.into_iter().chain(absent) {
+                for modrm in [0x06, 0xC0, 0xE8, 0xFF] {
+                    bed.reset();
+                    bed.put(bed.code(), &[0x90; 32]);
+                    bed.put(bed.code(), &[0x0F, opcode, modrm]);
+                    bed.cpu.rip = bed.code();
+                    bed.go();
+                    let note = format!("0F {opcode:02x} {modrm:02x}");
+                    assert_eq!((bed.taken().vector, bed.taken().rip), (6, bed.code()), "{note}");
+                }
+            }
+        });
+    }
+}
+
 #[test]
 fn instructions_of_15_bytes() {
     for start in [Start::Long, Start::Protected, Start::Compat] {
