@@ -52,6 +52,13 @@ pub fn target_folder() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
+/// Makes the release build of paravane; where it is.
+pub fn release_build() -> Outcome<PathBuf> {
+    run(cargo().args(["build", "--release", "--quiet", "--package", "paravane", "--bin", "paravane"]))?;
+    let path = root().join(target_folder()).join("release/paravane");
+    if path.is_file() { Ok(path) } else { Err(Failure::new(format!("{} is missing", path.display()))) }
+}
+
 /// A command that starts in the repository's root.
 pub fn command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);

@@ -1,9 +1,10 @@
-//! The project's habits as commands: `cargo xtask check | test | guests | bench | fuzz`.
+//! The project's habits as commands: `cargo xtask check | test | guests | bench | boots | fuzz`.
 //!
 //! Nothing here is part of the product; a plain `cargo run` never needs it.
 #![forbid(unsafe_code)]
 
 mod bench;
+mod boots;
 mod check;
 mod fuzz;
 mod guests;
@@ -31,6 +32,8 @@ enum Habit {
     Guests(guests::Options),
     /// Measure host CPU time per unit of work: native, paravane, QEMU
     Bench(bench::Options),
+    /// Boot a guest again and again; a hang is told with how every processor came to it
+    Boots(boots::Options),
     /// Compare random instructions with the host CPU; let hostile guests and files at the devices, loaders and engines
     Fuzz(fuzz::Options),
 }
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Habit::Test(options) => test::run(&options),
         Habit::Guests(options) => guests::run(&options),
         Habit::Bench(options) => bench::run(&options),
+        Habit::Boots(options) => boots::run(&options),
         Habit::Fuzz(options) => fuzz::run(&options),
     };
     match outcome {

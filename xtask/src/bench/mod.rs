@@ -238,18 +238,7 @@ fn paravane(options: &Options) -> Outcome<PathBuf> {
     if let Some(path) = &options.paravane {
         return fs::canonicalize(path).context(path.display());
     }
-    host::run(host::cargo().args([
-        "build",
-        "--release",
-        "--quiet",
-        "--package",
-        "paravane",
-        "--bin",
-        "paravane",
-    ]))?;
-    let target = host::target_folder();
-    let path = host::root().join(target).join("release/paravane");
-    if path.is_file() { Ok(path) } else { Err(Failure::new(format!("{} is missing", path.display()))) }
+    host::release_build()
 }
 
 fn prepare(options: &Options, mut programs: Vec<Program>) -> Outcome<Session> {
