@@ -153,7 +153,7 @@ fn every_size() {
     for kinds in [[T, T], [T, I], [I, I]] {
         let bed = all_at(&kinds, program, DATA);
         let sums = [bed.get64(DATA) & 0xFF, bed.get64(DATA + 0x101) & 0xFFFF, bed.get64(DATA + 0x201)];
-        assert_eq!(sums, [2 * TIMES & 0xFF, 6 * TIMES & 0xFFFF, 10 * TIMES], "{kinds:?}");
+        assert_eq!(sums, [(2 * TIMES) & 0xFF, (6 * TIMES) & 0xFFFF, 10 * TIMES], "{kinds:?}");
         assert_eq!(bed.get64(DATA + 0xFFC), (2 * TIMES).wrapping_neg(), "{kinds:?}");
     }
 }
