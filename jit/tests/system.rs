@@ -2,6 +2,33 @@
 //!
 //! Every test runs in the interpreter and in the translator. What it expects is written down from the SDM; the
 //! chapter is named at each module's top.
+//!
+//! | subject                                                                            | modules                       |
+//! |------------------------------------------------------------------------------------|-------------------------------|
+//! | every exception: vector, code, CR2, pushed RIP, flags and RF                        | exceptions, `Bed::faults`     |
+//! | invalid opcodes, LOCK, 15 bytes, the first of several faults                        | illegal                       |
+//! | what older models lack: instructions, control bits, MSRs, paging                    | models                        |
+//! | gates, privilege changes, IST, IRET                                                 | gates                         |
+//! | faults in delivery, double faults, shutdown, inner stacks, order of interrupts      | delivery, post_mortem         |
+//! | IF, shadows of STI and MOV SS, HLT, NMI, interrupted repetitions                    | interrupts, delivery          |
+//! | far transfers, call gates, conforming segments, LDT                                 | transfers, tasks              |
+//! | tasks, task gates, nesting                                                          | tasks, switches               |
+//! | limits, types, expand-down, null selectors, 16-bit code                             | segments, segmented           |
+//! | virtual-8086 mode, VME, PVI, the I/O bitmap                                         | tasks, vme                    |
+//! | SYSCALL, SYSENTER, segment bases, addresses that are not canonical                  | syscalls                      |
+//! | page permissions, SMEP, SMAP, accessed and dirty bits, large pages                  | paging                        |
+//! | reserved bits of entries, PDPTEs, CRs, MSRs, CPUID, TSC, RDPMC, RDRAND              | registers                     |
+//! | what must be forgotten: INVLPG, CR3, PCIDs, INVPCID, global pages                   | tlb, spaces                   |
+//! | accesses and instructions on two pages                                              | crossing                      |
+//! | single-stepping, breakpoints, DR6, DR7, RF, BTF                                     | debug, debug_registers        |
+//! | x87 and SSE: #NM, #MF, IRQ 13, IGNNE#, #XM, pointers, rounding, denormals           | fpu                           |
+//! | XSAVE areas, compaction, XCR0                                                       | xsave                         |
+//! | alignment checking                                                                  | alignment                     |
+//! | modified code (by other processors: `smp.rs`)                                       | modified                      |
+//! | mode switches, unreal mode; A20, the first megabyte's end                           | modes, wraps                  |
+//! | guests that aim at the host                                                         | wild                          |
+//! | the debugger's own breakpoints and steps                                            | plan                          |
+//! | `cpu/DEVIATIONS.md`                                                                 | deviations                    |
 
 #[path = "system/bed.rs"]
 #[macro_use]

@@ -1,8 +1,10 @@
 //! What older processor models do not have: paging features, control bits, MSRs, instructions (SDM 3A, 2.5 and 4.1.4; 2A,
 //! CPUID; 4).
 
-use crate::bed::{Bed, DATA, PAE_ROOT, PD, PD32, PDPT, Program, Start, both_as, pf, pte};
-use paravane_cpu::{cr0, cr4, efer, gpr};
+use crate::bed::{Bed, CODE, DATA, PAE_ROOT, PD, PD32, PDPT, Program, Start, both_as, pf, pte};
+use crate::wild::{Random, remains};
+use paravane_cpu::{Exit, cr0, cr4, efer, flags, gpr};
+use std::time::Duration;
 
 /// Without CPUID Page1GB, PS of a PDPTE is reserved.
 #[test]
@@ -201,4 +203,94 @@ fn instructions() {
         // ZF tells of the source; TZCNT's would tell of the result.
         assert_eq!(g[gpr::RSI] & 0xFF, 0);
     });
+}
+
+/// An instruction of any opcode map with any prefixes, HLT behind it.
+fn any_instruction(random: &mut Random, bits: u32) -> Vec<u8> {
+    let mut code = Vec::new();
+    for _ in 0..random.below(3) {
+        code.push(random.of(&[0x66, 0xF2, 0xF3, 0xF3, 0x67, 0xF0, 0x2E]));
+    }
+    if bits == 64 && random.below(3) == 0 {
+        code.push(0x40 | random.below(16) as u8);
+    }
+    code.extend(random.of(&[&[][..], &[0x0F], &[0x0F], &[0x0F, 0x38], &[0x0F, 0x3A]]));
+    code.push(random.next() as u8);
+    // A register, or [RSI], [RDI + disp8].
+    let field = (random.below(8) as u8) << 3;
+    match random.below(3) {
+        0 => code.push(field | 6),
+        1 => code.extend([field | 0x47, random.next() as u8]),
+        _ => code.push(0xC0 | field | random.below(8) as u8),
+    }
+    code.push(random.next() as u8);
+    code
+}
+
+/// Whether two runs of it do the same.
+fn is_repeatable(code: &[u8]) -> bool {
+    let at = code.iter().position(|&b| b == 0x0F);
+    at.is_none_or(|at| code.get(at + 1) != Some(&0xC7)) // RDRAND, RDSEED
+}
+
+/// Both engines on single instructions, on every model: the same exception or the same result. `PARAVANE_MODEL_SEEDS` for more,
+/// `PARAVANE_MODEL_FIRST` for others.
+#[test]
+fn engines_agree_on_every_model() {
+    let number =
+        |name: &str, default| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
+    let first: u64 = number("PARAVANE_MODEL_FIRST", 1);
+    for (model, start) in [
+        ("i486", Start::Protected),
+        ("pentium3", Start::Pae),
+        ("x86-64", Start::Long),
+        ("x86-64-v2", Start::Long),
+        ("x86-64-v3", Start::Compat),
+    ] {
+        let mut beds = [false, true].map(|translated| Bed::of_model(model, start, translated));
+        let mut clean = vec![0; 0x22_0000];
+        beds[0].mem.read(paravane_memory::PhysAddr(0), &mut clean).expect("RAM");
+        for seed in first..first + number("PARAVANE_MODEL_SEEDS", 120) {
+            let code = any_instruction(&mut Random(seed * 2 + 1), beds[0].bits());
+            if !is_repeatable(&code) {
+                continue;
+            }
+            let note = format!("{model} seed {seed} {code:02x?}");
+            let results = beds.each_mut().map(|bed| {
+                let mut random = Random(seed * 2 + 1);
+                bed.put(0, &clean);
+                bed.put(CODE, &[0xF4; 64]);
+                bed.put(CODE, &code);
+                bed.reset();
+                for r in [gpr::RAX, gpr::RCX, gpr::RDX, gpr::RBX, gpr::RBP, gpr::R8, 9, 10] {
+                    bed.cpu.gpr[r] = random.next() >> random.below(64);
+                }
+                bed.cpu.gpr[gpr::RSI] = DATA + 0x100;
+                bed.cpu.gpr[gpr::RDI] = DATA + 0x200;
+                for at in (0..0x400).step_by(8) {
+                    bed.put64(DATA + at, random.next());
+                }
+                for byte in &mut bed.cpu.fpu.0[160..416] {
+                    *byte = random.next() as u8;
+                }
+                bed.cpu.rflags |= random.next() & flags::STATUS;
+                bed.cpu.rip = CODE;
+                bed.flush();
+                let exit = bed.run_for(Duration::from_millis(100), &note);
+                // Control, status and tag words, MXCSR, the registers.
+                let image = &bed.cpu.fpu.0;
+                let vectors = [&image[..5], &image[24..28], &image[32..416], &image[576..]].concat();
+                (exit, remains(bed), vectors)
+            });
+            let [a, b] = &results;
+            if a.0 == Exit::Stop || b.0 == Exit::Stop {
+                continue;
+            }
+            assert_eq!((a.0, &a.1.0), (b.0, &b.1.0), "{note}");
+            assert_eq!(a.2, b.2, "{note}");
+            if let Some(i) = (0..clean.len()).find(|&i| a.1.1[i] != b.1.1[i]) {
+                panic!("{note}: memory at {i:#x}: {:x?} {:x?}", &a.1.1[i..i + 8], &b.1.1[i..i + 8]);
+            }
+        }
+    }
 }

@@ -600,7 +600,7 @@ fn repeats_at_host_addresses() {
 }
 
 /// What a run leaves: everything of the processor that is defined, and the memory it most likely touched.
-fn remains(bed: &Bed) -> (String, Vec<u8>) {
+pub fn remains(bed: &Bed) -> (String, Vec<u8>) {
     let c = &bed.cpu;
     let gpr = c.gpr.map(|v| format!("{v:x}")).join(" ");
     let seg = c.seg.map(|s| format!("{:x}:{:x}:{:x}", s.selector, s.base, s.limit)).join(" ");
