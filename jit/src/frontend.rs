@@ -250,7 +250,7 @@ impl Frontend {
 
     /// RIP behind the last instruction.
     fn end(&self, source: &Source<'_>, decoded: u32) -> u64 {
-        self.instrs.last().map_or(source.rip + u64::from(decoded), |i| source.next_rip(i))
+        self.instrs.last().map_or(source.rip.wrapping_add(u64::from(decoded)), |i| source.next_rip(i))
     }
 
     /// The decoder stopped although the block was not full.

@@ -183,6 +183,50 @@ fn pae_pointers_are_loaded_and_checked() {
     });
 }
 
+/// What else loads the PDPTEs: CD and NW of CR0; PGE, PSE, SMEP of CR4. Other bits do not (SDM 3A, 4.4.1).
+#[test]
+fn other_loads_of_pae_pointers() {
+    both(Start::Pae, |bed| {
+        let read = program!(32: "mov dword ptr [0x2F008], 0x32001", "mov eax, cr4", "xor eax, ebx", "mov cr4, eax",
+            "mov eax, cr0", "xor eax, esi", "mov cr0, eax"; "mov edx, [0x40201000]");
+        bed.put32(DATA + 0x1000, 0x77);
+        for page in [crate::bed::CODE, crate::bed::HANDLERS] {
+            bed.map(page, page, pte::P | pte::RW); // for SMEP
+        }
+        let second = crate::bed::PAE_ROOT + 8;
+        for (cr4, cr0, loads) in [
+            (cr4::PGE, 0, true),
+            (cr4::PSE, 0, true),
+            (cr4::SMEP, 0, true),
+            (0, cr0::CD, true),
+            (cr4::TSD, 0, false),
+            (cr4::DE, 0, false),
+            (0, cr0::TS, false),
+            (0, cr0::AM, false),
+            (0, 0, false),
+        ] {
+            bed.reset();
+            bed.put64(second, 0);
+            bed.flush();
+            bed.cpu.gpr[gpr::RBX] = cr4;
+            bed.cpu.gpr[gpr::RSI] = cr0;
+            bed.run(&read);
+            if loads {
+                assert_eq!(bed.cpu.gpr[gpr::RDX], 0x77, "CR4 {cr4:x} CR0 {cr0:x}");
+            } else {
+                assert_eq!((bed.taken().vector, bed.cpu.cr2), (14, 0x4020_1000), "CR4 {cr4:x} CR0 {cr0:x}");
+            }
+        }
+        // Reserved bits: #GP, and the register as it was.
+        bed.put64(second, PD | pte::P | pte::RW);
+        bed.reset();
+        bed.faults(&program!(32: "mov eax, cr4", "xor eax, 0x80"; "mov cr4, eax"), 13, 0);
+        bed.faults(&program!(32: "mov eax, cr0", "xor eax, 0x40000000"; "mov cr0, eax"), 13, 0);
+        assert_eq!((bed.cpu.cr4 & cr4::PGE, bed.cpu.cr0 & cr0::CD), (0, 0));
+        bed.put64(second, 0);
+    });
+}
+
 /// Bits that are reserved in page-table entries: #PF with RSVD, for whomever (SDM 3A, 4.7).
 #[test]
 fn reserved_bits_of_entries() {

@@ -1,6 +1,6 @@
 //! SYSCALL, SYSRET, SYSENTER, SYSEXIT and canonical addresses (SDM 2B; 3A, 5.8.7 and 5.8.8; 1, 3.3.7.1).
 
-use crate::bed::{Bed, CODE, DATA, HANDLERS, STACK, Start, USER_STACK, both, pf};
+use crate::bed::{Bed, CODE, DATA, HANDLERS, PML4, SPARE, STACK, Start, USER_STACK, both, pf, pte};
 use paravane_cpu::{SegReg, cr4, flags, gpr};
 
 fn set_up(bed: &mut Bed) {
@@ -148,6 +148,48 @@ fn non_canonical_data() {
                 pf::W,
             );
         }
+    });
+}
+
+/// Code that runs on past the lower half's last byte: #GP there. Past the upper half's it goes on at 0.
+#[test]
+fn code_at_the_ends_of_both_halves() {
+    both(Start::Long, |bed| {
+        let (pdpt, pd, pt) = (SPARE, SPARE + 0x1000, SPARE + 0x2000);
+        bed.put64(PML4 + 255 * 8, pdpt | pte::ALL);
+        bed.put64(PML4 + 511 * 8, pdpt | pte::ALL);
+        bed.put64(pdpt + 511 * 8, pd | pte::ALL);
+        bed.put64(pd + 511 * 8, pt | pte::ALL);
+        bed.put64(pt + 511 * 8, DATA | pte::ALL);
+        let end = DATA + 0x1000;
+        bed.put(end - 3, &[0x90, 0x90, 0x90]);
+        let jump = program!(64: "jmp rbx");
+        let start = bed.cpu.clone();
+        let go = |bed: &mut Bed, at: u64| {
+            for _ in 0..2 {
+                bed.cpu = start.clone();
+                bed.cpu.gpr[gpr::RBX] = at;
+                bed.run(&jump);
+            }
+        };
+        go(bed, 0x7FFF_FFFF_FFFD);
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, t.rip), (13, Some(0), 1 << 47));
+        // An instruction of which a part lies beyond.
+        bed.put(end - 3, &[0x90, 0xB8, 1]);
+        go(bed, 0x7FFF_FFFF_FFFD);
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, t.rip), (13, Some(0), (1 << 47) - 2));
+        // MOV EBX, 4030201H over the end; HLT.
+        bed.put(end - 3, &[0x90, 0xBB, 1]);
+        bed.put(0, &[2, 3, 4, 0xF4]);
+        go(bed, 0xFFFF_FFFF_FFFF_FFFD);
+        assert_eq!((bed.cpu.rip, bed.cpu.gpr[gpr::RBX]), (4, 0x0403_0201));
+        // A loop over it.
+        bed.put(end - 2, &[0xFF, 0xC1]); // INC ECX
+        bed.put(0, &[0x83, 0xF9, 9, 0x75, 0xF9, 0xF4]); // CMP ECX, 9; JNZ -7; HLT
+        go(bed, 0xFFFF_FFFF_FFFF_FFFE);
+        assert_eq!((bed.cpu.rip, bed.cpu.gpr[gpr::RCX]), (6, 9));
     });
 }
 
