@@ -6,7 +6,7 @@ use crate::machine::{ClockKind, EngineKind, HostEnds, Machine, MachineConfig, Ma
 use crate::run::{Lifecycle, VcpuRunner, dossier};
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use indicatif::ProgressBar;
-use paravane_cpu::{Budget, CpuState, LinAddr, SegReg, flags, peek};
+use paravane_cpu::{Budget, CpuState, HostVendor, LinAddr, SegReg, flags, peek};
 use paravane_memory::RamOffset;
 use std::error::Error;
 use std::fmt::Write;
@@ -28,6 +28,7 @@ pub fn command(args: &LockstepArgs) -> Result<ExitCode, Box<dyn Error>> {
         translator: Side::new(&config, EngineKind::Jit, args.stride.is_none())?,
         interpreter: Side::new(&config, EngineKind::Interp, false)?,
         stride: args.stride.unwrap_or(u64::MAX),
+        strict: HostVendor::undefined_flags_are_measured(),
         comparisons: 0,
     };
     let bar = ProgressBar::new(args.instructions);
@@ -96,6 +97,8 @@ struct Pair {
     translator: Side,
     interpreter: Side,
     stride: u64,
+    /// Whether flags that the manual leaves undefined must be equal too.
+    strict: bool,
     comparisons: u64,
 }
 
@@ -130,11 +133,12 @@ impl Pair {
         b.cpu.clone()
     }
 
-    /// Where the engines differ in flags that the manual leaves undefined, the interpreter gets the translator's.
+    /// Where the engines differ in flags that the manual leaves undefined, and nobody measured how this host leaves them, the
+    /// interpreter gets the translator's.
     fn settle_undefined_flags(&mut self, before: &CpuState) {
         let (a, b) = (&self.translator.runner.cpu, &self.interpreter.runner.cpu);
         let differing = (a.rflags ^ b.rflags) & flags::STATUS;
-        if differing == 0 || self.stride != u64::MAX {
+        if differing == 0 || self.strict || self.stride != u64::MAX {
             return;
         }
         let retired = b.instructions.wrapping_sub(before.instructions);
@@ -170,7 +174,7 @@ impl Pair {
     fn same_processor(&self, before: &CpuState) -> Result<(), String> {
         let (a, b) = (&self.translator.runner.cpu, &self.interpreter.runner.cpu);
         // After many instructions it is not known which flags the manual leaves undefined.
-        let ignored = if self.stride == u64::MAX { 0 } else { flags::STATUS };
+        let ignored = if self.strict || self.stride == u64::MAX { 0 } else { flags::STATUS };
         let registers = (a.gpr, a.rip) == (b.gpr, b.rip) && (a.rflags ^ b.rflags) & !ignored == 0;
         let system = a.seg == b.seg
             && (a.cr0, a.cr2, a.cr3, a.cr4, a.efer) == (b.cr0, b.cr2, b.cr3, b.cr4, b.efer)
@@ -312,6 +316,7 @@ mod tests {
             translator: side(EngineKind::Jit, true),
             interpreter: side(EngineKind::Interp, false),
             stride: u64::MAX,
+            strict: HostVendor::undefined_flags_are_measured(),
             comparisons: 0,
         };
         std::fs::remove_file(kernel).expect("image");

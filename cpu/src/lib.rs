@@ -35,7 +35,7 @@ pub use self::core::{Core, Step, instruction_address};
 #[cfg(any(test, feature = "testbed"))]
 pub use board::Board;
 pub use bus::{CpuBus, CpuidResult, MsrFault};
-pub use cpuid::{CpuModel, HostFeatures, MODEL_NAMES, model_by_name};
+pub use cpuid::{CpuModel, HostFeatures, HostVendor, MODEL_NAMES, model_by_name};
 pub use engine::{Attention, Budget, Engine, Exit, HostCode, VectorUnit};
 pub use fault::{Fault, Vector};
 pub use interp::{operand_alignment, x87_opcode};

@@ -27,6 +27,9 @@ impl FlagSet {
 /// Flags that `instr` certainly replaces, whatever its operands are at run time.
 pub(crate) fn killed(instr: &Instruction) -> u32 {
     let modified = instr.rflags_modified() & FlagSet::ALL.0;
+    // Left undefined by the manual, and as they were by some processors (`paravane_cpu`, undefined flags): what follows sees
+    // what came before.
+    let kept = instr.rflags_undefined();
     match instr.mnemonic() {
         Mnemonic::Shl
         | Mnemonic::Sal
@@ -57,6 +60,16 @@ pub(crate) fn killed(instr: &Instruction) -> u32 {
         {
             0
         }
+        Mnemonic::Mul
+        | Mnemonic::Imul
+        | Mnemonic::Div
+        | Mnemonic::Idiv
+        | Mnemonic::Bt
+        | Mnemonic::Bts
+        | Mnemonic::Btr
+        | Mnemonic::Btc
+        | Mnemonic::Tzcnt
+        | Mnemonic::Lzcnt => modified & !kept,
         _ => modified,
     }
 }

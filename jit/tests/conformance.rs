@@ -85,6 +85,7 @@ fn conform(mode: NativeMode) {
             time: Duration::from_secs(setting("PARAVANE_FUZZ_SECONDS", 30)),
         };
         let report = campaign.run(&mut bench);
+        assert!(!report.admitted.is_empty(), "no form that can run in {mode:?} has such a name");
         println!("{mode:?} from seed {seed}: {}", report.summary());
         let found: Vec<String> = report.failures.iter().map(|f| f.text(bench.bits())).collect();
         if let Ok(path) = std::env::var("PARAVANE_FUZZ_REPORT") {
@@ -159,6 +160,28 @@ fn findings_stay_fixed() {
         let differences = bench.differences(program.case());
         assert!(differences.is_empty(), "{name}: {differences:?}");
     }
+}
+
+/// A campaign over a single form finds enough for its programs, one over none says so.
+#[test]
+fn few_forms_are_enough() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let mut bench = bench(NativeMode::Long).unwrap();
+    let mut campaign = Campaign {
+        seed: 1,
+        rounds: 2,
+        programs: 20,
+        length: 30,
+        skip: Vec::new(),
+        only: vec!["Aesenc_".into()],
+        time: Duration::from_secs(30),
+    };
+    let report = campaign.run(&mut bench);
+    assert_eq!((report.admitted.len(), report.cases, report.failures.len()), (1, 2, 0));
+    assert!(report.programs > 10);
+    campaign.only = vec!["Nonsense".into()];
+    let report = campaign.run(&mut bench);
+    assert_eq!((report.admitted.len(), report.cases, report.programs), (0, 0, 0));
 }
 
 #[test]

@@ -5,8 +5,10 @@
 pub(crate) mod bits;
 mod gate;
 mod models;
+mod vendor;
 
 pub use models::{HostFeatures, MODEL_NAMES, model_by_name};
+pub use vendor::HostVendor;
 
 use crate::bus::{CpuBus, CpuidResult};
 use crate::mmu::PagingFeatures;
@@ -41,13 +43,14 @@ pub struct CpuModel {
     features: Features,
     tsc: Option<(u64, u64)>,
     cpus: u32,
+    host: HostVendor,
 }
 
 impl CpuModel {
-    fn new(signature: u32, name: &str, features: Features) -> CpuModel {
+    fn new(signature: u32, name: &str, features: Features, host: HostVendor) -> CpuModel {
         let mut brand = [0; 48];
         brand[..name.len()].copy_from_slice(name.as_bytes());
-        CpuModel { signature, brand, features, tsc: None, cpus: 1 }
+        CpuModel { signature, brand, features, tsc: None, cpus: 1, host }
     }
 
     /// Reports the TSC frequency in leaf 15H. `crystal_hz` must be the local APIC timer's input clock: guests
@@ -66,6 +69,11 @@ impl CpuModel {
     /// Family, model and stepping as CPUID leaf 1 has them in EAX.
     pub fn signature(&self) -> u32 {
         self.signature
+    }
+
+    /// Whose flags the guest sees where the manual leaves them undefined.
+    pub(crate) fn host(&self) -> HostVendor {
+        self.host
     }
 
     fn has(&self, f: bits::Feature) -> bool {

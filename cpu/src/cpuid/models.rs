@@ -1,11 +1,14 @@
 //! The named processor models.
 
-use super::CpuModel;
 use super::bits::{self, Feature, Features};
+use super::{CpuModel, HostVendor};
 
 /// What the host's own units can execute, for the instructions the engines hand to them.
 #[derive(Clone, Copy, Debug)]
-pub struct HostFeatures(Features);
+pub struct HostFeatures {
+    features: Features,
+    vendor: HostVendor,
+}
 
 impl HostFeatures {
     /// Asks the host.
@@ -28,13 +31,13 @@ impl HostFeatures {
                 .into_iter()
                 .for_each(|f| set.remove(f));
         }
-        HostFeatures(set)
+        HostFeatures { features: set, vendor: HostVendor::detect() }
     }
 
     /// A host that has everything (tests).
     #[cfg(test)]
     pub(crate) fn everything() -> HostFeatures {
-        HostFeatures(Features::of(&[bits::ALL]))
+        HostFeatures { features: Features::of(&[bits::ALL]), vendor: HostVendor::Intel }
     }
 }
 
@@ -145,7 +148,7 @@ pub fn model_by_name(name: &str, host: &HostFeatures) -> Result<CpuModel, String
         _ => return Err(format!("unknown CPU model '{name}'; known are {}", MODEL_NAMES.join(", "))),
     };
     let mut offered = features;
-    for (word, have) in offered.0.iter_mut().zip(host.0.0) {
+    for (word, have) in offered.0.iter_mut().zip(host.features.0) {
         *word &= have;
     }
     if name != "max" && offered != features {
@@ -158,5 +161,5 @@ pub fn model_by_name(name: &str, host: &HostFeatures) -> Result<CpuModel, String
         let vex = [bits::AVX, bits::AVX2, bits::FMA, bits::F16C, bits::BMI1, bits::BMI2];
         saved.into_iter().chain(vex).for_each(|f| offered.remove(f));
     }
-    Ok(CpuModel::new(signature, brand, offered))
+    Ok(CpuModel::new(signature, brand, offered, host.vendor))
 }

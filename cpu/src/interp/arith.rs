@@ -6,7 +6,8 @@ use super::operand::{
     write_sized,
 };
 use super::vector::misaligned;
-use super::{alu, bits, shift};
+use super::{alu, bits, shift, undefined};
+use crate::cpuid::HostVendor;
 use crate::exec::Exec;
 use crate::fault::{Fault, Vector};
 use crate::state::flags::{CF, STATUS, ZF};
@@ -60,30 +61,38 @@ pub(super) fn unary(
     update(ex, i, size, |a| f(a, old, size))
 }
 
-/// A shift or rotate by an immediate, 1 or CL. `f(value, masked count, old status flags, size)`.
+/// A shift or rotate by an immediate, 1 or CL. `f(value, masked count, old status flags, size)`; `open` is of [`undefined`].
 #[inline(always)]
 pub(super) fn shift(
     ex: &mut Exec<'_>,
     i: &Instruction,
     f: impl Fn(u64, u32, u64, usize) -> (u64, u64),
+    open: impl Fn(HostVendor, u64, u64, u32, usize) -> u64,
 ) -> Executed {
     let size = operand_size(i, 0);
     let n = shift::count(read(ex, i, 1, 1)?, size);
-    let old = ex.cpu.rflags & STATUS;
-    update(ex, i, size, |a| f(a, n, old, size))
+    let (old, host) = (ex.cpu.rflags & STATUS, ex.model.host());
+    update(ex, i, size, |a| {
+        let (r, status) = f(a, n, old, size);
+        (r, open(host, r, status, n, size))
+    })
 }
 
 /// SHLD, SHRD.
 pub(super) fn double_shift(
     ex: &mut Exec<'_>,
     i: &Instruction,
-    f: impl Fn(u64, u64, u32, u64, usize) -> (u64, u64),
+    f: impl Fn(u64, u64, u32, u64, usize, HostVendor) -> (u64, u64),
+    open: impl Fn(HostVendor, u64, u64, u32, usize) -> u64,
 ) -> Executed {
     let size = operand_size(i, 0);
     let fill = read(ex, i, 1, size)?;
     let n = shift::count(read(ex, i, 2, 1)?, size);
-    let old = ex.cpu.rflags & STATUS;
-    update(ex, i, size, |a| f(a, fill, n, old, size))
+    let (old, host) = (ex.cpu.rflags & STATUS, ex.model.host());
+    update(ex, i, size, |a| {
+        let (r, status) = f(a, fill, n, old, size, host);
+        (r, open(host, r, status, n, size))
+    })
 }
 
 /// SHLX, SHRX, SARX, RORX: no flags.
@@ -119,7 +128,7 @@ pub(super) fn mul(
     let b = read(ex, i, 0, size)?;
     let (low, high, status) = f(ex.cpu.gpr[RAX] & alu::mask(size), b, size);
     set_pair(ex, size, low, high);
-    set_status(ex.cpu, status);
+    set_status(ex.cpu, undefined::mul(ex.model.host(), status, ex.cpu.rflags & STATUS));
     Ok(())
 }
 
@@ -134,7 +143,7 @@ pub(super) fn imul(ex: &mut Exec<'_>, i: &Instruction) -> Executed {
     let b = read(ex, i, first + 1, size)?;
     let (low, _, status) = alu::imul(a, b, size);
     write_gpr(ex.cpu, i.op0_register(), low);
-    set_status(ex.cpu, status);
+    set_status(ex.cpu, undefined::mul(ex.model.host(), status, ex.cpu.rflags & STATUS));
     Ok(())
 }
 
@@ -151,6 +160,7 @@ pub(super) fn div(
     let high = if size == 1 { (ax >> 8) & m } else { ex.cpu.gpr[RDX] & m };
     let (quotient, remainder) = f(ax & m, high, by, size).ok_or(Fault::new(Vector::DE))?;
     set_pair(ex, size, quotient, remainder);
+    set_status(ex.cpu, undefined::div(ex.model.host(), ex.cpu.rflags & STATUS));
     Ok(())
 }
 
@@ -309,11 +319,12 @@ pub(super) fn from_source(
     ex: &mut Exec<'_>,
     i: &Instruction,
     f: impl Fn(u64, usize) -> (u64, u64),
+    open: impl Fn(HostVendor, u64, u64, u64) -> u64,
 ) -> Executed {
     let size = gpr_size(i.op0_register());
     let (r, status) = f(read(ex, i, 1, size)?, size);
     write_gpr(ex.cpu, i.op0_register(), r);
-    set_status(ex.cpu, status);
+    set_status(ex.cpu, open(ex.model.host(), r, status, ex.cpu.rflags));
     Ok(())
 }
 
@@ -322,12 +333,13 @@ pub(super) fn from_sources(
     ex: &mut Exec<'_>,
     i: &Instruction,
     f: impl Fn(u64, u64, usize) -> (u64, u64),
+    open: impl Fn(HostVendor, u64, u64, u64) -> u64,
 ) -> Executed {
     let size = gpr_size(i.op0_register());
     let (a, b) = (read(ex, i, 1, size)?, read(ex, i, 2, size)?);
     let (r, status) = f(a, b, size);
     write_gpr(ex.cpu, i.op0_register(), r);
-    set_status(ex.cpu, status);
+    set_status(ex.cpu, open(ex.model.host(), r, status, ex.cpu.rflags));
     Ok(())
 }
 
@@ -367,7 +379,7 @@ pub(super) fn decimal(ex: &mut Exec<'_>, i: &Instruction) -> Executed {
         _ => alu::aad(ax, i.immediate8()),
     };
     write_sized(ex.cpu, RAX, 2, u64::from(r));
-    set_status(ex.cpu, status);
+    set_status(ex.cpu, undefined::decimal(ex.model.host(), i.code(), ax, r, status));
     Ok(())
 }
 

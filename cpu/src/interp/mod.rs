@@ -16,6 +16,7 @@ mod stack;
 mod string;
 pub(crate) mod system;
 mod system_io;
+mod undefined;
 mod vector;
 mod x87;
 mod xsave;
@@ -76,9 +77,9 @@ pub(crate) fn execute(ex: &mut Exec<'_>, instr: &Instruction, bytes: &[u8]) -> R
         Jge => jcc(ex, i, 13),
         Jle => jcc(ex, i, 14),
         Jg => jcc(ex, i, 15),
-        Shl | Sal => arith::shift(ex, i, shift::shl),
-        Shr => arith::shift(ex, i, shift::shr),
-        Sar => arith::shift(ex, i, shift::sar),
+        Shl | Sal => arith::shift(ex, i, shift::shl, undefined::shift),
+        Shr => arith::shift(ex, i, shift::shr, undefined::shr),
+        Sar => arith::shift(ex, i, shift::sar, undefined::shift),
         Nop | Endbr32 | Endbr64 => Ok(()),
         _ => less_common(ex, i, bytes),
     }
@@ -88,12 +89,12 @@ pub(crate) fn execute(ex: &mut Exec<'_>, instr: &Instruction, bytes: &[u8]) -> R
 fn less_common(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8]) -> Result<(), Fault> {
     use Mnemonic::*;
     match i.mnemonic() {
-        Rol => arith::shift(ex, i, shift::rol),
-        Ror => arith::shift(ex, i, shift::ror),
-        Rcl => arith::shift(ex, i, shift::rcl),
-        Rcr => arith::shift(ex, i, shift::rcr),
-        Shld => arith::double_shift(ex, i, shift::shld),
-        Shrd => arith::double_shift(ex, i, shift::shrd),
+        Rol => arith::shift(ex, i, shift::rol, undefined::rotate),
+        Ror => arith::shift(ex, i, shift::ror, undefined::rotate),
+        Rcl => arith::shift(ex, i, shift::rcl, undefined::rotate),
+        Rcr => arith::shift(ex, i, shift::rcr, undefined::rotate),
+        Shld => arith::double_shift(ex, i, shift::shld, undefined::shld),
+        Shrd => arith::double_shift(ex, i, shift::shrd, undefined::shrd),
         Mul => arith::mul(ex, i, alu::mul),
         Imul => arith::imul(ex, i),
         Div => arith::div(ex, i, alu::div),
@@ -198,15 +199,15 @@ fn rare(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8]) -> Result<(), Fault> {
         Bound => arith::bound(ex, i),
         Movbe => arith::movbe(ex, i),
         Movnti => store_register(ex, i),
-        Tzcnt => arith::from_source(ex, i, bits::tzcnt),
-        Lzcnt => arith::from_source(ex, i, bits::lzcnt),
-        Popcnt => arith::from_source(ex, i, |v, _| bits::popcnt(v)),
-        Blsi => to_first(ex, i, bits::blsi),
-        Blsmsk => to_first(ex, i, bits::blsmsk),
-        Blsr => to_first(ex, i, bits::blsr),
-        Andn => arith::from_sources(ex, i, arith::andn),
-        Bextr => arith::from_sources(ex, i, |v, c, _| bits::bextr(v, c)),
-        Bzhi => arith::from_sources(ex, i, bits::bzhi),
+        Tzcnt => arith::from_source(ex, i, bits::tzcnt, undefined::count),
+        Lzcnt => arith::from_source(ex, i, bits::lzcnt, undefined::count),
+        Popcnt => arith::from_source(ex, i, |v, _| bits::popcnt(v), undefined::nothing),
+        Blsi => arith::from_source(ex, i, bits::blsi, undefined::lowest),
+        Blsmsk => arith::from_source(ex, i, bits::blsmsk, undefined::lowest),
+        Blsr => arith::from_source(ex, i, bits::blsr, undefined::lowest),
+        Andn => arith::from_sources(ex, i, arith::andn, undefined::lowest),
+        Bextr => arith::from_sources(ex, i, |v, c, _| bits::bextr(v, c), undefined::extract),
+        Bzhi => arith::from_sources(ex, i, bits::bzhi, undefined::lowest),
         Mulx => arith::mulx(ex, i),
         Pdep => arith::scatter(ex, i, bits::pdep),
         Pext => arith::scatter(ex, i, bits::pext),
@@ -296,11 +297,6 @@ fn segment_operand(i: &Instruction) -> bool {
 /// MOVSD and CMPSD name a string instruction and an SSE2 one.
 fn is_string(i: &Instruction) -> bool {
     i.op0_kind() != OpKind::Register && i.op1_kind() != OpKind::Register
-}
-
-/// BLSI, BLSMSK, BLSR: like [`arith::from_source`].
-fn to_first(ex: &mut Exec<'_>, i: &Instruction, f: fn(u64, usize) -> (u64, u64)) -> Result<(), Fault> {
-    arith::from_source(ex, i, f)
 }
 
 fn flag(ex: &mut Exec<'_>, clear: u64, set: u64) -> Result<(), Fault> {

@@ -5,6 +5,7 @@
 //! Intel cores since Haswell leave them.
 
 use super::alu::{mask, sign_extend, szp, top, when};
+use crate::cpuid::HostVendor;
 use crate::state::flags::{CF, OF};
 
 /// Masks a shift count: 6 bits for 64-bit operands, 5 otherwise.
@@ -103,14 +104,16 @@ pub(super) const fn rcr(v: u64, n: u32, old: u64, size: usize) -> (u64, u64) {
     (r, (old & !(CF | OF)) | cf | (bit(r, top(size)) ^ bit(r, top(size) - 1)) << 11)
 }
 
-/// SHLD. For 16-bit operands and counts above 16 (undefined) the destination's bits follow the source's.
-pub(super) const fn shld(v: u64, fill: u64, n: u32, old: u64, size: usize) -> (u64, u64) {
+/// SHLD. For 16-bit operands and counts above 16 (undefined) the destination's bits follow the source's; on processors of
+/// AMD's, the source's once more.
+pub(super) const fn shld(v: u64, fill: u64, n: u32, old: u64, size: usize, host: HostVendor) -> (u64, u64) {
     if n == 0 {
         return (v, old);
     }
     let bits = 8 * size as u32;
     let (r, cf) = if size == 2 {
-        let all = (v << 32) | ((fill & 0xFFFF) << 16) | v;
+        let last = if matches!(host, HostVendor::Amd) { fill & 0xFFFF } else { v };
+        let all = (v << 32) | ((fill & 0xFFFF) << 16) | last;
         ((all >> (32 - n)) & 0xFFFF, bit(all, 48 - n))
     } else {
         (((v << n) | (fill >> (bits - n))) & mask(size), bit(v, bits - n))
@@ -120,13 +123,14 @@ pub(super) const fn shld(v: u64, fill: u64, n: u32, old: u64, size: usize) -> (u
 }
 
 /// SHRD, with the same choice for 16-bit operands.
-pub(super) const fn shrd(v: u64, fill: u64, n: u32, old: u64, size: usize) -> (u64, u64) {
+pub(super) const fn shrd(v: u64, fill: u64, n: u32, old: u64, size: usize, host: HostVendor) -> (u64, u64) {
     if n == 0 {
         return (v, old);
     }
     let bits = 8 * size as u32;
     let (r, cf) = if size == 2 {
-        let all = (v << 32) | ((fill & 0xFFFF) << 16) | v;
+        let last = if matches!(host, HostVendor::Amd) { fill & 0xFFFF } else { v };
+        let all = (last << 32) | ((fill & 0xFFFF) << 16) | v;
         ((all >> n) & 0xFFFF, bit(all, n - 1))
     } else {
         (((v >> n) | (fill << (bits - n))) & mask(size), bit(v, n - 1))
@@ -185,11 +189,14 @@ mod tests {
 
     #[test]
     fn double_shifts() {
-        assert_eq!(shld(0x1234_5678, 0x9ABC_DEF0, 8, 0, 4).0, 0x3456_789A);
-        assert_eq!(shrd(0x1234_5678, 0x9ABC_DEF0, 8, 0, 4).0, 0xF012_3456);
-        assert_eq!(shld(1, 0, 63, 0, 8).0, 1 << 63);
-        // Sapphire Rapids: counts above 16.
-        assert_eq!(shld(0xD962, 0x5250, 20, 0, 2).0, 0x250D);
-        assert_eq!(shrd(0x4F5F, 0xAA01, 21, 0, 2).0, 0xFD50);
+        const INTEL: HostVendor = HostVendor::Intel;
+        assert_eq!(shld(0x1234_5678, 0x9ABC_DEF0, 8, 0, 4, INTEL).0, 0x3456_789A);
+        assert_eq!(shrd(0x1234_5678, 0x9ABC_DEF0, 8, 0, 4, INTEL).0, 0xF012_3456);
+        assert_eq!(shld(1, 0, 63, 0, 8, INTEL).0, 1 << 63);
+        // Counts above 16: Sapphire Rapids, Zen 5.
+        assert_eq!(shld(0xD962, 0x5250, 20, 0, 2, INTEL).0, 0x250D);
+        assert_eq!(shrd(0x4F5F, 0xAA01, 21, 0, 2, INTEL).0, 0xFD50);
+        assert_eq!(shld(0xD962, 0x5250, 20, 0, 2, HostVendor::Amd).0, 0x2505);
+        assert_eq!(shrd(0x4F5F, 0xAA01, 21, 0, 2, HostVendor::Amd).0, 0x0D50);
     }
 }

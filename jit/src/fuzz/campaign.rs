@@ -22,7 +22,7 @@ pub struct Campaign {
     pub time: Duration,
     /// Beginnings of the names of forms to leave out.
     pub skip: Vec<String>,
-    /// If not empty, the same of the only forms to take.
+    /// If not empty, the same of the only forms to take, in programs too. No form, no case.
     pub only: Vec<String>,
 }
 
@@ -75,6 +75,9 @@ impl Campaign {
                 }
                 report.count(form, bench.check(form, seed));
             }
+        }
+        if admitted.is_empty() {
+            return report;
         }
         let pools = Pools::new(admitted);
         let mut shown = 0;

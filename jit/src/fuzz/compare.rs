@@ -197,8 +197,11 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Status flags that the manual leaves undefined after `i`.
+/// Status flags that the manual leaves undefined after `i`, where it is not known how this host leaves them.
 pub fn undefined_flags(i: &Instruction, rcx: u64) -> u64 {
+    if vendor::leaves_known_flags() {
+        return 0;
+    }
     from_iced(i.rflags_undefined()) | undefined_by_count(i, rcx)
 }
 
@@ -249,7 +252,7 @@ pub fn is_open_result(i: &Instruction) -> bool {
         return true;
     }
     let listed = matches!(i.mnemonic(), Mnemonic::Bswap | Mnemonic::Shld | Mnemonic::Shrd);
-    listed && operand_bits(i) == 16
+    listed && operand_bits(i) == 16 && !vendor::leaves_known_flags()
 }
 
 fn is_open(i: &Instruction, register: usize) -> bool {

@@ -33,7 +33,7 @@ pub struct Pools {
 }
 
 impl Pools {
-    /// Sorts `all`.
+    /// Sorts `all`, of which there must be one at least; where a kind is missing, others take its place.
     pub fn new(all: Vec<Code>) -> Pools {
         use iced_x86::CpuidFeature as F;
         let is_core = |c: &Code| {
@@ -45,8 +45,9 @@ impl Pools {
                 )
             })
         };
-        let core: Vec<Code> = all.iter().copied().filter(is_core).collect();
-        let consumers = core.iter().copied().filter(|&c| reads_flags(c)).collect();
+        let or = |some: Vec<Code>, others: &[Code]| if some.is_empty() { others.to_vec() } else { some };
+        let core = or(all.iter().copied().filter(is_core).collect(), &all);
+        let consumers = or(core.iter().copied().filter(|&c| reads_flags(c)).collect(), &core);
         Pools { all, core, consumers }
     }
 }
@@ -54,7 +55,7 @@ impl Pools {
 fn reads_flags(code: Code) -> bool {
     use Mnemonic as M;
     let name = format!("{:?}", code.mnemonic());
-    let conditional = name.starts_with("Set") || name.starts_with("Cmov");
+    let conditional = ["Set", "Cmov", "Pushf"].iter().any(|beginning| name.starts_with(beginning));
     conditional || matches!(code.mnemonic(), M::Adc | M::Sbb | M::Rcl | M::Rcr | M::Lahf | M::Cmc | M::Salc)
 }
 

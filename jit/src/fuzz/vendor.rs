@@ -19,15 +19,19 @@
 
 use super::safety::Situation;
 use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, Mnemonic, OpKind};
+use paravane_cpu::HostVendor;
 use std::sync::OnceLock;
 
 /// Whether the host is AMD's.
 pub fn is_amd() -> bool {
     static AMD: OnceLock<bool> = OnceLock::new();
-    *AMD.get_or_init(|| {
-        let id = std::arch::x86_64::__cpuid(0);
-        [id.ebx, id.edx, id.ecx].iter().flat_map(|r| r.to_le_bytes()).eq(*b"AuthenticAMD")
-    })
+    *AMD.get_or_init(|| HostVendor::detect() == HostVendor::Amd)
+}
+
+/// Whether the interpreter knows how this host leaves undefined flags, so that these must be equal too.
+pub fn leaves_known_flags() -> bool {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(HostVendor::undefined_flags_are_measured)
 }
 
 /// Forms that the host executes differently throughout.

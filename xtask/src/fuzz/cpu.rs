@@ -22,10 +22,11 @@ pub struct Options {
     /// cpu: cases per instruction form; programs follow them
     #[arg(long, default_value_t = 50)]
     rounds: u64,
-    /// cpu: programs of up to thirty instructions, before loops turn
+    /// cpu: programs of up to thirty instructions, before loops turn; they end with the time
     #[arg(long, default_value_t = 1_000_000)]
     programs: u64,
-    /// cpu: take only forms whose names begin with one of these, by commas: `Add_,Sub_`
+    /// cpu: take only forms whose names (iced-x86's) begin with one of these, by commas: `Add_,Sub_`; programs add their
+    /// own branches and moves
     #[arg(long)]
     only: Option<String>,
     /// cpu: leave out forms whose names begin with one of these
@@ -34,7 +35,7 @@ pub struct Options {
     /// cpu: append all findings to this file; the terminal shows the first ten
     #[arg(long)]
     report: Option<PathBuf>,
-    /// Write to this file, for every instruction form that some CPU model offers, how often it ran or why never
+    /// cpu: write to this file, for every instruction form that some CPU model offers, how often it ran or why never
     #[arg(long)]
     coverage: Option<PathBuf>,
 }
