@@ -282,6 +282,29 @@ fn explained(args: &[&str], parts: &[&str]) {
 }
 
 #[test]
+fn a_perf_map_names_stubs_and_blocks_of_the_code_that_ran() {
+    let dir = Scratch::new("perf");
+    let kernel = dir.file("kernel", &exit_11());
+    let run = ["run", "--kernel", &kernel, "--debug-exit", "0xf4", "--memory", "16M", "--perf-map"];
+    let child = Command::new(env!("CARGO_BIN_EXE_paravane")).args(run).stdin(Stdio::null()).spawn();
+    let mut child = child.expect("paravane starts");
+    let map = PathBuf::from(format!("/tmp/perf-{}.map", child.id()));
+    assert_eq!(child.wait().expect("its end").code(), Some(11));
+    let text = fs::read_to_string(&map).expect("the map");
+    fs::remove_file(&map).expect("the map");
+    let mut end = 0;
+    for line in text.lines() {
+        let [at, len, name] = line.split(' ').collect::<Vec<_>>()[..] else { panic!("{line}") };
+        let [at, len] = [at, len].map(|n| u64::from_str_radix(n, 16).expect("hexadecimal"));
+        assert!(len > 0 && at >= end && (name.starts_with("paravane_") || name.contains('@')), "{line}");
+        end = at + len;
+    }
+    for name in ["paravane_enter", "paravane_exit", "paravane_miss", "guest_kernel@7c00"] {
+        assert!(text.lines().any(|line| line.ends_with(&format!(" {name}"))), "{name}: {text}");
+    }
+}
+
+#[test]
 fn a_triple_fault_ends_with_3_and_a_dossier() {
     let dir = Scratch::new("triple");
     // lidt [zero]; int3, with a limit of 0: no gate, no double fault, no way out.

@@ -1,8 +1,10 @@
 //! Translated blocks, the jumps between them, and how to find both.
 
 use crate::code_cache::CodeOffset;
-use hashbrown::HashMap;
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use paravane_memory::{PAGE_SHIFT, RamOffset};
+use std::hash::BuildHasher;
+use std::num::NonZeroU32;
 
 /// Everything the translation of a block depends on besides its bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -103,8 +105,13 @@ impl BlockKey {
 /// Index into the block list.
 pub(crate) type BlockId = u32;
 
+/// Ends the lists inside [`BlockTable`].
+const NONE: u32 = u32::MAX;
+
 /// One jump out of a block that can be chained.
 pub(crate) struct Link {
+    /// Code address it leads to.
+    pub(crate) target: u64,
     /// The 32-bit displacement of the jump.
     pub(crate) site: CodeOffset,
     /// Where it goes while unchained.
@@ -117,6 +124,38 @@ pub(crate) struct Link {
     pub(crate) ungrouped: bool,
 }
 
+/// Parts of a page, of 64 bytes each: one bit per part.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Granules(pub u64);
+
+impl Granules {
+    pub(crate) const ALL: Granules = Granules(u64::MAX);
+    /// Where instructions end that cross into the page: the first 15 bytes.
+    const HEAD: Granules = Granules(1);
+    const SHIFT: u32 = PAGE_SHIFT - 6;
+
+    /// Those with bytes `from..to` of a page, which are not none.
+    pub(crate) fn of(from: usize, to: usize) -> Granules {
+        let (first, last) = (from.min(4095) >> Self::SHIFT, (to - 1).min(4095) >> Self::SHIFT);
+        Granules(u64::MAX << first & u64::MAX >> (63 - last))
+    }
+
+    pub(crate) fn add(&mut self, other: Granules) {
+        self.0 |= other.0;
+    }
+
+    fn meets(self, other: Granules) -> bool {
+        self.0 & other.0 != 0
+    }
+}
+
+/// One instruction of a block: where its code begins, and its offset from the block's first byte.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct InstructionSite {
+    pub(crate) host: u16,
+    pub(crate) guest: u16,
+}
+
 /// A translated block.
 pub(crate) struct Block {
     pub(crate) key: BlockKey,
@@ -125,69 +164,199 @@ pub(crate) struct Block {
     /// Code: the direct entry.
     pub(crate) entry: CodeOffset,
     pub(crate) code_len: u32,
-    /// Host offset from `start` of each instruction's code, and its offset from the block's first byte.
-    pub(crate) sites: Box<[(u32, u32)]>,
-    /// Links that jump here, to be unchained when the block goes.
-    pub(crate) incoming: Vec<u32>,
+    /// Instructions counted at the entry.
+    pub(crate) counted: u8,
     /// Jump-cache tables hold this block.
     pub(crate) cached: bool,
     pub(crate) live: bool,
-    /// The second page of an instruction that crosses (backing page number).
-    pub(crate) crosses_into: Option<u64>,
-    /// Instructions counted at the entry.
-    pub(crate) counted: u32,
+    /// The second page of an instruction that crosses: its backing page number.
+    pub(crate) crosses_into: Option<NonZeroPage>,
+    /// Its instructions in [`BlockTable::sites`].
+    sites: (u32, u16),
+    /// First of the links that jump here, in `incoming`.
+    incoming: u32,
 }
 
-impl Block {
-    /// Code address of the instruction whose code holds `at`, and how many from it on were counted.
-    pub(crate) fn rip_at(&self, at: CodeOffset) -> Option<(u64, u32)> {
-        let off = at.0 - self.start.0;
-        let i = self.sites.partition_point(|s| s.0 <= off).checked_sub(1)?;
-        Some((
-            self.key.mode.advance(self.key.address, u64::from(self.sites[i].1)),
-            self.counted.saturating_sub(i as u32),
-        ))
+/// A backing page number, plus one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct NonZeroPage(NonZeroU32);
+
+impl NonZeroPage {
+    /// The page with this number; pages beyond 2^32 - 2 are none of ours.
+    pub(crate) fn new(page: u64) -> Option<NonZeroPage> {
+        u32::try_from(page + 1).ok().and_then(NonZeroU32::new).map(NonZeroPage)
+    }
+
+    pub(crate) fn number(self) -> u64 {
+        u64::from(self.0.get() - 1)
     }
 }
 
-/// All blocks of a vCPU.
+/// What a new block is made of.
+pub(crate) struct NewBlock<'a> {
+    pub(crate) key: BlockKey,
+    pub(crate) start: CodeOffset,
+    pub(crate) entry: CodeOffset,
+    pub(crate) code_len: u32,
+    /// What of its page it was made from: its bytes, and those that were looked at to see which flags matter behind it.
+    pub(crate) granules: Granules,
+    pub(crate) counted: u8,
+    pub(crate) crosses_into: Option<NonZeroPage>,
+    pub(crate) sites: &'a [InstructionSite],
+}
+
+/// The live blocks made from a page, and what of it they were made from: each of them, and at most all together.
+#[derive(Default)]
+struct PageBlocks {
+    granules: Granules,
+    blocks: Vec<(Granules, BlockId)>,
+}
+
+/// A link that jumps to a block, and the next of the block's.
+struct Incoming {
+    link: u32,
+    next: u32,
+}
+
+/// All blocks of a vCPU. What belongs to blocks lies in lists and slices of a few large vectors: blocks are made one by one
+/// and go all at once.
 #[derive(Default)]
 pub(crate) struct BlockTable {
-    map: HashMap<BlockKey, BlockId>,
-    pages: HashMap<u64, Vec<BlockId>>,
+    /// Live blocks by key.
+    map: HashTable<BlockId>,
+    hasher: DefaultHashBuilder,
+    /// By backing page.
+    pages: HashMap<u64, PageBlocks>,
     pub(crate) blocks: Vec<Block>,
     pub(crate) links: Vec<Link>,
+    sites: Vec<InstructionSite>,
+    incoming: Vec<Incoming>,
 }
 
 impl BlockTable {
     pub(crate) fn find(&self, key: &BlockKey) -> Option<BlockId> {
-        self.map.get(key).copied()
+        self.map.find(self.hasher.hash_one(key), |&id| self.blocks[id as usize].key == *key).copied()
     }
 
     /// Adds a block.
-    pub(crate) fn insert(&mut self, block: Block) -> BlockId {
+    pub(crate) fn insert(&mut self, new: NewBlock<'_>) -> BlockId {
+        let NewBlock { key, start, entry, code_len, granules, counted, crosses_into, sites } = new;
         let id = self.blocks.len() as BlockId;
-        self.map.insert(block.key, id);
-        let first = block.key.at.0 >> PAGE_SHIFT;
-        for page in std::iter::once(first).chain(block.crosses_into) {
-            self.pages.entry(page).or_default().push(id);
+        let (hasher, blocks) = (&self.hasher, &self.blocks);
+        self.map.insert_unique(hasher.hash_one(key), id, |&id| hasher.hash_one(blocks[id as usize].key));
+        let second = crosses_into.map(|page| (page.number(), Granules::HEAD));
+        for (page, granules) in std::iter::once((key.at.0 >> PAGE_SHIFT, granules)).chain(second) {
+            let on_page = self.pages.entry(page).or_default();
+            on_page.granules.add(granules);
+            on_page.blocks.push((granules, id));
         }
-        self.blocks.push(block);
+        let at = self.sites.len() as u32;
+        self.sites.extend_from_slice(sites);
+        self.blocks.push(Block {
+            key,
+            start,
+            entry,
+            code_len,
+            counted,
+            cached: false,
+            live: true,
+            crosses_into,
+            sites: (at, sites.len() as u16),
+            incoming: NONE,
+        });
         id
     }
 
-    /// Blocks with bytes on the page, removed from it.
-    pub(crate) fn take_page(&mut self, page: u64) -> Vec<BlockId> {
-        self.pages.remove(&page).unwrap_or_default()
+    /// The instructions of a block.
+    pub(crate) fn sites(&self, block: &Block) -> &[InstructionSite] {
+        let (at, n) = block.sites;
+        &self.sites[at as usize..at as usize + usize::from(n)]
     }
 
-    /// Marks a block dead and forgets its key.
+    /// Code address of the instruction of `block` whose code holds `at`, and how many from it on were counted.
+    pub(crate) fn rip_at(&self, block: &Block, at: CodeOffset) -> Option<(u64, u32)> {
+        let off = at.0 - block.start.0;
+        let sites = self.sites(block);
+        let i = sites.partition_point(|s| u32::from(s.host) <= off).checked_sub(1)?;
+        let address = block.key.mode.advance(block.key.address, u64::from(sites[i].guest));
+        Some((address, u32::from(block.counted).saturating_sub(i as u32)))
+    }
+
+    /// Records that link `link` jumps to block `to`.
+    pub(crate) fn add_incoming(&mut self, to: BlockId, link: u32) {
+        let first = &mut self.blocks[to as usize].incoming;
+        let at = self.incoming.len() as u32;
+        self.incoming.push(Incoming { link, next: *first });
+        *first = at;
+    }
+
+    /// Takes one link off those that jump to block `to`.
+    pub(crate) fn take_incoming(&mut self, to: BlockId) -> Option<&Link> {
+        let first = &mut self.blocks[to as usize].incoming;
+        let Incoming { link, next } = self.incoming.get(*first as usize)?;
+        *first = *next;
+        self.links.get(*link as usize)
+    }
+
+    /// Takes the blocks made from some of `written` of the page off their pages, to be retired, and says whether the page has
+    /// others.
+    pub(crate) fn take(&mut self, page: u64, written: Granules, taken: &mut Vec<BlockId>) -> bool {
+        let Some(on_page) = self.pages.get_mut(&page) else { return false };
+        if !on_page.granules.meets(written) {
+            return true;
+        }
+        let mut left = Granules::default();
+        on_page.blocks.retain(|&(granules, id)| {
+            if granules.meets(written) {
+                taken.push(id);
+            } else {
+                left.add(granules);
+            }
+            !granules.meets(written)
+        });
+        on_page.granules = left;
+        let others = !on_page.blocks.is_empty();
+        if !others {
+            self.pages.remove(&page);
+        }
+        for &id in &*taken {
+            if self.blocks[id as usize].crosses_into.is_some() {
+                self.unlist(id);
+            }
+        }
+        others
+    }
+
+    /// Takes a block off its pages.
+    fn unlist(&mut self, id: BlockId) {
+        let block = &self.blocks[id as usize];
+        for page in [Some(block.key.at.0 >> PAGE_SHIFT), block.crosses_into.map(NonZeroPage::number)] {
+            let Some((page, on_page)) = page.and_then(|p| Some((p, self.pages.get_mut(&p)?))) else {
+                continue;
+            };
+            on_page.blocks.retain(|&(_, other)| other != id);
+            if on_page.blocks.is_empty() {
+                self.pages.remove(&page);
+            }
+        }
+    }
+
+    /// Takes a live block off its pages, to be retired.
+    pub(crate) fn take_one(&mut self, id: BlockId) -> bool {
+        let live = self.blocks[id as usize].live;
+        if live {
+            self.unlist(id);
+        }
+        live
+    }
+
+    /// Marks a block dead that was taken, and forgets its key.
     pub(crate) fn retire(&mut self, id: BlockId) {
         let block = &mut self.blocks[id as usize];
         block.live = false;
-        let key = block.key;
-        if self.map.get(&key) == Some(&id) {
-            self.map.remove(&key);
+        let hash = self.hasher.hash_one(block.key);
+        if let Ok(entry) = self.map.find_entry(hash, |&other| other == id) {
+            entry.remove();
         }
     }
 
@@ -205,5 +374,99 @@ impl BlockTable {
 
     pub(crate) fn clear(&mut self) {
         *self = BlockTable::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn insert(table: &mut BlockTable, at: u64, granules: Granules, crosses_into: Option<u64>) -> BlockId {
+        let start = CodeOffset(table.blocks.len() as u32 * 64);
+        let (sites, mode) =
+            ([InstructionSite { host: 4, guest: 0 }, InstructionSite { host: 9, guest: 3 }], Mode(0));
+        table.insert(NewBlock {
+            key: BlockKey { at: RamOffset(at), address: at, mode },
+            start,
+            entry: start,
+            code_len: 20,
+            granules,
+            counted: 2,
+            crosses_into: crosses_into.and_then(NonZeroPage::new),
+            sites: &sites,
+        })
+    }
+
+    fn take(table: &mut BlockTable, page: u64, written: Granules) -> (Vec<BlockId>, bool) {
+        let mut taken = Vec::new();
+        let left = table.take(page, written, &mut taken);
+        taken.iter().for_each(|&id| table.retire(id));
+        (taken, left)
+    }
+
+    #[test]
+    fn granules_of_bytes() {
+        assert_eq!(Granules::of(0, 1), Granules(1));
+        assert_eq!(Granules::of(63, 65), Granules(3));
+        assert_eq!(Granules::of(0, 4096), Granules::ALL);
+        assert_eq!(Granules::of(4095, 4200), Granules(1 << 63));
+    }
+
+    #[test]
+    fn only_blocks_made_from_what_was_written_are_taken() {
+        let mut t = BlockTable::default();
+        let [a, b, c] = [0x1000, 0x1040, 0x1080].map(|at: u64| {
+            insert(&mut t, at, Granules::of(at as usize & 0xFFF, (at as usize & 0xFFF) + 65), None)
+        });
+        assert_eq!(take(&mut t, 1, Granules(1 << 60)), (vec![], true));
+        let (taken, left) = take(&mut t, 1, Granules(1 << 1));
+        assert!(left && taken.len() == 2 && taken.contains(&a) && taken.contains(&b));
+        let key = |t: &BlockTable, id: BlockId| t.blocks[id as usize].key;
+        assert_eq!((t.find(&key(&t, a)), t.find(&key(&t, c))), (None, Some(c)));
+        assert_eq!(take(&mut t, 1, Granules::ALL), (vec![c], false));
+        assert_eq!(take(&mut t, 1, Granules::ALL), (vec![], false));
+        assert_eq!(t.pages().count(), 0);
+    }
+
+    #[test]
+    fn a_block_on_two_pages_is_found_from_both() {
+        for written in [1, 2] {
+            let mut t = BlockTable::default();
+            let beside = insert(&mut t, 0x2100, Granules::of(0x100, 0x110), None);
+            let crossing = insert(&mut t, 0x1FFE, Granules::of(0xFFE, 0x1000), Some(2));
+            assert_eq!(take(&mut t, 2, Granules::of(64, 128)), (vec![], true));
+            assert_eq!(take(&mut t, written, Granules(1 | 1 << 63)), (vec![crossing], written == 2));
+            assert_eq!(t.pages().collect::<Vec<_>>(), [2], "neither page lists it any more");
+            assert_eq!(take(&mut t, 2, Granules::ALL).0, [beside]);
+            assert_eq!(take(&mut t, 1, Granules::ALL), (vec![], false));
+        }
+    }
+
+    #[test]
+    fn links_into_a_block_are_given_back_once() {
+        let mut t = BlockTable::default();
+        let [a, b] = [0x1000, 0x1040].map(|at| insert(&mut t, at, Granules(1), None));
+        for target in 0..3 {
+            let (site, stub) = (CodeOffset(0), CodeOffset(0));
+            t.links.push(Link { target, site, stub, flags_live: false, same_page: true, ungrouped: false });
+        }
+        for (to, link) in [(a, 0), (b, 1), (a, 2)] {
+            t.add_incoming(to, link);
+        }
+        let mut of =
+            |block| std::iter::from_fn(|| t.take_incoming(block).map(|l| l.target)).collect::<Vec<_>>();
+        assert_eq!((of(a), of(b), of(a)), (vec![2, 0], vec![1], vec![]));
+    }
+
+    #[test]
+    fn instructions_by_their_code() {
+        let mut t = BlockTable::default();
+        insert(&mut t, 0x1000, Granules(1), None);
+        let id = insert(&mut t, 0x1040, Granules(1), None);
+        let block = t.by_code(CodeOffset(64 + 10)).expect("code of the second block");
+        assert_eq!(block.key, t.blocks[id as usize].key);
+        assert_eq!(t.rip_at(block, CodeOffset(64 + 10)), Some((0x1043, 1)));
+        assert_eq!(t.rip_at(block, CodeOffset(64 + 2)), None);
+        assert!(t.by_code(CodeOffset(64 + 20)).is_none());
     }
 }

@@ -12,12 +12,17 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub(crate) struct CodeOffset(pub u32);
 
+/// Bytes for which host pages are asked for at a time.
+const POPULATE: usize = 128 << 10;
+
 /// The code cache of one vCPU.
 pub(crate) struct CodeCache {
     rw: *mut u8,
     rx: *mut u8,
     len: usize,
     used: usize,
+    /// Bytes for which host pages were asked for, in both mappings.
+    populated: usize,
     _file: OwnedFd,
 }
 
@@ -46,7 +51,7 @@ impl CodeCache {
         }
         let rw = map(&file, len, libc::PROT_READ | libc::PROT_WRITE)?;
         let rx = map(&file, len, libc::PROT_READ | libc::PROT_EXEC)?;
-        Ok(CodeCache { rw, rx, len, used: 0, _file: file })
+        Ok(CodeCache { rw, rx, len, used: 0, populated: 0, _file: file })
     }
 
     /// Bytes still free.
@@ -68,12 +73,27 @@ impl CodeCache {
     pub(crate) fn append(&mut self, code: &[u8]) -> CodeOffset {
         assert!(code.len() <= self.free(), "code cache overrun");
         let at = self.used;
+        if at + code.len() > self.populated {
+            self.populate(at + code.len());
+        }
         // SAFETY: `at + code.len() <= len`, checked above; the source is a Rust slice outside the cache.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(at), code.len()) };
         self.used = at + code.len();
         self.used = (self.used + 15) & !15;
         self.used = self.used.min(self.len);
         CodeOffset(at as u32)
+    }
+
+    /// Asks for host pages up to `end`, many at a time: two page faults for each cost more than to translate a page of code.
+    #[cold]
+    fn populate(&mut self, end: usize) {
+        let to = end.next_multiple_of(POPULATE).min(self.len);
+        for (mapping, advice) in [(self.rw, libc::MADV_POPULATE_WRITE), (self.rx, libc::MADV_POPULATE_READ)] {
+            // SAFETY: the range lies in the mapping and begins at a page. Where the host does not know the advice, pages come
+            // when they are touched.
+            unsafe { libc::madvise(mapping.add(self.populated).cast(), to - self.populated, advice) };
+        }
+        self.populated = to;
     }
 
     /// A copy of `len` bytes of code, or what there is of them.

@@ -20,7 +20,7 @@ use crate::segments::Bounds;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
 pub(crate) enum Reason {
-    /// A direct exit that is not chained yet: `link` names it, `rip` is the target.
+    /// A direct exit that is not chained yet: `link` names it.
     Link = 0,
     /// An indirect transfer whose target is not in the jump cache: `rip` is the target.
     Indirect = 1,

@@ -1,11 +1,11 @@
 //! Guest bytes to a block: decodes one basic block and drives the emitter over it.
 
-use crate::block::Mode;
+use crate::block::{Granules, InstructionSite, Mode};
 use crate::classify::{Class, Form, Forms, stack_word};
 use crate::context::Reason;
 use crate::emit::{Emitter, Site};
 use crate::flags::{self, FlagSet};
-use crate::groups;
+use crate::groups::{self, Planner};
 use iced_x86::{Decoder, EncodingKind, Instruction};
 
 /// Instructions in a block at most.
@@ -36,8 +36,8 @@ pub(crate) struct Source<'a> {
 pub(crate) struct Translated {
     /// Guest bytes translated.
     pub(crate) len: u32,
-    /// (host offset, guest offset) of each instruction.
-    pub(crate) sites: Box<[(u32, u32)]>,
+    /// What of the page the translation depends on.
+    pub(crate) granules: Granules,
     /// Host offset of the direct entry.
     pub(crate) entry: u32,
     /// Instructions translated.
@@ -59,7 +59,11 @@ pub(crate) struct Frontend {
     /// What each of them is.
     forms: Vec<Form>,
     live: Vec<FlagSet>,
-    sites: Vec<(u32, u32)>,
+    /// Where the code of each instruction of the block translated last begins.
+    pub(crate) sites: Vec<InstructionSite>,
+    /// What of the page was decoded.
+    seen: Granules,
+    planner: Planner,
 }
 
 impl Source<'_> {
@@ -79,38 +83,40 @@ impl Source<'_> {
     }
 }
 
-/// Status flags some instruction at `target` or after may read, as far as the page shows.
-fn live_at(source: &Source<'_>, forms: &mut Forms, target: u64) -> FlagSet {
-    let at = source.code_address(target);
-    let whole_page = source.at as u64 == source.address & 0xFFF;
-    // A debugger sees the flags at its breakpoints, and at whatever leads to them.
-    if at & !0xFFF != source.address & !0xFFF || !whole_page || source.stop.is_some() {
-        return FlagSet::ALL;
-    }
-    let at = (at & 0xFFF) as usize;
-    let mut decoder = Decoder::with_ip(source.mode.bits(), &source.bytes[at..], target, source.options);
-    let mut instr = Instruction::default();
-    let (mut live, mut open) = (0, FlagSet::ALL.0);
-    for _ in 0..LOOK_AHEAD {
-        decoder.decode_out(&mut instr);
-        let read = instr.rflags_read() & FlagSet::ALL.0;
-        live |= read & open;
-        let leaves = instr.flow_control() != iced_x86::FlowControl::Next;
-        if instr.is_invalid()
-            || leaves
-            || matches!(forms.form(&instr).class, Class::Interpret | Class::Syscall | Class::Sysret)
-        {
-            return FlagSet(live | open);
-        }
-        open &= !flags::killed(&instr);
-        if open & !live == 0 {
-            return FlagSet(live);
-        }
-    }
-    FlagSet(live | open)
-}
-
 impl Frontend {
+    /// Status flags some instruction at `target` or after may read, as far as the page shows.
+    fn live_at(&mut self, source: &Source<'_>, forms: &mut Forms, target: u64) -> FlagSet {
+        let at = source.code_address(target);
+        let whole_page = source.at as u64 == source.address & 0xFFF;
+        // A debugger sees the flags at its breakpoints, and at whatever leads to them.
+        if at & !0xFFF != source.address & !0xFFF || !whole_page || source.stop.is_some() {
+            return FlagSet::ALL;
+        }
+        let at = (at & 0xFFF) as usize;
+        let mut decoder = Decoder::with_ip(source.mode.bits(), &source.bytes[at..], target, source.options);
+        let mut instr = Instruction::default();
+        let (mut live, mut open) = (0, FlagSet::ALL.0);
+        for _ in 0..LOOK_AHEAD {
+            decoder.decode_out(&mut instr);
+            let read = instr.rflags_read() & FlagSet::ALL.0;
+            live |= read & open;
+            let leaves = instr.flow_control() != iced_x86::FlowControl::Next;
+            if instr.is_invalid()
+                || leaves
+                || matches!(forms.form(&instr).class, Class::Interpret | Class::Syscall | Class::Sysret)
+            {
+                live |= open;
+                break;
+            }
+            open &= !flags::killed(&instr);
+            if open & !live == 0 {
+                break;
+            }
+        }
+        self.seen.add(Granules::of(at, at + decoder.position().max(1)));
+        FlagSet(live | open)
+    }
+
     /// Decodes up to the end of the block; returns bytes consumed. The last instruction may be one that ends it.
     fn decode(&mut self, source: &Source<'_>, forms: &mut Forms, crossing: bool) -> u32 {
         self.instrs.clear();
@@ -164,6 +170,8 @@ impl Frontend {
         let code64 = source.mode.code64();
         let decoded = self.decode(source, forms, crossing.is_some());
         emitter.start(source.address, source.rip, source.mode, first_link);
+        let at = (source.address & 0xFFF) as usize;
+        self.seen = Granules::of(at, at + decoded.max(1) as usize);
         let (after, taken, next) = self.live_out(source, forms, decoded);
         self.liveness(after, exact_flags(source.mode));
         let live_in = self.live.first().copied().unwrap_or(FlagSet::ALL);
@@ -183,29 +191,28 @@ impl Frontend {
         }
         let mut out = Translated {
             len: decoded.max(1),
-            sites: Box::default(),
+            granules: Granules::default(),
             entry,
             instructions: self.instrs.len() as u32,
             counted,
         };
         let ungrouped = Mode::UNGROUPED | Mode::SEGMENTED;
-        let plans = if source.mode.0 & ungrouped != 0 || crossing.is_some() {
-            Vec::new()
-        } else {
-            groups::plan(&self.instrs, &self.forms, &self.live, code64)
-        };
+        self.planner.plans.clear();
+        if source.mode.0 & ungrouped == 0 && crossing.is_none() {
+            self.planner.plan(&self.instrs, &self.forms, &self.live, code64);
+        }
         let mut ended = false;
         self.sites.clear();
         for i in 0..self.instrs.len() {
             let (instr, form) = (self.instrs[i], self.forms[i]);
-            self.sites.push((emitter.hot_len() as u32, (instr.ip() - source.rip) as u32));
+            self.sites.push(site_at(emitter, (instr.ip() - source.rip) as u32));
             emitter.at(instr.ip(), counted.saturating_sub(i as u32));
             let site = Site { before: self.live[i] };
-            for p in plans.iter().filter(|p| p.check == i) {
+            for p in self.planner.plans.iter().filter(|p| p.check == i) {
                 emitter.sync_rsp();
                 emitter.group(p, site.before);
             }
-            if !emitter.tolerates_pending_rsp(&instr, form.class) {
+            if emitter.rsp_is_pending() && !emitter.tolerates_pending_rsp(&instr, form.class) {
                 emitter.sync_rsp();
             }
             let start = emitter.mark();
@@ -221,7 +228,7 @@ impl Frontend {
             if let Some(n) = groups::rsp_adjust(&instr, code64) {
                 emitter.rsp_adjusted(n);
             }
-            for p in plans.iter().filter(|p| p.last == i) {
+            for p in self.planner.plans.iter().filter(|p| p.last == i) {
                 emitter.sync_rsp();
                 emitter.end_group(p);
             }
@@ -229,7 +236,7 @@ impl Frontend {
         emitter.sync_rsp();
         if !ended {
             let next_rip = self.end(source, decoded);
-            self.sites.push((emitter.hot_len() as u32, decoded));
+            self.sites.push(site_at(emitter, decoded));
             if self.instrs.len() < MAX_INSTRUCTIONS && crossing.is_none() && self.ran_out(source, decoded) {
                 // An undecodable or page-crossing instruction: a block of its own, or the interpreter's #UD or #PF.
                 emitter.at(next_rip, 0);
@@ -244,7 +251,7 @@ impl Frontend {
                 emitter.direct_exit(next_rip, next, false);
             }
         }
-        out.sites = self.sites.as_slice().into();
+        out.granules = self.seen;
         out
     }
 
@@ -259,21 +266,28 @@ impl Frontend {
     }
 
     /// Flags live after the last instruction, at a taken branch, and at the fall-through.
-    fn live_out(&self, source: &Source<'_>, forms: &mut Forms, decoded: u32) -> (FlagSet, FlagSet, FlagSet) {
+    fn live_out(
+        &mut self,
+        source: &Source<'_>,
+        forms: &mut Forms,
+        decoded: u32,
+    ) -> (FlagSet, FlagSet, FlagSet) {
         let next_rip = self.end(source, decoded);
-        let last = match self.instrs.last() {
+        let last = match self.instrs.last().copied() {
             Some(last) if !exact_flags(source.mode) => last,
             _ => return (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
         };
         let either = |a: FlagSet, b: FlagSet| FlagSet(a.0 | b.0);
         match self.forms[self.instrs.len() - 1].class {
             Class::Jcc | Class::Loop | Class::JumpIfCountZero => {
-                let (t, n) =
-                    (live_at(source, forms, last.near_branch_target()), live_at(source, forms, next_rip));
+                let (t, n) = (
+                    self.live_at(source, forms, last.near_branch_target()),
+                    self.live_at(source, forms, next_rip),
+                );
                 (either(t, n), t, n)
             }
             Class::Jmp | Class::Call => {
-                let t = live_at(source, forms, last.near_branch_target());
+                let t = self.live_at(source, forms, last.near_branch_target());
                 (t, t, FlagSet::ALL)
             }
             Class::Ret
@@ -283,11 +297,17 @@ impl Frontend {
             | Class::Sysret
             | Class::Interpret => (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
             _ => {
-                let n = live_at(source, forms, next_rip);
+                let n = self.live_at(source, forms, next_rip);
                 (n, n, n)
             }
         }
     }
+}
+
+/// The instruction that comes next, `guest` bytes behind the block's first. A block of [`MAX_INSTRUCTIONS`] is far from 64 KiB of code.
+fn site_at(emitter: &Emitter, guest: u32) -> InstructionSite {
+    debug_assert!(emitter.hot_len() <= usize::from(u16::MAX));
+    InstructionSite { host: emitter.hot_len().min(usize::from(u16::MAX)) as u16, guest: guest as u16 }
 }
 
 /// Emits one instruction; sets `ended` if it ends the block.

@@ -37,14 +37,15 @@ pub(crate) struct Plan {
 }
 
 /// A run of instructions over which one base register is unchanged (or, for RSP, moved by known amounts).
-/// Displacements count from the base's value at `start`.
+/// Displacements count from the base's value at its start.
 struct Region {
     base: u8,
-    start: usize,
-    /// How far the base moved since `start` (RSP only).
+    /// How far the base moved since the region's start (RSP only).
     moved: i32,
-    /// `moved` before each instruction from `start` up to the first member.
-    trace: Vec<i32>,
+    /// The first member, or as far as the region went without one, and `moved` before it.
+    first: (usize, i32),
+    /// The last instruction up to `first` before which no flags are live, and `moved` there.
+    free: Option<(usize, i32)>,
     members: u32,
     lo: i32,
     hi: i32,
@@ -55,19 +56,29 @@ struct Region {
 }
 
 impl Region {
-    fn new(base: u8, start: usize, upto: usize) -> Region {
-        let trace = vec![0; upto + 1 - start];
+    fn new(base: u8, start: usize, upto: usize, live: &[FlagSet]) -> Region {
+        let free = (start..=upto).rev().find(|&i| live[i].is_empty());
         Region {
             base,
-            start,
             moved: 0,
-            trace,
+            first: (upto, 0),
+            free: free.map(|i| (i, 0)),
             members: 0,
             lo: 0,
             hi: 0,
             write: false,
             last: start,
             full: false,
+        }
+    }
+
+    /// Instruction `i` comes next.
+    fn reach(&mut self, i: usize, live: &[FlagSet]) {
+        if self.members == 0 && self.first.0 + 1 == i {
+            self.first = (i, self.moved);
+            if live[i].is_empty() {
+                self.free = Some(self.first);
+            }
         }
     }
 
@@ -86,10 +97,8 @@ impl Region {
     }
 
     /// The check goes where no flags are live, as late as possible, else right before the first member.
-    fn into_plan(self, live: &[FlagSet], slot: Option<usize>) -> Plan {
-        let first = self.start + self.trace.len() - 1;
-        let check = (self.start..=first).rev().find(|&i| live[i].is_empty()).unwrap_or(first);
-        let moved = self.trace[check - self.start];
+    fn plan(&self, slot: Option<usize>) -> Plan {
+        let (check, moved) = self.free.unwrap_or(self.first);
         Plan {
             base: self.base,
             lo: self.lo - moved,
@@ -102,20 +111,23 @@ impl Region {
     }
 }
 
-/// Regions under construction and those finished.
-struct Search {
+/// Finds the groups of blocks; its buffers are reused.
+#[derive(Default)]
+pub(crate) struct Planner {
+    /// Regions under construction and those finished.
     open: Vec<Region>,
     done: Vec<Region>,
     /// First instruction at which each register has its present value.
     since: [usize; 16],
+    pub(crate) plans: Vec<Plan>,
 }
 
-impl Search {
-    fn region(&mut self, base: u8, at: usize) -> &mut Region {
+impl Planner {
+    fn region(&mut self, base: u8, at: usize, live: &[FlagSet]) -> &mut Region {
         if let Some(k) = self.open.iter().position(|r| r.base == base) {
             return &mut self.open[k];
         }
-        self.open.push(Region::new(base, self.since[base as usize], at));
+        self.open.push(Region::new(base, self.since[base as usize], at, live));
         self.open.last_mut().expect("just pushed")
     }
 
@@ -132,77 +144,85 @@ impl Search {
             self.done.push(r);
         }
     }
+
+    /// Finds the useful groups of a block, the most useful first.
+    pub(crate) fn plan(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) {
+        self.plans.clear();
+        if candidates(instrs, forms) < 2 {
+            return;
+        }
+        self.open.clear();
+        self.done.clear();
+        self.since = [0; 16];
+        self.find_regions(instrs, forms, live, code64);
+        let mut open = std::mem::take(&mut self.open);
+        open.drain(..).for_each(|r| self.consider(r));
+        self.open = open;
+        self.done.sort_by_key(|r| std::cmp::Reverse(r.members));
+        let pays = |(i, r): &(usize, &Region)| *i == 0 || (*i <= SLOTS && r.members >= SLOT_MEMBERS);
+        let found = self.done.iter().enumerate().filter(pays);
+        self.plans.extend(found.map(|(i, r)| r.plan(i.checked_sub(1))));
+    }
+
+    fn find_regions(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) {
+        for (i, instr) in instrs.iter().enumerate() {
+            let form = forms[i];
+            let ends = matches!(
+                form.class,
+                Class::Interpret
+                    | Class::Syscall
+                    | Class::Sysret
+                    | Class::Stac
+                    | Class::Clac
+                    | Class::LoadSegment
+            );
+            if ends {
+                // Another view or segment begins here: what was checked before need not hold behind it.
+                break;
+            }
+            self.open.iter_mut().for_each(|r| r.reach(i, live));
+            if let Some(base) = grouped_base(instr, &form.class, code64) {
+                let size = instr.memory_size().size() as i32;
+                let write = memory_written(instr, &form.access);
+                self.region(base, i, live).add(i, instr.memory_displacement64() as i32, size, write);
+            }
+            match form.class {
+                Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => {
+                    let word = stack_word(instr) as i32;
+                    let r = self.region(RSP, i, live);
+                    r.add(i, -word, word, true);
+                    r.moved -= word;
+                }
+                Class::Pop | Class::Ret | Class::Popf => {
+                    let word = stack_word(instr) as i32;
+                    let r = self.region(RSP, i, live);
+                    r.add(i, 0, word, false);
+                    r.moved += word;
+                }
+                _ => {}
+            }
+            let adjust = rsp_adjust(instr, code64);
+            if let Some(n) = adjust {
+                self.region(RSP, i, live).moved += n;
+            }
+            let mut modified = modified(instr, form.class, &form.access);
+            if adjust.is_some() {
+                modified &= !(1 << RSP);
+            }
+            while modified != 0 {
+                self.close(modified.trailing_zeros() as u8, i);
+                modified &= modified - 1;
+            }
+        }
+    }
 }
 
-/// Finds the useful groups of a block, the most useful first.
-pub(crate) fn plan(instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) -> Vec<Plan> {
+/// Instructions that may become members.
+fn candidates(instrs: &[Instruction], forms: &[Form]) -> usize {
     let stack =
         |c: Class| matches!(c, Class::Push | Class::Pop | Class::Call | Class::CallIndirect | Class::Ret);
     let memory = |i: &Instruction| i.memory_base() != Register::None;
-    let candidates = instrs.iter().zip(forms).filter(|(i, f)| memory(i) || stack(f.class)).count();
-    if candidates < 2 {
-        return Vec::new();
-    }
-    let mut s = Search { open: Vec::with_capacity(4), done: Vec::new(), since: [0; 16] };
-    for (i, instr) in instrs.iter().enumerate() {
-        let form = forms[i];
-        let ends = matches!(
-            form.class,
-            Class::Interpret
-                | Class::Syscall
-                | Class::Sysret
-                | Class::Stac
-                | Class::Clac
-                | Class::LoadSegment
-        );
-        if ends {
-            // Another view or segment begins here: what was checked before need not hold behind it.
-            break;
-        }
-        for r in &mut s.open {
-            if r.members == 0 && r.start + r.trace.len() == i {
-                r.trace.push(r.moved);
-            }
-        }
-        if let Some(base) = grouped_base(instr, &form.class, code64) {
-            let size = instr.memory_size().size() as i32;
-            let write = memory_written(instr, &form.access);
-            s.region(base, i).add(i, instr.memory_displacement64() as i32, size, write);
-        }
-        match form.class {
-            Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => {
-                let word = stack_word(instr) as i32;
-                let r = s.region(RSP, i);
-                r.add(i, -word, word, true);
-                r.moved -= word;
-            }
-            Class::Pop | Class::Ret | Class::Popf => {
-                let word = stack_word(instr) as i32;
-                let r = s.region(RSP, i);
-                r.add(i, 0, word, false);
-                r.moved += word;
-            }
-            _ => {}
-        }
-        let adjust = rsp_adjust(instr, code64);
-        if let Some(n) = adjust {
-            s.region(RSP, i).moved += n;
-        }
-        let mut modified = modified(instr, form.class, &form.access);
-        if adjust.is_some() {
-            modified &= !(1 << RSP);
-        }
-        while modified != 0 {
-            s.close(modified.trailing_zeros() as u8, i);
-            modified &= modified - 1;
-        }
-    }
-    for r in std::mem::take(&mut s.open) {
-        s.consider(r);
-    }
-    s.done.sort_by_key(|r| std::cmp::Reverse(r.members));
-    let pays = |(i, r): &(usize, Region)| *i == 0 || (*i <= SLOTS && r.members >= SLOT_MEMBERS);
-    s.done.into_iter().enumerate().filter(pays).map(|(i, r)| r.into_plan(live, i.checked_sub(1))).collect()
+    instrs.iter().zip(forms).filter(|(i, f)| memory(i) || stack(f.class)).count()
 }
 
 /// The base register of a memory operand that can be a member.

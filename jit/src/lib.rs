@@ -6,6 +6,7 @@
 //! the blocks, runs them, and serves their misses and exits.
 #![allow(clippy::useless_conversion, reason = "dynasm! converts every register it is given")]
 
+mod assembler;
 mod block;
 mod classify;
 mod code_cache;
@@ -20,6 +21,7 @@ mod groups;
 pub mod host;
 mod large;
 mod pages;
+pub mod perf_map;
 mod regs;
 mod segments;
 pub mod signal;

@@ -2,17 +2,22 @@
 //!
 //! Invariant: the stubs run only with host RSP at the translator's live `JitContext`, as `context` describes.
 
+use crate::assembler::SimpleAssembler;
 use crate::code_cache::{CodeCache, CodeOffset};
 use crate::context::{Reason, ctx};
-use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use dynasmrt::{DynasmApi, dynasm};
 
 /// Where the stubs are.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stubs {
     /// `extern "sysv64" fn(*mut JitContext)`: runs from `entry` until an exit.
     pub(crate) enter: CodeOffset,
-    /// Leaves translated code; `reason` is in r10d, `rip` and `link` are stored.
+    /// Leaves translated code; `reason` is in r10d, `rip` is stored.
     pub(crate) exit: CodeOffset,
+    /// Leaves by the link with the number in r10d.
+    pub(crate) link: CodeOffset,
+    /// Leaves at a block's indirect entry, whose code address is in r11, because of attention.
+    pub(crate) attention: CodeOffset,
     /// Called with EA in r10 and [`MissInfo`] in r11, guest flags restored: fills the delta table. Returns behind the
     /// [`JMP_BYTES`] byte jump after the call to try again, and to that jump if the access is for the interpreter.
     pub(crate) miss: CodeOffset,
@@ -20,6 +25,24 @@ pub(crate) struct Stubs {
     pub(crate) indirect: CodeOffset,
     /// Leaves to interpret the instruction at the stored `rip`.
     pub(crate) interpret: CodeOffset,
+}
+
+impl Stubs {
+    /// All of them, by where they begin.
+    pub(crate) fn all(&self) -> [(CodeOffset, &'static str); 7] {
+        let Stubs { enter, exit, link, attention, miss, indirect, interpret } = *self;
+        let mut all = [
+            (enter, "enter"),
+            (exit, "exit"),
+            (link, "link"),
+            (attention, "attention"),
+            (miss, "miss"),
+            (indirect, "indirect"),
+            (interpret, "interpret"),
+        ];
+        all.sort_unstable();
+        all
+    }
 }
 
 /// Bytes of the `jmp rel32` that follows every call of the miss stub.
@@ -153,6 +176,20 @@ fn emit_exit() -> SimpleAssembler {
     ops
 }
 
+fn emit_link(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
+    let mut ops = SimpleAssembler::new();
+    dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(link)], r10d ; mov r10d, Reason::Link as i32);
+    jmp_to(&mut ops, start, exit);
+    ops
+}
+
+fn emit_attention(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
+    let mut ops = SimpleAssembler::new();
+    dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(rip)], r11 ; mov r10d, Reason::Attention as i32);
+    jmp_to(&mut ops, start, exit);
+    ops
+}
+
 fn emit_interpret(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
     dynasm!(ops ; .arch x64 ; mov r10d, Reason::Interpret as i32);
@@ -209,6 +246,10 @@ pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
     let exit = cache.append(&emit_exit().finalize());
     let at = cache.next();
     let interpret = cache.append(&emit_interpret(at, exit).finalize());
+    let at = cache.next();
+    let link = cache.append(&emit_link(at, exit).finalize());
+    let at = cache.next();
+    let attention = cache.append(&emit_attention(at, exit).finalize());
     let miss = cache.append(&emit_miss(helper).finalize());
     let at = cache.next();
     let mut ops = SimpleAssembler::new();
@@ -220,5 +261,5 @@ pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
     );
     jmp_to(&mut ops, at, exit);
     let indirect = cache.append(&ops.finalize());
-    Stubs { enter, exit, miss, indirect, interpret }
+    Stubs { enter, exit, link, attention, miss, indirect, interpret }
 }

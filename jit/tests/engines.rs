@@ -270,6 +270,34 @@ fn code_that_patches_itself() {
 }
 
 program!(
+    t_beside,
+    "lea rsi, [rip + 30f]",
+    "mov ecx, 300",
+    "2: mov [rsi], rcx",
+    "call 3f",
+    "dec ecx",
+    "jnz 2b",
+    "jmp 77f",
+    "3: add rax, [rsi]",
+    "ret",
+    ".skip 128",
+    "30: .quad 0",
+    "77:",
+);
+
+#[test]
+fn a_store_beside_code_leaves_it_alone() {
+    let s = agree(t_beside::bytes(), flags::STATUS);
+    assert_eq!(s.gpr[0], (1..=300).sum::<u64>());
+    let mem = memory(t_beside::bytes());
+    let (_, mut jit) = engines(&mem);
+    run(&mut jit, &mem);
+    let counter = |name: &str| jit.counters().into_iter().find(|(n, _)| n == name).expect("counted").1;
+    assert_eq!(counter("blocks_invalidated"), 0);
+    assert!(counter("delta_miss_code") >= 300, "the stores did go to a page of code");
+}
+
+program!(
     t_high,
     "mov ecx, 200",
     "2: mov ah, [rsi + rcx]",

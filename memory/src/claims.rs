@@ -7,8 +7,9 @@
 //! * Whoever claims it as code asks the others to give up writing, and reads no byte before the last has: see
 //!   [`Claims::claim_code`]. Nobody waits: until then its code is interpreted.
 //! * Everybody else's stores go through [`Pages::wrote`], after the store. It leaves a notice with each translator that
-//!   claims the page as code, takes the claim away, and gets the translator's attention. So whenever a translator has blocks
-//!   of a page, either its claim stands or a notice waits.
+//!   claims the page as code, and gets the translator's attention. The notice says which parts of the page were written, so
+//!   that code beside data stays; the claim ends when the translator has no code of the page left. So whenever it has blocks
+//!   of a page, its claim stands, and where they are stale a notice waits.
 //!
 //! A translator looks at its notices when it begins to run, when it is asked for attention, and after every instruction that
 //! it gives to the interpreter core; all serializing instructions are among those. One that is not running has promised to
@@ -17,9 +18,9 @@
 //! Store and load of the two sides are ordered by full barriers: the writer's between its store and its look at the
 //! state, the translator's by the read-modify-write that makes the claim. One of them sees the other.
 
-use crate::addr::{PAGE_SHIFT, RamOffset};
+use crate::addr::{PAGE_SHIFT, PAGE_SIZE, RamOffset};
 use crate::guest::GuestMemory;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, MutexGuard};
@@ -51,15 +52,16 @@ pub trait CodeWatcher: Send + Sync {
 /// What a translator must do about a page, given by its first byte.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Notice {
-    /// It was written: what was translated from it is stale.
-    Written(RamOffset),
+    /// It was written: what was translated from these of its parts is stale. A bit for each 64 bytes.
+    Written(RamOffset, u64),
     /// Another translator takes code from it: stop showing it writable, then [`Claims::release_write`].
     Revoke(RamOffset),
 }
 
 #[derive(Default)]
 struct Mail {
-    notices: BTreeSet<Notice>,
+    written: BTreeMap<RamOffset, u64>,
+    revoke: BTreeSet<RamOffset>,
     running: bool,
     watcher: Option<Box<dyn CodeWatcher>>,
 }
@@ -107,39 +109,38 @@ impl Pages {
                 state.fetch_or(DIRTY, Ordering::Relaxed);
             }
             if seen & CODE != 0 {
-                self.tell(page, seen & CODE);
+                self.tell(page, seen & CODE, parts(page, at, len));
             }
         }
     }
 
     #[cold]
-    fn tell(&self, page: u64, translators: u64) {
+    fn tell(&self, page: u64, translators: u64, parts: u64) {
         for slot in members(translators) {
-            self.post(slot, Notice::Written(RamOffset(page << PAGE_SHIFT)));
+            self.post(slot, Notice::Written(RamOffset(page << PAGE_SHIFT), parts));
         }
     }
 
-    /// Leaves a notice, and takes away what it is about. Under the slot's lock, so that a claim made after the notice was
-    /// taken is not lost.
+    /// Leaves a notice, and takes away the claim to write where it is about that. Under the slot's lock, so that a claim made
+    /// after the notice was taken is not lost.
     fn post(&self, slot: usize, notice: Notice) {
         let s = &self.slots[slot];
         let mut mail = s.mail();
-        mail.notices.insert(notice);
+        match notice {
+            Notice::Written(page, parts) => *mail.written.entry(page).or_default() |= parts,
+            Notice::Revoke(page) => drop(mail.revoke.insert(page)),
+        }
         s.pending.store(true, Ordering::SeqCst);
         if mail.running
             && let Some(watcher) = &mail.watcher
         {
             watcher.code_written();
         }
-        match notice {
-            Notice::Written(page) => {
-                self.state(page.0 >> PAGE_SHIFT).fetch_and(!code(slot), Ordering::SeqCst);
-            }
-            // While it runs it may be storing: it gives up writing itself.
-            Notice::Revoke(page) if !mail.running => {
-                self.state(page.0 >> PAGE_SHIFT).fetch_and(!writer(slot), Ordering::SeqCst);
-            }
-            Notice::Revoke(_) => {}
+        // While it runs it may be storing: it gives up writing itself.
+        if let Notice::Revoke(page) = notice
+            && !mail.running
+        {
+            self.state(page.0 >> PAGE_SHIFT).fetch_and(!writer(slot), Ordering::SeqCst);
         }
     }
 
@@ -178,6 +179,17 @@ impl Pages {
         *self.taken.lock().expect("slots") &= !(1 << slot);
     }
 }
+
+/// Which sixty-fourths of page number `page` hold some of the `len` bytes from `at` on; some do.
+fn parts(page: u64, at: RamOffset, len: u64) -> u64 {
+    let start = page << PAGE_SHIFT;
+    let from = at.0.max(start) - start;
+    let last = (at.0 + len - 1).min(start | (PAGE_SIZE - 1)) - start;
+    u64::MAX << (from / PART) & u64::MAX >> (63 - last / PART)
+}
+
+/// Bytes of a part of a page.
+const PART: u64 = PAGE_SIZE / 64;
 
 /// Numbers of the bits that are set.
 fn members(mut bits: u64) -> impl Iterator<Item = usize> {
@@ -229,7 +241,9 @@ impl Claims {
         let slot = &self.pages().slots[self.slot];
         let mut mail = slot.mail();
         slot.pending.store(false, Ordering::SeqCst);
-        std::mem::take(&mut mail.notices).into_iter()
+        let written = std::mem::take(&mut mail.written).into_iter();
+        let revoke = std::mem::take(&mut mail.revoke).into_iter();
+        written.map(|(page, parts)| Notice::Written(page, parts)).chain(revoke.map(Notice::Revoke))
     }
 
     /// Claims the page of `at` as code, and gives up writing it: the caller has revoked its own entries, or does so
@@ -319,8 +333,10 @@ mod tests {
     }
 
     fn notices(c: &Claims) -> Vec<Notice> {
-        assert_eq!(c.has_notices(), !c.pages().slots[c.slot].mail().notices.is_empty());
-        c.take_notices().collect()
+        let pending = c.has_notices();
+        let all: Vec<_> = c.take_notices().collect();
+        assert_eq!(pending, !all.is_empty());
+        all
     }
 
     fn store(m: &GuestMemory) {
@@ -334,10 +350,27 @@ mod tests {
         assert!(a.claim_code(PAGE) && b.claim_code(PAGE));
         store(&m);
         store(&m);
-        assert_eq!((bell.0.load(Ordering::SeqCst), silent.0.load(Ordering::SeqCst)), (1, 0));
-        assert!(!a.has_code(PAGE), "the claim has gone with the notice");
-        assert_eq!((notices(&a), notices(&b)), (vec![Notice::Written(PAGE)], vec![Notice::Written(PAGE)]));
+        assert!(bell.0.load(Ordering::SeqCst) > 0 && silent.0.load(Ordering::SeqCst) == 0);
+        assert!(a.has_code(PAGE), "other code of the page is as it was");
+        let notice = Notice::Written(PAGE, 1 << 63);
+        assert_eq!((notices(&a), notices(&b)), (vec![notice], vec![notice]));
         assert_eq!((notices(&a), notices(&c)), (vec![], vec![]));
+    }
+
+    #[test]
+    fn notices_add_up_what_was_written() {
+        let m = memory();
+        let (a, _) = claims(&m);
+        assert!(a.claim_code(PAGE) && a.claim_code(RamOffset(0x4000)));
+        m.write(PhysAddr(0x3000), &[0; 64]).expect("RAM");
+        m.write(PhysAddr(0x307F), &[0; 2]).expect("RAM");
+        m.write(PhysAddr(0x3FC0), &[0; 65]).expect("RAM");
+        assert_eq!(
+            notices(&a),
+            [Notice::Written(PAGE, 0b111 | 1 << 63), Notice::Written(RamOffset(0x4000), 1)]
+        );
+        m.write(PhysAddr(0x2FFF), &[0; 0x1002]).expect("RAM");
+        assert_eq!(notices(&a), [Notice::Written(PAGE, u64::MAX), Notice::Written(RamOffset(0x4000), 1)]);
     }
 
     #[test]
@@ -347,7 +380,9 @@ mod tests {
         assert!(a.claim_code(PAGE));
         assert!(!a.claim_write(PAGE) && !b.claim_write(PAGE));
         store(&m);
-        assert!(b.claim_write(PAGE), "the store took the claim away");
+        assert!(!b.claim_write(PAGE), "the claim stands until there is no code");
+        a.release_code(PAGE);
+        assert!(b.claim_write(PAGE));
     }
 
     #[test]

@@ -240,7 +240,7 @@ mod tests {
         let bytes =
             [0x4000, 0x4FFF, 0x5000, 0x6000, 0x67FF, 0x6800, 0x6FFF].map(|at| m.read_u8(PhysAddr(at)));
         assert_eq!(bytes, [1, 1, 7, 1, 1, 0, 0].map(Ok));
-        assert_eq!(claims.take_notices().collect::<Vec<_>>(), [Notice::Written(RamOffset(0x4000))]);
+        assert_eq!(claims.take_notices().collect::<Vec<_>>(), [Notice::Written(RamOffset(0x4000), u64::MAX)]);
     }
 
     #[test]

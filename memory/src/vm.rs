@@ -188,7 +188,7 @@ mod tests {
         vm.write_slice(&[1; 8], GuestAddress((4 << 30) + 0xFFC)).expect("high RAM");
         vm.store(7u16, GuestAddress(0x3000), std::sync::atomic::Ordering::Release).expect("RAM");
         let told: Vec<_> = claims.take_notices().collect();
-        assert_eq!(told, [Notice::Written(RamOffset((8 << 20) + 0x1000))]);
+        assert_eq!(told, [Notice::Written(RamOffset((8 << 20) + 0x1000), 1)]);
         assert_eq!(m.take_dirty().len(), 3);
     }
 }

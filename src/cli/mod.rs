@@ -165,6 +165,12 @@ pub struct RunArgs {
     /// Write every counter to this file at exit.
     #[arg(long, value_name = "F.json")]
     pub stats: Option<PathBuf>,
+    /// Bytes of host code that a vCPU keeps; when they are full it starts over.
+    #[arg(long, value_name = "SIZE", default_value = "64M")]
+    pub code_cache: String,
+    /// Write /tmp/perf-PID.map, so that `perf report` names translated code: by guest address, and by --symbols.
+    #[arg(long)]
+    pub perf_map: bool,
     /// Trace events (not there yet).
     #[arg(long, value_name = "SPEC")]
     pub trace: Option<String>,
@@ -250,6 +256,7 @@ impl LockstepArgs {
             ("--gdb", run.gdb.is_some()),
             ("--stats", run.stats.is_some()),
             ("--symbols", run.symbols.is_some()),
+            ("--perf-map", run.perf_map),
             ("--reboot", run.reboot),
         ];
         if run.cpus > 1 {
@@ -272,6 +279,14 @@ impl LockstepArgs {
 }
 
 impl RunArgs {
+    /// Bytes of code cache.
+    pub fn code_cache(&self) -> Result<usize, CliError> {
+        match parse_size(&self.code_cache).map_err(|p| bad("--code-cache", p))? {
+            bytes @ 0x10_0000..=0x4000_0000 => Ok(bytes as usize),
+            _ => Err(bad("--code-cache", "between 1M and 1G")),
+        }
+    }
+
     /// The options nothing stands behind yet.
     fn refuse(&self) -> Result<(), CliError> {
         let given = [

@@ -12,6 +12,7 @@ mod link;
 mod listen;
 mod memory;
 mod monitor;
+pub mod perf_map;
 mod post_mortem;
 mod registers;
 mod session;

@@ -66,7 +66,7 @@ impl Symbols {
         Symbols::parse(&std::fs::read(path).map_err(SymbolError::Io)?)
     }
 
-    fn parse(bytes: &[u8]) -> Result<Symbols, SymbolError> {
+    pub(super) fn parse(bytes: &[u8]) -> Result<Symbols, SymbolError> {
         if !bytes.starts_with(b"\x7FELF") || bytes.get(5) != Some(&1) {
             return Err(SymbolError::NotElf);
         }

@@ -113,6 +113,8 @@ pub struct Machine {
     counting: bool,
     /// The translator returns from every block.
     single_blocks: bool,
+    /// What else the user chose about the translator.
+    tuning: JitOptions,
 }
 
 impl Machine {
@@ -157,6 +159,7 @@ impl Machine {
             board,
             counting,
             single_blocks,
+            tuning: JitOptions::default(),
         })
     }
 
@@ -165,6 +168,11 @@ impl Machine {
     pub fn start(&self) -> Result<CpuState, MachineError> {
         self.board.post();
         Ok(self.payload.load(&self.mem, &self.config)?)
+    }
+
+    /// How engines made from now on keep translated code, and whether `perf` is told about it.
+    pub fn tune(&mut self, code_cache: usize, perf_map: bool) {
+        self.tuning = JitOptions { code_cache, perf_map, ..self.tuning };
     }
 
     /// A fresh engine for processor `vp`.
@@ -176,7 +184,7 @@ impl Machine {
             tsc_base: self.time.tsc_base(),
             single_blocks: self.single_blocks,
             vcpus: self.vcpus.len(),
-            ..JitOptions::default()
+            ..self.tuning
         };
         engine::build(self.config.engine, self.model.clone(), &self.mem, vp, attention, options)
     }

@@ -4,9 +4,10 @@ use super::serial::Serial;
 use super::terminal::RawMode;
 use super::{Finished, Lifecycle, Request, Watchers, drive, signals};
 use crate::cli::RunArgs;
-use crate::debug::{Debugger, Link, Symbols};
+use crate::debug::{self, Debugger, Link, Symbols};
 use crate::machine::{HostEnds, Machine, SerialConfig};
 use crate::stats;
+use paravane_jit::perf_map;
 use std::error::Error;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -26,6 +27,10 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         debug_console: serial.debug_console()?,
     };
     let mut machine = Machine::new(&config, lifecycle, ends)?;
+    machine.tune(args.code_cache()?, args.perf_map);
+    if args.perf_map {
+        perf_map::begin().map_err(|e| format!("--perf-map {}: {e}", perf_map::path().display()))?;
+    }
     let raw = match config.serial.contains(&SerialConfig::Stdio) {
         true => RawMode::enter()?,
         false => None,
@@ -48,8 +53,10 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         }
         None => (None, None),
     };
-    let finished =
-        drive(&mut machine, Watchers { probe: None, debug, symbols, reset_at_shutdown: args.reboot });
+    let finished = drive(
+        &mut machine,
+        Watchers { probe: None, debug, symbols: Arc::clone(&symbols), reset_at_shutdown: args.reboot },
+    );
     if let Some(debugger) = debugger {
         debugger.finish(finished.as_ref().map_or(1, |f| f.request.exit_code()));
     }
@@ -58,6 +65,9 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     let finished = finished?;
     if let Some(path) = &args.stats {
         stats::write(path, &finished.stats).map_err(|e| format!("--stats {}: {e}", path.display()))?;
+    }
+    if args.perf_map {
+        debug::perf_map::name(&perf_map::path(), &symbols).map_err(|e| format!("--perf-map: {e}"))?;
     }
     told(&finished)?;
     Ok(ExitCode::from(finished.request.exit_code()))

@@ -3,12 +3,13 @@
 
 use super::segment::Bound;
 use super::{Emitter, Pos, Target, Unfit};
+use crate::assembler::SimpleAssembler;
 use crate::context::ctx;
 use crate::delta::{READ_BIAS, WRITE_BIAS};
 use crate::flags::FlagSet;
 use crate::regs::{self, Place, R10, R11};
 use crate::stubs::MissInfo;
-use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, OpKind, Register};
 
 pub(super) const NEED_FS_GS: [Register; 2] = [Register::FS, Register::GS];

@@ -2,12 +2,14 @@
 //! the run loop and the interpreter, and the checks at the entries.
 
 use super::{Emitter, PendingLink, Pos, Site, Target, Unfit, load};
+use crate::assembler::SimpleAssembler;
+use crate::block::Link;
 use crate::classify::stack_word;
 use crate::code_cache::CodeOffset;
 use crate::context::{JitContext, Reason, ctx};
 use crate::flags::FlagSet;
 use crate::regs::{self, R10, R11, R13, RCX};
-use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 impl Emitter {
@@ -150,18 +152,27 @@ impl Emitter {
 
     /// The displacement of a chainable jump, and its stub.
     fn link_here(&mut self, target: u64, live: FlagSet) {
-        let number = self.first_link + self.links.len() as u32;
         let stub = self.cold_here();
-        dynasm!(self.cold ; .arch x64 ; mov DWORD [rsp + ctx!(link)], number as i32);
-        self.cold_leave(target, Reason::Link);
         let site = self.hot_rel32(Target::Here(stub));
-        self.links.push(PendingLink {
+        let target = self.code_address(target);
+        let same_page = target >> 12 == self.address >> 12;
+        self.cold_link(PendingLink {
+            target,
             site,
             stub,
             flags_live: !live.is_empty(),
-            same_page: self.code_address(target) >> 12 == self.address >> 12,
+            same_page,
             ungrouped: false,
         });
+    }
+
+    /// The stub of a link: where the link leads is in its record.
+    pub(super) fn cold_link(&mut self, link: PendingLink) {
+        debug_assert_eq!(link.stub, self.cold_here());
+        let number = self.first_link + self.links.len() as u32;
+        dynasm!(self.cold ; .arch x64 ; mov r10d, number as i32);
+        self.cold_jmp(Target::Cache(self.stubs.link));
+        self.links.push(link);
     }
 
     fn poll(&mut self, target: u64, live: FlagSet) {
@@ -230,9 +241,8 @@ impl Emitter {
         if live.is_empty() {
             dynasm!(self.hot ; .arch x64 ; mov rcx, r10);
             load(&mut self.hot, R10, ctx!(attention));
-            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
-            let attention = self.cold_here();
-            self.hot_jcc(5, attention);
+            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0 ; .u8 0x0F, 0x85); // jne
+            self.hot_rel32(Target::Cache(self.stubs.attention));
         } else {
             load(&mut self.hot, RCX, ctx!(attention));
             dynasm!(self.hot
@@ -242,11 +252,9 @@ impl Emitter {
                 ; mov rcx, r10
             );
             self.hot.push(0xE9);
-            let attention = self.cold_here();
-            self.hot_rel32(Target::Here(attention));
+            self.hot_rel32(Target::Cache(self.stubs.attention));
             dynasm!(self.hot ; .arch x64 ; mov rcx, r10);
         }
-        self.cold_leave(rip, Reason::Attention);
     }
 
     /// At the direct entry: leaves to look the block up again unless cell `slot` holds `page` (for an instruction
@@ -291,6 +299,46 @@ impl Emitter {
         Self::restore(&mut self.hot, keep, self.r13_busy);
     }
 
+    /// A jump to `to`, to be placed at `start`, that first checks page-validation cell `slot` and leaves by `link` unless it
+    /// holds `page`: chains blocks of different pages.
+    pub(crate) fn link_thunk(
+        &mut self,
+        start: CodeOffset,
+        link: &Link,
+        (slot, page): (u32, u32),
+        to: CodeOffset,
+    ) -> &[u8] {
+        let ops = &mut self.cold;
+        ops.ops.clear();
+        let at = xslot_offset(slot);
+        let rel = |ops: &mut SimpleAssembler, to: CodeOffset| {
+            let site = start.0 as i32 + ops.offset().0 as i32;
+            ops.push_i32(to.0 as i32 - (site + 4));
+        };
+        if link.flags_live {
+            let minus = (page as i32).wrapping_neg();
+            dynasm!(ops
+                ; .arch x64
+                ; mov r13, rcx
+                ; mov ecx, [rsp + at]
+                ; lea ecx, [rcx + minus]
+                ; .u8 0xE3, 8 // jrcxz over the next two
+                ; mov rcx, r13
+            );
+            ops.push(0xE9);
+            rel(ops, link.stub);
+            dynasm!(ops ; .arch x64 ; mov rcx, r13);
+        } else {
+            dynasm!(ops ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
+            ops.push(0x0F);
+            ops.push(0x85);
+            rel(ops, link.stub);
+        }
+        ops.push(0xE9);
+        rel(ops, to);
+        &ops.ops
+    }
+
     pub(super) fn cold_leave(&mut self, rip: u64, reason: Reason) {
         let address = self.code_address(rip);
         Self::constant(&mut self.cold, R10, address);
@@ -326,46 +374,6 @@ fn count_size(instr: &Instruction) -> u32 {
 /// Offset of a page-validation cell from host RSP.
 fn xslot_offset(slot: u32) -> i32 {
     std::mem::offset_of!(JitContext, xslots) as i32 + slot as i32 * 4
-}
-
-/// A jump to `target` that first checks page-validation cell `slot`; used to chain blocks of different pages.
-/// Returns the code and nothing else: positions are `start`-relative.
-pub(crate) fn link_thunk(
-    start: CodeOffset,
-    slot: u32,
-    page: u32,
-    flags_live: bool,
-    stub: CodeOffset,
-    target: CodeOffset,
-) -> Vec<u8> {
-    let mut ops = SimpleAssembler::new();
-    let at = xslot_offset(slot);
-    let rel = |ops: &mut SimpleAssembler, to: CodeOffset| {
-        let site = start.0 as i32 + ops.offset().0 as i32;
-        ops.push_i32(to.0 as i32 - (site + 4));
-    };
-    if flags_live {
-        let minus = (page as i32).wrapping_neg();
-        dynasm!(ops
-            ; .arch x64
-            ; mov r13, rcx
-            ; mov ecx, [rsp + at]
-            ; lea ecx, [rcx + minus]
-            ; .u8 0xE3, 8 // jrcxz over the next two
-            ; mov rcx, r13
-        );
-        ops.push(0xE9);
-        rel(&mut ops, stub);
-        dynasm!(ops ; .arch x64 ; mov rcx, r13);
-    } else {
-        dynasm!(ops ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
-        ops.push(0x0F);
-        ops.push(0x85);
-        rel(&mut ops, stub);
-    }
-    ops.push(0xE9);
-    rel(&mut ops, target);
-    ops.finalize()
 }
 
 /// Takes `n` instructions, counted when the block was entered, off the counter: they are not executed here after all.

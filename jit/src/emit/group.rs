@@ -4,7 +4,7 @@
 use super::access::Keep;
 use super::flow::give_back;
 use super::{Emitter, PendingLink, Pos, Target, load, store};
-use crate::context::{Reason, ctx};
+use crate::context::ctx;
 use crate::flags::FlagSet;
 use crate::groups::{self, Plan};
 use crate::regs::{self, Place, R10, R11, R13};
@@ -93,15 +93,20 @@ impl Emitter {
     fn ungrouped_exit(&mut self) -> Pos {
         let here = self.cold_here();
         give_back(&mut self.cold, self.remaining);
-        let number = self.first_link + self.links.len() as u32;
         self.cold.push(0xE9);
         let site = self.cold_here();
         self.cold.push_i32(0);
         let stub = self.cold_here();
         self.fixups.push((site, Target::Here(stub)));
-        dynasm!(self.cold ; .arch x64 ; mov DWORD [rsp + ctx!(link)], number as i32);
-        self.cold_leave(self.rip, Reason::Link);
-        self.links.push(PendingLink { site, stub, flags_live: true, same_page: true, ungrouped: true });
+        let target = self.code_address(self.rip);
+        self.cold_link(PendingLink {
+            target,
+            site,
+            stub,
+            flags_live: true,
+            same_page: true,
+            ungrouped: true,
+        });
         here
     }
 

@@ -18,8 +18,7 @@ mod stack;
 mod string;
 mod system;
 
-pub(crate) use flow::link_thunk;
-
+use crate::assembler::SimpleAssembler;
 use crate::block::Mode;
 use crate::classify::Form;
 use crate::code_cache::CodeOffset;
@@ -27,7 +26,7 @@ use crate::context::ctx;
 use crate::flags::FlagSet;
 use crate::regs::{self, Place, R10, R11, R13};
 use crate::stubs::{MissInfo, Stubs};
-use dynasmrt::{DynasmApi, SimpleAssembler, dynasm};
+use dynasmrt::{DynasmApi, dynasm};
 use group::Group;
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpAccess, OpCodeOperandKind, OpKind, Register};
 use paravane_cpu::operand_alignment;
@@ -49,6 +48,8 @@ enum Target {
 /// A direct exit, resolved to cache offsets when the block is placed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PendingLink {
+    /// Code address it leads to.
+    pub(crate) target: u64,
     pub(crate) site: Pos,
     pub(crate) stub: Pos,
     pub(crate) flags_live: bool,

@@ -127,6 +127,11 @@ impl Emitter {
         }
     }
 
+    /// Guest RSP is ahead of its host register.
+    pub(crate) fn rsp_is_pending(&self) -> bool {
+        self.rsp_pending != 0
+    }
+
     /// Whether the instruction can be emitted while RSP is behind: a grouped PUSH or POP of another register, or a plain
     /// register operation that can neither fault nor name RSP.
     pub(crate) fn tolerates_pending_rsp(&self, instr: &Instruction, class: Class) -> bool {

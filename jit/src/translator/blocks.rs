@@ -3,9 +3,8 @@
 
 use super::fill::miss_helper;
 use super::{Translator, canonical};
-use crate::block::{Block, BlockId, BlockKey, Link, Mode};
+use crate::block::{BlockId, BlockKey, Granules, Link, Mode, NewBlock, NonZeroPage};
 use crate::code_cache::CodeOffset;
-use crate::emit;
 use crate::frontend::{Crossing, Source};
 use crate::stubs;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
@@ -56,10 +55,10 @@ impl Translator {
             let Some(second) = self.blocks.blocks[id as usize].crosses_into else { return Some((id, slot)) };
             // An instruction on two pages: the second must still be what it was.
             let (next, _) = self.fetch_page(cpu, mode.advance(lin & !0xFFF, 4096))?;
-            if next.0 >> PAGE_SHIFT == second {
+            if next.0 >> PAGE_SHIFT == second.number() {
                 return Some((id, slot));
             }
-            self.retire(id);
+            self.drop_block(id);
         }
         if self.cache.free() < BLOCK_RESERVE || self.blocks.blocks.len() >= MAX_BLOCKS {
             self.reset_cache();
@@ -96,7 +95,7 @@ impl Translator {
             bytes = &joined[..head + 15];
             source_at = 0;
             crossing = Some(Crossing { slot, page: (next.0 >> PAGE_SHIFT) as u32 + 1 });
-            extra = Some(next.0 >> PAGE_SHIFT);
+            extra = Some(NonZeroPage::new(next.0 >> PAGE_SHIFT)?);
         }
         let options = self.core.model().decoder_options();
         let stop = self.next_breakpoint(&key);
@@ -113,6 +112,7 @@ impl Translator {
         self.cache.append(&self.code);
         for l in &self.emitter.links {
             self.blocks.links.push(Link {
+                target: l.target,
                 site: CodeOffset(start.0 + self.emitter.offset(l.site)),
                 stub: CodeOffset(start.0 + self.emitter.offset(l.stub)),
                 flags_live: l.flags_live,
@@ -120,21 +120,23 @@ impl Translator {
                 ungrouped: l.ungrouped,
             });
         }
+        if let Some(map) = &mut self.perf_map {
+            let user = key.mode.has(Mode::USER);
+            map.block(self.cache.address(start), self.code.len() as u64, key.linear(), user);
+        }
         self.stats.blocks += 1;
         self.stats.instructions += u64::from(t.instructions);
         self.stats.guest_bytes += u64::from(t.len);
         self.stats.code_bytes += self.code.len() as u64;
-        let block = Block {
+        let block = NewBlock {
             key,
             start,
             entry: CodeOffset(start.0 + t.entry),
             code_len: self.code.len() as u32,
-            sites: t.sites,
-            incoming: Vec::new(),
-            cached: false,
-            live: true,
+            granules: t.granules,
+            counted: t.counted as u8,
             crosses_into: extra,
-            counted: t.counted,
+            sites: &self.frontend.sites,
         };
         Some(self.blocks.insert(block))
     }
@@ -173,35 +175,36 @@ impl Translator {
     /// Chains link `number` to block `to`.
     pub(super) fn chain(&mut self, number: u32, to: BlockId, slot: u32, page: RamOffset) {
         let link = &self.blocks.links[number as usize];
-        let (site, stub) = (link.site, link.stub);
+        let site = link.site;
         let entry = self.blocks.blocks[to as usize].entry;
         let target = if link.same_page {
             entry
         } else {
-            let at = self.cache.next();
             let value = (page.0 >> PAGE_SHIFT) as u32 + 1;
-            let thunk = emit::link_thunk(at, slot, value, link.flags_live, stub, entry);
+            let thunk = self.emitter.link_thunk(self.cache.next(), link, (slot, value), entry);
             if thunk.len() + 64 > self.cache.free() {
                 return;
             }
-            self.cache.append(&thunk)
+            self.cache.append(thunk)
         };
         self.cache.patch_rel32(site, target);
-        self.blocks.blocks[to as usize].incoming.push(number);
+        self.blocks.add_incoming(to, number);
         self.stats.links += 1;
     }
 
-    /// Removes a block: nothing jumps to it any more.
-    pub(super) fn retire(&mut self, id: BlockId) {
-        let block = &mut self.blocks.blocks[id as usize];
-        if !block.live {
-            return;
+    /// Removes a block.
+    pub(super) fn drop_block(&mut self, id: BlockId) {
+        if self.blocks.take_one(id) {
+            self.retire(id);
         }
-        let incoming = std::mem::take(&mut block.incoming);
-        let lin = block.key.mode.linear(block.key.address);
+    }
+
+    /// Ends a block that its pages do not list any more: nothing jumps to it.
+    fn retire(&mut self, id: BlockId) {
+        let block = &self.blocks.blocks[id as usize];
+        let lin = block.key.linear();
         let (start, cached) = (block.start, block.cached);
-        for number in incoming {
-            let link = &self.blocks.links[number as usize];
+        while let Some(link) = self.blocks.take_incoming(id) {
             self.cache.patch_rel32(link.site, link.stub);
         }
         if cached {
@@ -212,14 +215,37 @@ impl Translator {
         self.stats.invalidated += 1;
     }
 
-    /// Removes all blocks with bytes on the page at `ram`; the page is an ordinary page again.
-    pub(super) fn invalidate_page(&mut self, ram: RamOffset) {
+    /// Removes the blocks made from some of `written` of the page at `ram`. Without blocks it is an ordinary page again.
+    pub(super) fn invalidate(&mut self, ram: RamOffset, written: Granules) {
         let page = ram.0 >> PAGE_SHIFT;
-        for id in self.blocks.take_page(page) {
+        let mut taken = std::mem::take(&mut self.taken);
+        let left = self.blocks.take(page, written, &mut taken);
+        for id in taken.drain(..) {
             self.retire(id);
         }
-        self.claims.release_code(RamOffset(page << PAGE_SHIFT));
-        self.core.invalidate_code(RamOffset(page << PAGE_SHIFT));
+        self.taken = taken;
+        let page = RamOffset(page << PAGE_SHIFT);
+        if !left {
+            self.claims.release_code(page);
+        }
+        if self.page_copied == Some(page) {
+            self.page_copied = None;
+        }
+        self.core.invalidate_code(page);
+    }
+
+    /// Removes all blocks with bytes on the page at `ram`; the page is an ordinary page again.
+    pub(super) fn invalidate_page(&mut self, ram: RamOffset) {
+        self.invalidate(ram, Granules::ALL);
+    }
+
+    /// Tells `perf` the names of the stubs, if it wants to know.
+    pub(super) fn map_stubs(&mut self) {
+        let Some(map) = &mut self.perf_map else { return };
+        let ends = self.stubs.all().into_iter().skip(1).map(|(at, _)| at).chain([self.cache.next()]);
+        for ((at, name), end) in self.stubs.all().into_iter().zip(ends) {
+            map.stub(self.cache.address(at), u64::from(end.0 - at.0), name);
+        }
     }
 
     /// Starts over with an empty code cache.

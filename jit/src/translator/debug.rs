@@ -33,17 +33,18 @@ impl Translator {
             let next = block.crosses_into;
             let concerned = linear.contains(&lin)
                 || physical.contains(&at)
-                || next.is_some_and(|next| linear.contains(&(lin + 1)) || physical.contains(&next));
+                || next.is_some_and(|next| linear.contains(&(lin + 1)) || physical.contains(&next.number()));
             if concerned {
-                self.retire(id as BlockId);
+                self.drop_block(id as BlockId);
             }
         }
     }
 
     /// The code of `block`: its entries, its instructions, and the ways out of it.
     pub(super) fn listing(&self, block: &Block) -> Vec<HostCode> {
+        let sites = self.blocks.sites(block).iter();
         let sites =
-            block.sites.iter().map(|&(host, guest)| (host, Some(block.key.linear() + u64::from(guest))));
+            sites.map(|site| (u32::from(site.host), Some(block.key.linear() + u64::from(site.guest))));
         let pieces: Vec<_> = std::iter::once((0, None)).chain(sites).collect();
         let ends = pieces.iter().skip(1).map(|p| p.0).chain([block.code_len]);
         let piece = |(&(from, guest), to): (&(u32, Option<u64>), u32)| {

@@ -6,7 +6,7 @@
 //! * `fill` is called only while `running` points to the `CpuState` of the run.
 
 use super::{Translator, canonical};
-use crate::block::Mode;
+use crate::block::{Granules, Mode};
 use crate::classify::Class;
 use crate::context::{JitContext, XSLOTS};
 use crate::pages::CodePages;
@@ -178,7 +178,7 @@ impl Translator {
         self.attention.take(Attention::CODE_WRITTEN);
         for notice in self.claims.take_notices() {
             match notice {
-                Notice::Written(page) => self.invalidate_page(page),
+                Notice::Written(page, parts) => self.invalidate(page, Granules(parts)),
                 Notice::Revoke(page) => {
                     self.stats.revocations += 1;
                     self.revoke(page);

@@ -15,7 +15,7 @@ mod fill;
 mod run;
 mod stats;
 
-use crate::block::BlockTable;
+use crate::block::{BlockId, BlockTable};
 use crate::classify::Forms;
 use crate::code_cache::CodeCache;
 use crate::context::{ContextStack, JitContext};
@@ -24,6 +24,7 @@ use crate::emit::Emitter;
 use crate::frontend::Frontend;
 use crate::host::HostVectorUnit;
 use crate::pages::CodePages;
+use crate::perf_map::PerfMap;
 use crate::segments::CodeSegments;
 use crate::signal;
 use crate::spaces::Spaces;
@@ -54,6 +55,8 @@ pub struct JitOptions {
     /// Translators in this process, one for each vCPU: they share the host's address space and the number of mappings it
     /// allows.
     pub vcpus: usize,
+    /// Tell `perf` where translated code is (see [`crate::perf_map`]).
+    pub perf_map: bool,
 }
 
 impl Default for JitOptions {
@@ -64,6 +67,7 @@ impl Default for JitOptions {
             tsc_base: None,
             single_blocks: false,
             vcpus: 1,
+            perf_map: false,
         }
     }
 }
@@ -117,7 +121,10 @@ pub struct Translator {
     limit: u64,
     /// Less is left than the next block needs: the interpreter runs the rest.
     budget_short: bool,
+    perf_map: Option<PerfMap>,
     code: Vec<u8>,
+    /// Room for the blocks that a write takes.
+    taken: Vec<BlockId>,
     page_bytes: Box<[u8; 4096]>,
     /// Which page `page_bytes` is a copy of.
     page_copied: Option<RamOffset>,
@@ -156,7 +163,7 @@ impl Translator {
         let spaces = Spaces::new(delta.spaces());
         // SAFETY: freshly mapped zeroed memory of the right size and alignment; all-zero is a valid context.
         unsafe { (*context).mxcsr = 0x1F80 };
-        Ok(Translator {
+        let mut translator = Translator {
             core: Core::new(model.clone(), Box::new(vectors), attention.clone(), vp),
             attention,
             mem: mem.clone(),
@@ -184,11 +191,15 @@ impl Translator {
             nmi_pending: false,
             limit: u64::MAX,
             budget_short: false,
+            perf_map: options.perf_map.then(PerfMap::open).transpose()?,
             code: Vec::new(),
+            taken: Vec::new(),
             page_bytes: Box::new([0; 4096]),
             page_copied: None,
             cache,
-        })
+        };
+        translator.map_stubs();
+        Ok(translator)
     }
 
     fn context(&mut self) -> &mut JitContext {

@@ -41,7 +41,7 @@ unsafe fn fault_callback(data: *mut (), fault: &mut FaultContext) -> bool {
         return true;
     }
     let Some(block) = this.blocks.by_code(at) else { return false };
-    let Some((rip, remaining)) = block.rip_at(at) else { return false };
+    let Some((rip, remaining)) = this.blocks.rip_at(block, at) else { return false };
     this.stats.host_faults += 1;
     this.poison_hit = fault.signal() == libc::SIGSEGV;
     // SAFETY: the context lives as long as the translator.
@@ -100,7 +100,7 @@ impl Translator {
     fn x87_pointers(&mut self, cpu: &mut CpuState, host_ip: u64, host_dp: u64) {
         let Some(at) = self.cache.offset_of(host_ip) else { return };
         let Some(block) = self.blocks.by_code(at) else { return };
-        let Some((address, _)) = block.rip_at(at) else { return };
+        let Some((address, _)) = self.blocks.rip_at(block, at) else { return };
         let mode = block.key.mode;
         let Some((instr, bytes)) = self.instruction_at(cpu, mode, address) else { return };
         let ip = self.rip_of(cpu, address);
@@ -434,7 +434,11 @@ impl Translator {
         unsafe { scope.enter(|| enter(context)) };
         self.running = std::ptr::null_mut();
         match self.context().reason {
-            0 => Reason::Link,
+            0 => {
+                let number = self.context().link;
+                self.context().rip = self.blocks.links[number as usize].target;
+                Reason::Link
+            }
             1 => Reason::Indirect,
             3 => Reason::Attention,
             4 => Reason::Syscall,
@@ -451,7 +455,7 @@ impl Translator {
         let source = self.context().source;
         let Some(at) = self.cache.offset_of(source) else { return };
         let Some(block) = self.blocks.by_code(at) else { return };
-        let Some((address, remaining)) = block.rip_at(at) else { return };
+        let Some((address, remaining)) = self.blocks.rip_at(block, at) else { return };
         cpu.instructions = cpu.instructions.wrapping_sub(u64::from(remaining));
         let Some((instr, _)) = self.instruction_at(cpu, mode, address) else { return };
         let moved = i64::from(instr.stack_pointer_increment()) as u64;

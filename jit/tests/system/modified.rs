@@ -133,3 +133,15 @@ fn code_that_erases_itself() {
         assert_eq!((bed.taken().vector, bed.taken().rip), (6, CODE + p.at + 3));
     });
 }
+
+#[test]
+fn a_patch_that_reads_flags_reaches_the_code_before_it() {
+    both(Start::Long, |bed| {
+        // What is patched lies 64 bytes behind code that was translated when nobody wanted its flags.
+        bed.finish(&program!(64: "lea rsi, [rip + 40f]", "call 20f", "mov word ptr [rsi], 0x920F",
+            "mov byte ptr [rsi + 2], 0xC0", "mov eax, 0", "call 20f", "movzx ebx, al", "jmp 77f",
+            ".skip 64, 0x90", "20: stc", "mov rdx, [rsp]", "jmp 40f", ".skip 128, 0x90",
+            "40: xor eax, eax", "nop", "ret", ".skip 64, 0x90", "77:"));
+        assert_eq!(bed.cpu.gpr[gpr::RBX], 1, "SETC sees the carry of STC");
+    });
+}
