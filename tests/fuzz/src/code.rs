@@ -8,6 +8,8 @@
 //! 1000 GDT   2000 IDT   3000 TSS   4000 handlers   6000-7000 stack   9000 code of real mode
 //! 3_0000 page tables   7_0000 stack   10_0000 code   12_0000 data   up to 20_0000 mapped one to one
 //! ```
+//!
+//! With paging the last page, which has code too, is also the last of the linear space, and of the lower half.
 
 use crate::script::Script;
 use paravane_cpu::{
@@ -36,6 +38,8 @@ const STACK: u64 = 0x7_0000;
 const CODE: u64 = 0x10_0000;
 const DATA: u64 = 0x12_0000;
 const CODE_LEN: usize = 0x3000;
+/// Bytes of code at the end of memory and of the first 64 KiB.
+const TOP: u64 = 0x100;
 
 const CODE32: u16 = 0x08;
 const CODE64: u16 = 0x10;
@@ -156,6 +160,8 @@ struct Start<'a> {
     gpr: [u64; 16],
     rflags: u64,
     entry: u64,
+    /// It starts in the last bytes below this.
+    below: Option<u64>,
     tables: [(u16, u64); 2],
     code: &'a [u8],
 }
@@ -172,8 +178,16 @@ impl<'a> Start<'a> {
             tables = tables.map(|_| (s.u16() % 0xC00, s.wild() | u64::from(s.u8())));
         }
         let rflags = if how & 4 != 0 { u64::from(s.u32()) } else { 0 };
+        let mode = MODES[usize::from(choice & 7)];
+        let end = match mode {
+            Mode::Real | Mode::Code16 => 1 << 16,
+            Mode::Long if how & 16 != 0 => 1 << 47,
+            Mode::Long => 0,
+            _ => 1 << 32,
+        };
         Start {
-            mode: MODES[usize::from(choice & 7)],
+            mode,
+            below: (how & 8 != 0).then_some(end),
             user: choice & 8 != 0,
             resume: (choice & 0x10 != 0).then(|| s.u8().into()),
             gpr,
@@ -200,6 +214,9 @@ impl<'a> Start<'a> {
         let code = self.code_at();
         put(code, self.code);
         put(DATA, self.code);
+        for end in [1 << 16, RAM] {
+            put(end - TOP, &self.code[..self.code.len().min(TOP as usize)]);
+        }
         for (selector, raw) in [
             (CODE32, 0x00CF_9B00_0000_FFFFu64),
             (CODE64, 0x00AF_9B00_0000_FFFF),
@@ -228,14 +245,21 @@ impl<'a> Start<'a> {
             put(TSS + 8, &u32::from(DATA32).to_le_bytes());
         }
         put(TSS + 102, &104u16.to_le_bytes());
-        for (at, entry) in [(PML4, PDPT | 7), (PML4 + 256 * 8, PDPT | 7), (PDPT, PD | 7), (PD, PT | 7)] {
-            put(at, &entry.to_le_bytes());
+        for entry in [0, 255, 256, 511] {
+            put(PML4 + entry * 8, &(PDPT | 7).to_le_bytes());
         }
-        put(PD32, &(PT32 as u32 | 7).to_le_bytes());
+        for (table, next) in [(PDPT, PD), (PD, PT)] {
+            put(table, &(next | 7).to_le_bytes());
+            put(table + 511 * 8, &(next | 7).to_le_bytes());
+        }
+        for entry in [0, 1023] {
+            put(PD32 + entry * 4, &(PT32 as u32 | 7).to_le_bytes());
+        }
         for page in 0..RAM >> 12 {
             put(PT + page * 8, &(page << 12 | 7).to_le_bytes());
             put(PT32 + page * 4, &((page << 12) as u32 | 7).to_le_bytes());
         }
+        put(PT32 + 1023 * 4, &((RAM - 0x1000) as u32 | 7).to_le_bytes());
         for (slot, entry) in self.tables.iter().filter(|(_, entry)| *entry != 0) {
             put(TABLES + u64::from(*slot) * 8, &entry.to_le_bytes());
         }
@@ -272,7 +296,10 @@ impl<'a> Start<'a> {
         c.gdtr = DescriptorTable { base: GDT, limit: 0xFFF };
         c.gpr = self.gpr;
         c.rflags = flags::FIXED | self.rflags;
-        c.rip = self.code_at() + self.entry;
+        c.rip = match self.below {
+            Some(end) => end.wrapping_sub(TOP).wrapping_add(self.entry),
+            None => self.code_at() + self.entry,
+        };
         c.cr4 = cr4::OSFXSR | cr4::OSXMMEXCPT | cr4::OSXSAVE;
         if self.mode == Mode::Real {
             c.idtr = DescriptorTable { base: 0, limit: 0x3FF };
@@ -319,7 +346,7 @@ impl<'a> Start<'a> {
                 c.cr3 = PDPT;
                 c.cr4 |= cr4::PAE;
                 c.efer = efer::NXE;
-                c.pdptes = [PD | 1, 0, 0, 0];
+                c.pdptes = [PD | 1, 0, 0, PD | 1];
             }
             Mode::Compat | Mode::Long => {
                 c.cr0 |= cr0::PG;

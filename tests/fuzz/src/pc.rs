@@ -7,10 +7,11 @@ use paravane_devices::ide::IdeController;
 use paravane_devices::pci::{HostBridge, IsaBridge, PciBus, PirqRouter, PowerFunction};
 use paravane_devices::uart::spec as uart;
 use paravane_devices::{
-    A20Gate, AcpiPm, AcpiPmWiring, Bus, CharSource, Clock, Counter, Counters, DebugConsole, Device,
-    DeviceHandle, FabricConfig, Hpet, HpetWiring, I8042, InterruptFabric, IoApicWindow, IrqLine, IrqSink,
-    LegacyRoute, MachineControl, ManualClock, MsiSink, PicPorts, Pit, ResetKind, Rtc, SystemPorts, Timer,
-    TimerQueue, TscClock, Uart, UartWiring, VcpuKick, VmTime, bind_timer, hpet, share,
+    A20Gate, AcpiPm, AcpiPmWiring, Bus, CharSource, Clock, CoprocessorError, CoprocessorPins, Counter,
+    Counters, DebugConsole, Device, DeviceHandle, FabricConfig, Hpet, HpetWiring, I8042, InterruptFabric,
+    IoApicWindow, IrqLine, IrqSink, LegacyRoute, MachineControl, ManualClock, MsiSink, PicPorts, Pit,
+    ResetKind, Rtc, SystemPorts, Timer, TimerQueue, TscClock, Uart, UartWiring, VcpuKick, VmTime, bind_timer,
+    hpet, share,
 };
 use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, Port, VpIndex, Width};
 use paravane_pv::virtio::{
@@ -159,6 +160,8 @@ impl Pc {
         pc.ports(uart, &[(Port(0x3F8), uart::PORTS)], Width::W8);
         pc.ports(share(SystemPorts::new(control.clone(), a20)), &SystemPorts::RANGES, Width::W8);
         pc.ports(share(DebugConsole::new(Box::new(|_: &[u8]| ()))), &[DebugConsole::RANGE], Width::W8);
+        let pins = Arc::new(CoprocessorPins::new(pc.line(13)));
+        pc.ports(share(CoprocessorError::new(pins)), &[CoprocessorError::RANGE], Width::W8);
         pc.interrupts_and_timers();
         pc.power(control.clone());
         pc.pci(control);
