@@ -2,14 +2,14 @@
 //! after every block. Both go by the instruction clock, so they are the same machine twice until an engine errs.
 
 use crate::cli::LockstepArgs;
+use crate::debug::listing;
 use crate::machine::{ClockKind, EngineKind, HostEnds, Machine, MachineConfig, MachineError, SerialConfig};
 use crate::run::{Lifecycle, VcpuRunner, dossier};
-use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
+use iced_x86::{Decoder, DecoderOptions};
 use indicatif::ProgressBar;
 use paravane_cpu::{Budget, CpuState, HostVendor, LinAddr, SegReg, flags, peek};
 use paravane_memory::RamOffset;
 use std::error::Error;
-use std::fmt::Write;
 use std::process::ExitCode;
 
 /// Instructions between two comparisons of memory.
@@ -209,13 +209,12 @@ impl Pair {
         }
         out.push_str("guest code from where the step began:\n");
         let code = self.interpreter.code(linear(before));
-        out.push_str(&disassembly(before.code_bits(), before.rip, &code, SHOWN));
+        out.push_str(&listing::disassembly(before.code_bits(), before.rip, &code, SHOWN));
         out.push_str("what the translator made of it (the ways out of the block last):\n");
-        for piece in self.translator.runner.engine.host_code(linear(before)) {
-            let what = piece.guest.map_or("entry".to_owned(), |lin| format!("{lin:x}"));
-            out.push_str(&format!("  {what}:\n"));
-            out.push_str(&disassembly(64, piece.host, &piece.bytes, usize::MAX));
-        }
+        let runner = &self.translator.runner;
+        let (mem, engine) = (&runner.mem, &*runner.engine);
+        let block = listing::translated(before, mem, engine, &runner.symbols, linear(before));
+        out.push_str(&block.unwrap_or_else(|| "  nothing: the interpreter core executed it\n".into()));
         out
     }
 
@@ -266,19 +265,6 @@ fn status(bits: u32) -> u64 {
         (R::PF, flags::PF),
     ];
     pairs.iter().filter(|p| bits & p.0 != 0).map(|p| p.1).sum()
-}
-
-/// `bytes` at `ip` in the manual's syntax, `most` instructions at most.
-fn disassembly(bits: u32, ip: u64, bytes: &[u8], most: usize) -> String {
-    let mut out = String::new();
-    let mut formatter = IntelFormatter::new();
-    let mut decoder = Decoder::with_ip(bits, bytes, ip, DecoderOptions::NONE);
-    for instr in decoder.iter().take(most) {
-        let mut text = String::new();
-        formatter.format(&instr, &mut text);
-        let _infallible = writeln!(out, "  {:016x}  {text}", instr.ip());
-    }
-    out
 }
 
 #[cfg(test)]

@@ -100,8 +100,8 @@ pub trait Engine: Send {
     fn post_mortem(&self) -> PostMortem;
     /// Values of the engine's counters by name.
     fn counters(&self) -> Vec<(String, u64)>;
-    /// What the newest block that begins at linear address `lin` was translated to, instruction by instruction; empty
-    /// where there is none, as always in the interpreter.
+    /// What the newest block that begins at linear address `lin`, or else has an instruction there, was translated to,
+    /// instruction by instruction; empty where there is none, as always in the interpreter.
     fn host_code(&self, lin: u64) -> Vec<HostCode>;
 }
 

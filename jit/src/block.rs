@@ -273,6 +273,12 @@ impl BlockTable {
         &self.sites[at as usize..at as usize + usize::from(n)]
     }
 
+    /// Whether an instruction of `block` begins at linear address `lin`.
+    pub(crate) fn has_instruction(&self, block: &Block, lin: u64) -> bool {
+        let offset = lin.wrapping_sub(block.key.linear());
+        self.sites(block).iter().any(|site| u64::from(site.guest) == offset)
+    }
+
     /// Code address of the instruction of `block` whose code holds `at`, and how many from it on were counted.
     pub(crate) fn rip_at(&self, block: &Block, at: CodeOffset) -> Option<(u64, u32)> {
         let off = at.0 - block.start.0;

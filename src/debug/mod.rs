@@ -3,6 +3,7 @@
 //! * [`link`]: how a session stops the vCPU, runs commands on its thread, and lets it go on;
 //! * [`armed`]: breakpoints, watchpoints and conditions, made into the engine's `DebugPlan`;
 //! * [`registers`], [`memory`], [`show`]: what there is to look at, without disturbing it;
+//! * [`listing`]: guest code beside the host code made of it;
 //! * [`post_mortem`], [`symbols`]: the dossier of a processor that shut down;
 //! * [`target`], [`monitor`]: the stub's operations in these terms; [`listen`], [`session`]: sockets and packets.
 
@@ -10,6 +11,7 @@ mod armed;
 mod expr;
 mod link;
 mod listen;
+pub mod listing;
 mod memory;
 mod monitor;
 pub mod perf_map;

@@ -3,6 +3,7 @@
 use super::armed::{MonitorBreak, MonitorWatch};
 use super::expr::Expr;
 use super::link::Stop;
+use super::listing;
 use super::show;
 use super::target::Target;
 use crate::machine::{Fields, PciFunction};
@@ -24,6 +25,7 @@ watch ADDR LEN [read|write|access]   a watchpoint; pwatch: physical, device regi
 info                  what the monitor armed; delete N: forget it
 phys on|off           memory reads and writes of the debugger are physical
 step-interrupts on|off   whether a step takes pending interrupts (off: it steps past them)
+blocks [ADDR]         what the translator made of the block there: guest code beside host code
 why                   why the guest stands still
 last                  the last blocks executed and the last device accesses
 vcpus [all]           a line for each vCPU; all: and how it came to where it is
@@ -89,6 +91,7 @@ fn run(target: &mut Target, word: &str, rest: &str) -> Said {
             };
             Ok(format!("a step {what}\n"))
         }
+        "blocks" => blocks(target, if rest.is_empty() { "rip" } else { rest }),
         "why" => why(target),
         "last" => history(target),
         "vcpus" => vcpus(target, rest),
@@ -258,6 +261,17 @@ fn vcpus(target: &Target, rest: &str) -> Said {
         out.push_str(&text.map_err(|_| GONE)?);
     }
     Ok(out)
+}
+
+fn blocks(target: &Target, at: &str) -> Said {
+    let at = address(target, at)?;
+    let text = target.ask(move |r| listing::translated(&r.cpu, &r.mem, &*r.engine, &r.symbols, at));
+    text.map_err(|_| GONE)?.ok_or_else(|| {
+        format!(
+            "there is no translated block at {at:#x}: it did not run yet, was written since, holds a breakpoint, \
+             or the interpreter executes it"
+        )
+    })
 }
 
 /// What the engine remembers.

@@ -13,6 +13,7 @@ pub struct Guest {
 }
 
 /// The guest called `name` in guests/manifest.json.
+#[allow(dead_code, reason = "not every test runs a guest of its own")]
 pub fn guest(name: &str) -> Guest {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("guests");
     let missing = "guests/manifest.json is missing or incomplete: run `cargo xtask guests` first";
@@ -56,6 +57,7 @@ type Shared = Arc<(Mutex<(String, bool)>, Condvar)>;
 /// A paravane under way; killed when dropped.
 pub struct Running {
     child: Child,
+    #[allow(dead_code, reason = "not every test talks to its guest")]
     pub stdin: Option<ChildStdin>,
     output: Shared,
 }
@@ -107,6 +109,7 @@ impl Running {
     }
 
     /// Waits until `text` was said `times` times.
+    #[allow(dead_code, reason = "not every test talks to its guest")]
     pub fn expect_times(&self, text: &str, times: usize, seconds: u64) {
         self.wait_while(seconds, |(said, ended)| said.matches(text).count() < times && !ended);
         let said = self.said();
@@ -114,11 +117,13 @@ impl Running {
     }
 
     /// Waits until `text` was said.
+    #[allow(dead_code, reason = "not every test talks to its guest")]
     pub fn expect(&self, text: &str, seconds: u64) {
         self.expect_times(text, 1, seconds);
     }
 
     /// Types `text`.
+    #[allow(dead_code, reason = "not every test talks to its guest")]
     pub fn type_in(&mut self, text: &str) {
         let stdin = self.stdin.as_mut().expect("standard input");
         stdin.write_all(text.as_bytes()).and_then(|()| stdin.flush()).expect("typed");

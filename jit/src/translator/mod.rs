@@ -302,8 +302,10 @@ impl Engine for Translator {
     }
 
     fn host_code(&self, lin: u64) -> Vec<HostCode> {
-        let newest = self.blocks.blocks.iter().rev().find(|b| b.live && b.key.linear() == lin);
-        newest.map(|block| self.listing(block)).unwrap_or_default()
+        let live = || self.blocks.blocks.iter().rev().filter(|b| b.live);
+        let begins = live().find(|b| b.key.linear() == lin);
+        let block = begins.or_else(|| live().find(|b| self.blocks.has_instruction(b, lin)));
+        block.map(|block| self.listing(block)).unwrap_or_default()
     }
 
     fn counters(&self) -> Vec<(String, u64)> {
