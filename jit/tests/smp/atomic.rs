@@ -3,7 +3,7 @@
 use crate::bed::{Bed, CODE, DATA, I, Job, Kind, T};
 use paravane_cpu::gpr;
 
-const TIMES: u64 = 3000;
+const TIMES: u64 = 20_000;
 
 /// All processors run `program` on the operand that RDI names, RCX times.
 fn all_at(kinds: &[Kind], program: &[u8], rdi: u64) -> Bed {
@@ -11,7 +11,7 @@ fn all_at(kinds: &[Kind], program: &[u8], rdi: u64) -> Bed {
     let jobs: Vec<Job> = (0..kinds.len() as u64)
         .map(|n| bed.job(CODE + n * 0x1000, program, &[(gpr::RCX, TIMES), (gpr::RDI, rdi), (gpr::RSI, n)]))
         .collect();
-    bed.run(&jobs);
+    bed.race(&jobs);
     bed
 }
 
@@ -29,23 +29,23 @@ fn counts(program: &[u8], add: u64) {
 
 #[test]
 fn increments() {
-    counts(program!("2: lock inc dword ptr [rdi]", "dec ecx", "jnz 2b"), 1);
+    counts(racer!("2: lock inc dword ptr [rdi]", "dec ecx", "jnz 2b"), 1);
 }
 
 #[test]
 fn increments_where_flags_live() {
-    counts(program!("2: stc", "lock inc dword ptr [rdi]", "adc eax, 0", "dec ecx", "jnz 2b"), 1);
+    counts(racer!("2: stc", "lock inc dword ptr [rdi]", "adc eax, 0", "dec ecx", "jnz 2b"), 1);
 }
 
 #[test]
 fn additions_that_return() {
-    counts(program!("2: mov eax, 3", "lock xadd [rdi], eax", "dec ecx", "jnz 2b"), 3);
+    counts(racer!("2: mov eax, 3", "lock xadd [rdi], eax", "dec ecx", "jnz 2b"), 3);
 }
 
 #[test]
 fn compared_exchanges() {
     counts(
-        program!(
+        racer!(
             "2: mov eax, [rdi]",
             "3: lea ebx, [rax + 5]",
             "lock cmpxchg [rdi], ebx",
@@ -61,7 +61,7 @@ fn compared_exchanges() {
 fn exchanges_of_eight_bytes() {
     // A 64-bit counter by CMPXCHG8B.
     counts(
-        program!(
+        racer!(
             "mov r8d, ecx",
             "2: mov eax, [rdi]",
             "mov edx, [rdi + 4]",
@@ -79,7 +79,7 @@ fn exchanges_of_eight_bytes() {
 #[test]
 fn exchanges_of_sixteen_bytes() {
     // Both halves count, or none does.
-    let program = program!(
+    let program = racer!(
         "mov r8d, ecx",
         "mov rax, [rdi]",
         "mov rdx, [rdi + 8]",
@@ -102,7 +102,7 @@ fn exchanges_of_sixteen_bytes() {
 fn bit_locks() {
     // A lock by BTS and BTR around a sum that is no atomic.
     counts(
-        program!(
+        racer!(
             "lea rbx, [rdi + 0x2000]",
             "mov edx, 37",
             "2: lock bts [rbx], rdx",
@@ -123,7 +123,7 @@ fn bit_locks() {
 #[test]
 fn locks_by_exchange() {
     counts(
-        program!(
+        racer!(
             "lea rbx, [rdi + 0x2000]",
             "2: mov eax, 1",
             "xchg [rbx], eax",
@@ -142,7 +142,7 @@ fn locks_by_exchange() {
 
 #[test]
 fn every_size() {
-    let program = program!(
+    let program = racer!(
         "2: lock inc byte ptr [rdi]",
         "lock add word ptr [rdi + 0x101], 3",
         "lock add qword ptr [rdi + 0x201], 5",
@@ -161,14 +161,14 @@ fn every_size() {
 /// Two pages that do not follow each other: locked accesses to the same operand exclude each other.
 #[test]
 fn operands_on_pages_that_lie_apart() {
-    let program = program!("2: lock add qword ptr [rdi], 0x1000003", "dec ecx", "jnz 2b");
+    let program = racer!("2: lock add qword ptr [rdi], 0x1000003", "dec ecx", "jnz 2b");
     for kinds in [&[T, T][..], &[T, I], &[I, I], &[T, I, T, I]] {
         let mut bed = Bed::new(kinds);
         bed.map(DATA + 0x1000, DATA + 0x8000);
         let registers = [(gpr::RCX, TIMES), (gpr::RDI, DATA + 0xFFD)];
         let jobs: Vec<Job> =
             (0..kinds.len() as u64).map(|n| bed.job(CODE + n * 0x1000, program, &registers)).collect();
-        bed.run(&jobs);
+        bed.race(&jobs);
         let (low, high) = (bed.get32(DATA + 0xFFC) >> 8, bed.get64(DATA + 0x8000));
         let sum = u64::from(low) | high << 24;
         assert_eq!(sum, kinds.len() as u64 * TIMES * 0x100_0003, "{kinds:?}");
@@ -179,14 +179,14 @@ fn operands_on_pages_that_lie_apart() {
 #[test]
 fn split_locks_are_seen_whole() {
     // One processor adds to the low half of what the others add to as a whole, without carries.
-    let whole = program!("mov rax, 0x100000000", "2: lock add [rdi - 4], rax", "dec ecx", "jnz 2b");
-    let part = program!("2: lock inc dword ptr [rdi - 4]", "dec ecx", "jnz 2b");
+    let whole = racer!("mov rax, 0x100000000", "2: lock add [rdi - 4], rax", "dec ecx", "jnz 2b");
+    let part = racer!("2: lock inc dword ptr [rdi - 4]", "dec ecx", "jnz 2b");
     for kinds in [[T, T], [I, T], [T, I], [I, I]] {
         for end in [DATA + 0x40, DATA + 0x1000] {
             let mut bed = Bed::new(&kinds);
             let registers = [(gpr::RCX, TIMES), (gpr::RDI, end)];
             let jobs = [bed.job(CODE, whole, &registers), bed.job(CODE + 0x1000, part, &registers)];
-            bed.run(&jobs);
+            bed.race(&jobs);
             assert_eq!(bed.get64(end - 4), TIMES << 32 | TIMES, "{kinds:?} at {end:#x}");
         }
     }
@@ -195,7 +195,7 @@ fn split_locks_are_seen_whole() {
 /// Aligned plain accesses are never seen in parts (SDM 3A, 8.1.1), not even the interpreter's.
 #[test]
 fn aligned_accesses_are_whole() {
-    let write = program!(
+    let write = racer!(
         "2: mov qword ptr [rdi], 0",
         "mov rax, -1",
         "mov [rdi], rax",
@@ -203,7 +203,7 @@ fn aligned_accesses_are_whole() {
         "jnz 2b",
         "mov qword ptr [rdi + 64], 1"
     );
-    let read = program!(
+    let read = racer!(
         "2: mov rax, [rdi]",
         "lea rdx, [rax + 1]",
         "cmp rdx, 1",
@@ -217,7 +217,7 @@ fn aligned_accesses_are_whole() {
         let mut bed = Bed::new(&kinds);
         let registers = [(gpr::RCX, 10 * TIMES), (gpr::RDI, DATA)];
         let jobs = [bed.job(CODE, write, &registers), bed.job(CODE + 0x1000, read, &registers)];
-        let ends = bed.run(&jobs);
+        let ends = bed.race(&jobs);
         assert_eq!(ends[1].gpr[gpr::RDX], 0, "{kinds:?}: half of {:#x}", ends[1].gpr[gpr::RAX]);
     }
 }

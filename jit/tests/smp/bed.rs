@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 pub const CODE: u64 = 0x10_0000;
 pub const DATA: u64 = 0x20_0000;
+/// Counts those who are ready to race.
+const START: u64 = 0x1F_0000;
 /// Page tables of the lowest 16 MiB, in order.
 pub const PT: u64 = 0x4000;
 /// Code and data of 64-bit mode, then room for tests.
@@ -60,6 +62,13 @@ macro_rules! program {
         // SAFETY: the labels bound bytes that were assembled in one piece and never change.
         unsafe { std::slice::from_raw_parts(start as *const u8, end - start) }
     }};
+}
+
+/// A program for [`Bed::race`]: it begins when all are there.
+macro_rules! racer {
+    ($($line:literal),* $(,)?) => {
+        program!("lock inc dword ptr [r8]", "meet [r8], ebp, jae", $($line,)*)
+    };
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -233,6 +242,15 @@ impl Bed {
                 })
                 .collect()
         })
+    }
+
+    /// [`Self::run`] of programs that wait for each other at their beginning, with R8 and RBP.
+    pub fn race(&mut self, jobs: &[Job]) -> Vec<CpuState> {
+        self.put64(START, 0);
+        let mut jobs = jobs.to_vec();
+        let count = jobs.len() as u64;
+        jobs.iter_mut().for_each(|job| job.gpr.extend([(8, START), (gpr::RBP, count)]));
+        self.run(&jobs)
     }
 
     /// Sum of a counter over all processors.

@@ -6,7 +6,7 @@ use paravane_cpu::gpr;
 use std::time::{Duration, Instant};
 
 /// Rounds in one run of the guests.
-const ROUNDS: u64 = 512;
+const ROUNDS: u64 = 256;
 const BARRIERS: u64 = DATA;
 const CELLS: u64 = DATA + 0x10_0000;
 const RESULTS: u64 = DATA + 0x20_0000;

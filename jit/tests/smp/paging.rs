@@ -12,9 +12,9 @@ const PAIRS: [[Kind; 2]; 4] = [[T, T], [T, I], [I, T], [I, I]];
 
 #[test]
 fn accessed_and_dirty_bits_lose_nothing() {
-    let touch = program!("2: mov eax, [rdi]", "mov [rdi], ecx", "add rdi, 0x1000", "dec ecx", "jnz 2b");
+    let touch = racer!("2: mov eax, [rdi]", "mov [rdi], ecx", "add rdi, 0x1000", "dec ecx", "jnz 2b");
     // A bit that belongs to software.
-    let mark = program!("2: lock or qword ptr [rsi], 0x200", "add rsi, 8", "dec ecx", "jnz 2b");
+    let mark = racer!("2: lock or qword ptr [rsi], 0x200", "add rsi, 8", "dec ecx", "jnz 2b");
     for kinds in PAIRS {
         let mut bed = Bed::new(&kinds);
         for _ in 0..10 {
@@ -26,7 +26,7 @@ fn accessed_and_dirty_bits_lose_nothing() {
             let flush = bed.job(CODE + 0x2000, program!("mov rax, cr3", "mov cr3, rax"), &[]);
             bed.run(&[flush.clone(), flush]);
             let jobs = [bed.job(CODE, touch, &registers), bed.job(CODE + 0x1000, mark, &registers)];
-            bed.run(&jobs);
+            bed.race(&jobs);
             for page in 0..PAGES {
                 let entry = bed.get64(Bed::pte(FIRST + page * 0x1000));
                 assert_eq!(entry, DATA | 0x267, "{kinds:?}: page {page}");
@@ -37,9 +37,9 @@ fn accessed_and_dirty_bits_lose_nothing() {
 
 #[test]
 fn accessed_bits_of_descriptors_lose_nothing() {
-    let load = program!("2: mov es, edi", "add edi, 8", "dec ecx", "jnz 2b");
+    let load = racer!("2: mov es, edi", "add edi, 8", "dec ecx", "jnz 2b");
     // Read-only data becomes writable.
-    let mark = program!("2: lock or byte ptr [rsi + 5], 2", "add rsi, 8", "dec ecx", "jnz 2b");
+    let mark = racer!("2: lock or byte ptr [rsi + 5], 2", "add rsi, 8", "dec ecx", "jnz 2b");
     for kinds in PAIRS {
         let mut bed = Bed::new(&kinds);
         let count = DESCRIPTORS - 3;
@@ -49,7 +49,7 @@ fn accessed_bits_of_descriptors_lose_nothing() {
             }
             let registers = [(gpr::RCX, count), (gpr::RDI, 3 * 8), (gpr::RSI, GDT + 3 * 8)];
             let jobs = [bed.job(CODE, load, &registers), bed.job(CODE + 0x1000, mark, &registers)];
-            bed.run(&jobs);
+            bed.race(&jobs);
             for n in 3..DESCRIPTORS {
                 assert_eq!(bed.get64(GDT + n * 8), 0x00CF_9300_0000_FFFF, "{kinds:?}: descriptor {n}");
             }
