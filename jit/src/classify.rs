@@ -51,6 +51,7 @@ pub(crate) enum Class {
     LoadSegment,
     /// RDTSC, RDTSCP.
     Rdtsc,
+    Pause,
     /// Everything else.
     Interpret,
 }
@@ -222,6 +223,7 @@ fn classify_straight(instr: &Instruction) -> Class {
         M::Rdfsbase | M::Rdgsbase => Class::ReadBase,
         M::Wrfsbase | M::Wrgsbase => Class::WriteBase,
         M::Rdtsc | M::Rdtscp => Class::Rdtsc,
+        M::Pause => Class::Pause,
         M::Pushfq | M::Pushfd | M::Pushf => Class::Pushf,
         M::Popfq | M::Popfd | M::Popf => Class::Popf,
         m if general(m) => Class::Identity(0),
@@ -378,7 +380,6 @@ fn general(m: Mnemonic) -> bool {
             | Cmc
             | Lahf
             | Sahf
-            | Pause
             | Lfence
             | Mfence
             | Sfence

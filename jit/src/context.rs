@@ -69,6 +69,8 @@ pub(crate) struct JitContext {
     /// Guest time-stamp counter minus the host's.
     pub(crate) tsc_offset: u64,
     pub(crate) tsc_aux: u32,
+    /// PAUSEs before the next one leaves.
+    pub(crate) pauses: i32,
     /// An address in the code of the indirect jump that found no block.
     pub(crate) source: u64,
     /// Read and write bases of the supervisor views without and with EFLAGS.AC.

@@ -338,6 +338,10 @@ fn emit_one(
             emitter.identity(instr, &source.bytes[at..at + instr.len()], form, site)
         }
         Class::Nop => Ok(()),
+        Class::Pause => {
+            emitter.pause(site);
+            Ok(())
+        }
         // In translated code DF is as the mode has it.
         Class::Cld if mode.has(Mode::DOWN) => Err(crate::emit::Unfit),
         Class::Cld => Ok(()),

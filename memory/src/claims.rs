@@ -121,26 +121,28 @@ impl Pages {
         }
     }
 
-    /// Leaves a notice, and takes away the claim to write where it is about that. Under the slot's lock, so that a claim made
-    /// after the notice was taken is not lost.
+    /// Leaves a notice, and takes away what it is about if the translator does not run. Under the slot's lock, so that a claim
+    /// made after the notice was taken is not lost.
     fn post(&self, slot: usize, notice: Notice) {
         let s = &self.slots[slot];
         let mut mail = s.mail();
-        match notice {
-            Notice::Written(page, parts) => *mail.written.entry(page).or_default() |= parts,
-            Notice::Revoke(page) => drop(mail.revoke.insert(page)),
-        }
+        let running = mail.running;
+        let (page, lost) = match notice {
+            Notice::Written(page, parts) => {
+                *mail.written.entry(page).or_default() |= if running { parts } else { u64::MAX };
+                (page, code(slot))
+            }
+            Notice::Revoke(page) => {
+                mail.revoke.insert(page);
+                (page, writer(slot))
+            }
+        };
         s.pending.store(true, Ordering::SeqCst);
-        if mail.running
-            && let Some(watcher) = &mail.watcher
-        {
+        if !running {
+            self.state(page.0 >> PAGE_SHIFT).fetch_and(!lost, Ordering::SeqCst);
+        } else if let Some(watcher) = &mail.watcher {
+            // It may be running that code, or be storing: it gives up itself.
             watcher.code_written();
-        }
-        // While it runs it may be storing: it gives up writing itself.
-        if let Notice::Revoke(page) = notice
-            && !mail.running
-        {
-            self.state(page.0 >> PAGE_SHIFT).fetch_and(!writer(slot), Ordering::SeqCst);
         }
     }
 
@@ -371,6 +373,19 @@ mod tests {
         );
         m.write(PhysAddr(0x2FFF), &[0; 0x1002]).expect("RAM");
         assert_eq!(notices(&a), [Notice::Written(PAGE, u64::MAX), Notice::Written(RamOffset(0x4000), 1)]);
+    }
+
+    #[test]
+    fn who_does_not_run_loses_a_page_with_the_first_write() {
+        let m = memory();
+        let ((a, bell), (b, _)) = (claims(&m), claims(&m));
+        assert!(a.claim_code(PAGE));
+        a.leave();
+        store(&m);
+        assert!(b.claim_write(PAGE));
+        assert_eq!(bell.0.load(Ordering::SeqCst), 0);
+        a.enter();
+        assert_eq!(notices(&a)[0], Notice::Written(PAGE, u64::MAX), "what was written since is not known");
     }
 
     #[test]

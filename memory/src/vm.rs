@@ -184,6 +184,7 @@ mod tests {
         let m = GuestMemory::new(MemoryConfig { ram: 16 << 20, hole_start: 8 << 20 }).expect("memory");
         let vm = VmMemory::new(&m);
         let claims = m.claims(Box::new(Nobody)).expect("a slot");
+        claims.enter();
         assert!(claims.claim_code(RamOffset((8 << 20) + 0x1000)));
         vm.write_slice(&[1; 8], GuestAddress((4 << 30) + 0xFFC)).expect("high RAM");
         vm.store(7u16, GuestAddress(0x3000), std::sync::atomic::Ordering::Release).expect("RAM");

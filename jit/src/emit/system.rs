@@ -1,8 +1,9 @@
 //! System instructions of hot kernel paths: PUSHF and POPF, CLI and STI, STAC and CLAC, SWAPGS, MOV from a segment
-//! register, and RDTSC. The flags beyond the status flags live in the context.
+//! register, RDTSC, and PAUSE. The flags beyond the status flags live in the context.
 
 use super::access::Keep;
 use super::{Emitter, Site};
+use crate::block::Mode;
 use crate::classify::stack_word;
 use crate::context::ctx;
 use crate::regs::{self, Place, R10, R11};
@@ -10,6 +11,18 @@ use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Mnemonic};
 
 impl Emitter {
+    /// PAUSE. Where there are several vCPUs it leaves every so often: whom the guest waits for may need the host's processor.
+    pub(crate) fn pause(&mut self, site: Site) {
+        dynasm!(self.hot ; .arch x64 ; pause);
+        if !self.mode.has(Mode::YIELDS) || !site.before.is_empty() {
+            return;
+        }
+        dynasm!(self.hot ; .arch x64 ; sub DWORD [rsp + ctx!(pauses)], 1);
+        let cold = self.cold_here();
+        self.hot_jcc(8, cold);
+        self.cold_interpret(self.rip);
+    }
+
     /// PUSHFQ, PUSHFD, PUSHF.
     pub(crate) fn pushf(&mut self, instr: &Instruction, site: Site) {
         dynasm!(self.hot

@@ -13,6 +13,7 @@ use crate::delta::View;
 use crate::segments::{self, Bounds, CodeSegment, CodeSegments};
 use crate::signal::{self, FaultContext, FaultScope};
 use crate::vectors;
+use iced_x86::Mnemonic;
 use paravane_cpu::{
     Attention, CpuBus, CpuState, Exit, Fault, SegReg, Segment, Shadow, Step, attr, cr0, cr4, efer, flags,
     gpr, x87_opcode,
@@ -82,7 +83,12 @@ impl Translator {
             self.x87_pointers(cpu, host_ip, host_dp);
         }
         let step = self.core.step(cpu, &self.mem, bus);
-        self.interpreted[self.core.last_instruction() as usize] += 1;
+        let last = self.core.last_instruction();
+        self.interpreted[last as usize] += 1;
+        if last == Mnemonic::Pause && self.options.vcpus > 1 {
+            self.context().pauses = PAUSES;
+            std::thread::yield_now();
+        }
         self.follow_core();
         step
     }
@@ -196,6 +202,9 @@ impl Translator {
         }
         if cpu.cr4 & cr4::FSGSBASE != 0 {
             m |= Mode::FSGSBASE;
+        }
+        if self.options.vcpus > 1 {
+            m |= Mode::YIELDS;
         }
         if self.budgeted() {
             m |= Mode::COUNTED | Mode::BUDGETED;
@@ -501,6 +510,8 @@ fn sysret(cpu: &mut CpuState) -> bool {
     true
 }
 
+/// PAUSEs in a row before the host's processor is given away: some microseconds.
+const PAUSES: i32 = 100;
 const R11: usize = 11;
 const SYSCALL_LEN: u64 = 2;
 /// Attributes that SYSCALL and SYSRET load: accessed 64-bit code, accessed writable 32-bit data.
