@@ -16,6 +16,7 @@ use crate::mmu::{Flushes, PagingFeatures, Tlb};
 use crate::plan::{DebugPlan, DebugStop, WatchHit};
 use crate::post_mortem::{Attempt, Chain, PostMortem, Trail};
 use crate::state::{CpuState, LinAddr, SegReg, Shadow, cr0, flags, gpr};
+use crate::vme::virtual_interrupt_due;
 use iced_x86::{FlowControl, Mnemonic};
 use paravane_memory::{GuestMemory, PhysAddr, RamOffset, VpIndex};
 use std::sync::Arc;
@@ -155,6 +156,9 @@ impl Core {
                 cpu.dr[6] |= hits;
                 return self.raise(cpu, mem, bus, Fault::new(Vector::DB));
             }
+        }
+        if virtual_interrupt_due(cpu) {
+            return self.raise(cpu, mem, bus, Fault::GP0);
         }
         let at = instruction_address(cpu).0;
         if at != self.sequel {

@@ -48,3 +48,4 @@ pub use paravane_memory::{Port, VpIndex};
 pub use plan::{DebugPlan, DebugStop, Space, WatchHit, WatchKind, Watchpoint};
 pub use post_mortem::{Attempt, PostMortem, Trail};
 pub use state::*;
+pub use vme::virtual_interrupt_due;

@@ -177,7 +177,7 @@ fn commit(ex: &mut Exec<'_>, tss: Segment, image: &Image, reason: Reason) {
     // Local breakpoint enables end with the task.
     cpu.dr[7] &= !crate::debug::dr7::LOCAL;
     let kept = if tss.attributes & 8 != 0 { 0 } else { cpu.rflags & 0xFFFF_0000 & !(flags::VM | flags::RF) };
-    cpu.rflags = (image.rflags & 0x0027_7FD7) | kept | flags::FIXED;
+    cpu.rflags = (image.rflags & 0x003F_7FD7) | kept | flags::FIXED;
     if reason.nests() {
         cpu.rflags |= flags::NT;
     }

@@ -20,6 +20,14 @@ fn virtual_cli_sti(cpu: &CpuState) -> bool {
     virtual_if(cpu) || (user && cpu.protected() && cpu.cr4 & cr4::PVI != 0)
 }
 
+/// A pending interrupt that may be let in: `#GP(0)` before the next instruction, so that the monitor handles it. IRET and task
+/// switches lead to this (SDM 3B, 20.3.2).
+#[inline]
+pub fn virtual_interrupt_due(cpu: &CpuState) -> bool {
+    const DUE: u64 = flags::VIF | flags::VIP;
+    cpu.rflags & DUE == DUE && virtual_cli_sti(cpu)
+}
+
 /// CLI (`set` false) or STI at a privilege that may not change IF.
 pub(crate) fn set_virtual_if(cpu: &mut CpuState, set: bool) -> Result<(), Fault> {
     if !virtual_cli_sti(cpu) || (set && cpu.rflags & flags::VIP != 0) {

@@ -16,7 +16,7 @@ use crate::vectors;
 use iced_x86::Mnemonic;
 use paravane_cpu::{
     Attention, CpuBus, CpuState, Exit, Fault, SegReg, Segment, Shadow, Step, attr, cr0, cr4, efer, flags,
-    gpr, x87_opcode,
+    gpr, virtual_interrupt_due, x87_opcode,
 };
 use paravane_memory::RamOffset;
 use std::io;
@@ -172,6 +172,7 @@ impl Translator {
             || cpu.shadow != Shadow::None
             || !cpu.a20
             || cpu.ignne
+            || virtual_interrupt_due(cpu)
             || (cpu.cr0 & cr0::AM != 0 && cpu.rflags & flags::AC != 0 && cpu.cpl == 3)
         {
             return None;
@@ -498,7 +499,7 @@ fn syscall(cpu: &mut CpuState) -> bool {
 /// SYSRETQ (SDM 2B); false if the interpreter must raise its fault or knows flags we do not handle.
 fn sysret(cpu: &mut CpuState) -> bool {
     let (rip, rflags) = (cpu.gpr[gpr::RCX], cpu.gpr[R11]);
-    if cpu.efer & efer::SCE == 0 || !canonical(rip) || rflags & (flags::TF | flags::NT) != 0 {
+    if cpu.efer & efer::SCE == 0 || !canonical(rip) || rflags & (flags::TF | flags::NT | flags::VIP) != 0 {
         return false;
     }
     cpu.rip = rip;

@@ -258,7 +258,7 @@ fn engines_agree_on_every_model() {
         let mut clean = vec![0; 0x22_0000];
         beds[0].mem.read(paravane_memory::PhysAddr(0), &mut clean).expect("RAM");
         for seed in first..first + number("PARAVANE_MODEL_SEEDS", 120) {
-            let code = any_instruction(&mut Random(seed * 2 + 1), beds[0].bits());
+            let code = any_instruction(&mut Random(seed * 2 + 1), if start == Start::Long { 64 } else { 32 });
             if !is_defined(&code) {
                 continue;
             }

@@ -4,7 +4,7 @@
 use crate::bed::{Bed, CODE, DATA, GDT, HANDLERS, IDT, Start, TSS, both, pte, sel};
 use crate::segments::descriptor;
 use crate::tasks::{TSS2, second_task};
-use paravane_cpu::{cr0, flags, gpr};
+use paravane_cpu::{cr0, cr4, flags, gpr};
 
 const JUMP: &[u8] = &[0xEA, 0, 0, 0, 0, 0x68, 0];
 const CALL: &[u8] = &[0x9A, 0, 0, 0, 0, 0x68, 0];
@@ -256,5 +256,13 @@ fn a_virtual_8086_task() {
         assert_eq!((t.vector, t.cs, t.ss, t.sp), (0x50, 0x9000, 0x8000, 0xFF00));
         assert_eq!((bed.get16(0x2_0008), bed.cpu.gpr[gpr::RAX] & 0xFFFF), (0x4321, 0x2000));
         assert_eq!(bed.cpu.gpr[gpr::RSP], 0x6_8000 - 36);
+        // Under VME with a virtual interrupt pending: #GP before its first instruction.
+        bed.restore();
+        bed.cpu.cr4 |= cr4::VME;
+        bed.put32(TSS2 + 36, (flags::VM | flags::VIF | flags::VIP | 2) as u32);
+        bed.gdt(0x68, descriptor(TSS2, 0x67, 0x89));
+        start(bed, JUMP);
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, t.cs, t.rip), (13, Some(0), 0x9000, 0x10));
     });
 }

@@ -130,9 +130,13 @@ fn what_virtual_interrupts_refuse() {
         gp(bed, flags::VIP, program!(16: "push 0x202", "push 0x9000", "push 0"; "iret"));
         let t = run(bed, flags::VIP, &program!(16: "push 2", "popf", "hlt"));
         assert_eq!((t.vector, t.rip), (13, 3), "IF stays clear: nothing is let in");
-        // The monitor itself may set both (cpu/DEVIATIONS.md).
-        let t = run(bed, flags::VIP | flags::VIF, &program!(16: "nop", "hlt"));
+        // Both set by the monitor: before the first instruction. They mean nothing with IOPL 3, nor without VME.
+        gp(bed, flags::VIP | flags::VIF, program!(16: ; "nop", "hlt"));
+        let t = run(bed, IOPL3 | flags::VIP | flags::VIF, &program!(16: "nop", "hlt"));
         assert_eq!((t.vector, t.rip), (13, 1));
+        bed.reset();
+        v8086_with(bed, flags::VIP | flags::VIF, program!(16: "nop", "hlt").bytes);
+        assert_eq!((bed.taken().vector, bed.taken().rip), (13, 1));
         // TF cannot be set behind the monitor's back.
         gp(bed, 0, program!(16: "push 0x102"; "popf"));
         gp(bed, 0, program!(16: "push 0x102", "push 0x9000", "push 0"; "iret"));
@@ -166,6 +170,12 @@ fn protected_mode_virtual_interrupts() {
                 bed.user();
                 bed.cpu.rflags |= eflags;
             };
+            pvi(bed, flags::VIF | flags::VIP);
+            bed.faults(&program!(64: ; "nop", "int 0x50"), 13, 0);
+            pvi(bed, flags::VIF | flags::VIP);
+            bed.cpu.cr4 &= !cr4::PVI;
+            bed.run(&program!(64: "nop", "int 0x50"));
+            assert_eq!(bed.taken().vector, 0x50);
             pvi(bed, flags::IF);
             bed.run(&program!(64: "sti", "int 0x50"));
             assert_eq!(bed.taken().flags & (flags::VIF | flags::IF), flags::VIF | flags::IF);
