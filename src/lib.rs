@@ -10,5 +10,6 @@ pub mod debug;
 pub mod doctor;
 pub mod lockstep;
 pub mod machine;
+pub mod replay;
 pub mod run;
 pub mod stats;

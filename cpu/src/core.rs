@@ -455,6 +455,14 @@ impl Core {
         self.unit.tlb.flush();
     }
 
+    /// Forgets what it keeps between instructions, but for what the debugger asked for.
+    pub fn start_over(&mut self) {
+        self.unit.tlb.flush();
+        self.unit.flushes.clear();
+        self.record.clear();
+        (self.held_back, self.hit, self.sequel) = (0, None, u64::MAX);
+    }
+
     /// Code in `page` changed. Cached instructions are compared with memory at every use, so this only frees them.
     pub fn invalidate_code(&mut self, _page: RamOffset) {}
 

@@ -103,6 +103,9 @@ pub trait Engine: Send {
     /// What the newest block that begins at linear address `lin`, or else has an instruction there, was translated to,
     /// instruction by instruction; empty where there is none, as always in the interpreter.
     fn host_code(&self, lin: u64) -> Vec<HostCode>;
+    /// Goes on from `cpu` as an engine would that has run nothing before: what was cached of translations and address spaces is
+    /// forgotten, and interrupts that were set aside are back in the attention word. Between two instructions only.
+    fn start_over(&mut self, cpu: &CpuState);
 }
 
 /// Host code of one guest instruction, or of a block's entry.

@@ -128,6 +128,13 @@ impl Engine for Interpreter {
         Vec::new()
     }
 
+    fn start_over(&mut self, _cpu: &CpuState) {
+        if std::mem::take(&mut self.aside) {
+            self.core.attention().set(Attention::INTERRUPT);
+        }
+        self.core.start_over();
+    }
+
     fn counters(&self) -> Vec<(String, u64)> {
         self.core.counters().into_iter().map(|(name, n)| (name.to_owned(), n)).collect()
     }

@@ -61,6 +61,9 @@ impl Engine for Crooked {
     fn host_code(&self, lin: u64) -> Vec<HostCode> {
         self.engine.host_code(lin)
     }
+    fn start_over(&mut self, cpu: &CpuState) {
+        self.engine.start_over(cpu);
+    }
 }
 
 /// A byte of the arena, the last three of the guest's pages, that nothing here touches.

@@ -270,6 +270,14 @@ impl Claims {
         self.state(at).load(Ordering::SeqCst) & code(self.slot) != 0
     }
 
+    /// No view of this translator writes any page any more.
+    pub fn release_all_writing(&self) {
+        let own = writer(self.slot);
+        for state in self.pages().states.iter().filter(|s| s.load(Ordering::SeqCst) & own != 0) {
+            state.fetch_and(!own, Ordering::SeqCst);
+        }
+    }
+
     /// This translator has no code of the page any more.
     pub fn release_code(&self, at: RamOffset) {
         self.state(at).fetch_and(!code(self.slot), Ordering::SeqCst);
@@ -449,6 +457,9 @@ mod tests {
         assert_eq!(m.take_dirty(), [PhysAddr(PAGE.0).page()]);
         a.release_write(PAGE);
         assert_eq!((m.take_dirty().len(), m.take_dirty().len()), (1, 0));
+        assert!(a.claim_write(PAGE) && a.claim_write(RamOffset(0x8000)));
+        a.release_all_writing();
+        assert!(m.take_dirty_ram().len() <= 2 && m.take_dirty_ram().is_empty());
     }
 
     #[test]

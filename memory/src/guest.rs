@@ -354,6 +354,17 @@ impl GuestMemory {
         let dirty = self.0.pages.take_dirty();
         dirty.filter_map(|page| layout.page_of(RamOffset(page << PAGE_SHIFT))).collect()
     }
+
+    /// The same by where the pages begin in RAM.
+    pub fn take_dirty_ram(&self) -> Vec<RamOffset> {
+        let ram = self.0.ram >> PAGE_SHIFT;
+        self.0
+            .pages
+            .take_dirty()
+            .filter(|&page| page < ram)
+            .map(|page| RamOffset(page << PAGE_SHIFT))
+            .collect()
+    }
 }
 
 impl fmt::Debug for GuestMemory {

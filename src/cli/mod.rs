@@ -171,6 +171,15 @@ pub struct RunArgs {
     /// Write /tmp/perf-PID.map, so that `perf report` names translated code: by guest address, and by --symbols.
     #[arg(long)]
     pub perf_map: bool,
+    /// Tell the hash of all the machine's state once N instructions have retired (at the end of that slice).
+    #[arg(long, value_name = "N")]
+    pub hash_at: Option<u64>,
+    /// Write everything that comes in from outside to this file, with the instruction count at which it did.
+    #[arg(long, value_name = "F", conflicts_with = "replay")]
+    pub record: Option<PathBuf>,
+    /// Run what --record wrote again: the same machine, files and input; a difference ends the run and is told.
+    #[arg(long, value_name = "F")]
+    pub replay: Option<PathBuf>,
     /// Trace events (not there yet).
     #[arg(long, value_name = "SPEC")]
     pub trace: Option<String>,
@@ -258,6 +267,9 @@ impl LockstepArgs {
             ("--symbols", run.symbols.is_some()),
             ("--perf-map", run.perf_map),
             ("--reboot", run.reboot),
+            ("--hash-at", run.hash_at.is_some()),
+            ("--record", run.record.is_some()),
+            ("--replay", run.replay.is_some()),
         ];
         if run.cpus > 1 {
             return Err(bad(
@@ -325,6 +337,33 @@ impl RunArgs {
         }
     }
 
+    /// Refuses what makes a run that cannot be repeated, where it has to be.
+    fn check_repeatable(&self, disks: &[DiskConfig]) -> Result<(), CliError> {
+        let given = [
+            ("--hash-at", self.hash_at.is_some()),
+            ("--record", self.record.is_some()),
+            ("--replay", self.replay.is_some()),
+        ];
+        let Some((name, _)) = given.into_iter().find(|g| g.1) else { return Ok(()) };
+        if self.clock != ClockKind::Instructions {
+            return Err(bad(name, "no two runs by the host's clock are the same: add --clock instructions"));
+        }
+        if self.cpus != 1 {
+            return Err(CliError::NotYet(format!("{name} with more than one processor")));
+        }
+        let written = disks.iter().find(|d| !d.snapshot && !d.readonly);
+        if let Some(disk) = written.filter(|_| name != "--hash-at") {
+            let file = disk.file.display();
+            return Err(bad(
+                name,
+                format!(
+                    "{file} would be another disk at the next run: add snapshot=on (or readonly=on) to --disk"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
     /// Where a debugger may connect.
     pub fn gdb_address(&self) -> Result<Option<GdbAddress>, CliError> {
         self.gdb.as_deref().map(values::parse_gdb).transpose()
@@ -354,6 +393,7 @@ impl RunArgs {
         let disks =
             self.disk.iter().map(|s| values::parse_disk(s)).collect::<Result<Vec<DiskConfig>, _>>()?;
         let serial = values::parse_serials(&self.serial)?;
+        self.check_repeatable(&disks)?;
         Ok(MachineConfig {
             memory: parse_size(&self.memory).map_err(|p| bad("--memory", p))?,
             cpus: self.processors()?,

@@ -14,7 +14,7 @@
 //! locked. While no debugger is connected there is nothing here for the vCPU to look at.
 
 use super::armed::{Armed, Owner};
-use crate::run::{Vcpu, VcpuRunner};
+use crate::run::{Request, Vcpu, VcpuRunner};
 use paravane_cpu::{Attention, LinAddr, WatchHit};
 use paravane_memory::VpIndex;
 use std::collections::VecDeque;
@@ -34,6 +34,10 @@ pub enum Stop {
     Watch(WatchHit),
     /// Shutdown; what there is to tell. Nothing can run on.
     TripleFault(Arc<str>),
+    /// Gone back as far as it is possible.
+    Beginning,
+    /// The end of a recorded run.
+    End(Request),
 }
 
 impl Stop {
@@ -48,6 +52,10 @@ impl Stop {
 pub enum Resume {
     /// Until something stops it.
     Continue,
+    /// Back, until where something would have stopped it.
+    ReverseContinue,
+    /// Back by one instruction.
+    ReverseStep,
     /// One instruction, and on while RIP is in the range. `interrupts`: they may come in between.
     Step {
         /// First address of the range.

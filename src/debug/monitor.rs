@@ -284,6 +284,8 @@ fn why(target: &Target) -> Said {
         Some(Stop::TripleFault(dossier)) => format!("triple fault: the processor shut down\n{dossier}"),
         Some(Stop::Paused) | None => format!("it was interrupted; how it came here:\n{}", history(target)?),
         Some(Stop::Stepped) => "a step is done\n".into(),
+        Some(Stop::End(why)) => format!("the recorded run ends here: {why}\n"),
+        Some(Stop::Beginning) => "what came before is not known: this is as far back as it goes\n".into(),
         Some(Stop::Breakpoint(at, _)) => format!("a breakpoint at {at}\n"),
         Some(Stop::Watch(hit)) => {
             let what = if hit.write { "write to" } else { "read of" };

@@ -15,6 +15,9 @@ use gdbstub::target::ext::base::multithread::{
     MultiThreadResumeOps, MultiThreadSchedulerLocking, MultiThreadSchedulerLockingOps, MultiThreadSingleStep,
     MultiThreadSingleStepOps,
 };
+use gdbstub::target::ext::base::reverse_exec::{
+    ReplayLogPosition, ReverseCont, ReverseContOps, ReverseStep, ReverseStepOps,
+};
 use gdbstub::target::ext::base::single_register_access::{SingleRegisterAccess, SingleRegisterAccessOps};
 use gdbstub::target::ext::breakpoints::{
     Breakpoints, BreakpointsOps, HwBreakpoint, HwBreakpointOps, HwWatchpoint, HwWatchpointOps, SwBreakpoint,
@@ -110,6 +113,8 @@ pub(super) struct Target {
     pub(super) physical: bool,
     /// Steps let interrupts in.
     pub(super) step_interrupts: bool,
+    /// What ran can be gone back in.
+    goes_back: bool,
 }
 
 impl Target {
@@ -124,6 +129,7 @@ impl Target {
             stop: None,
             physical: false,
             step_interrupts: false,
+            goes_back: false,
         }
     }
 
@@ -137,6 +143,7 @@ impl Target {
 
     pub(super) fn stopped(&mut self, vp: VpIndex, stop: &Stop) {
         self.current = vp;
+        self.goes_back = self.ask(|runner| runner.goes_back()).unwrap_or(false);
         self.stop = Some(stop.clone());
     }
 
@@ -215,6 +222,8 @@ pub(super) fn reason(vp: VpIndex, stop: &Stop, armed: &Armed) -> Reason {
             None => trap,
         },
         Stop::TripleFault(_) => Reason::SignalWithThread { tid, signal: Signal::SIGSEGV },
+        Stop::Beginning => Reason::ReplayLog { tid: Some(tid), pos: ReplayLogPosition::Begin },
+        Stop::End(_) => Reason::ReplayLog { tid: Some(tid), pos: ReplayLogPosition::End },
     }
 }
 
@@ -257,6 +266,10 @@ fn gone<E>(_: Gone) -> TargetError<E> {
 
 /// Writes a register and does what follows from it; false if it is refused.
 fn write_register(runner: &mut VcpuRunner, n: usize, bytes: &[u8]) -> bool {
+    if runner.is_fixed() {
+        return false;
+    }
+    runner.changed();
     match registers::set(&mut runner.cpu, n, bytes) {
         Written::Done => true,
         Written::Paging => {
@@ -350,8 +363,13 @@ impl MultiThreadBase for Target {
 
     fn write_addrs(&mut self, start: u64, data: &[u8], tid: Tid) -> TargetResult<(), Self> {
         let (data, physical) = (data.to_vec(), self.physical);
-        let written = self
-            .ask_thread(tid, move |runner| memory::write(&runner.cpu, &runner.mem, start, &data, physical));
+        let written = self.ask_thread(tid, move |runner| {
+            let allowed = !runner.is_fixed();
+            if allowed {
+                runner.changed();
+            }
+            allowed && memory::write(&runner.cpu, &runner.mem, start, &data, physical)
+        });
         if written? { Ok(()) } else { Err(TargetError::Errno(NO_MEMORY)) }
     }
 
@@ -422,6 +440,14 @@ impl MultiThreadResume for Target {
         Some(self)
     }
 
+    fn support_reverse_step(&mut self) -> Option<ReverseStepOps<'_, Tid, Self>> {
+        if self.goes_back { Some(self) } else { None }
+    }
+
+    fn support_reverse_cont(&mut self) -> Option<ReverseContOps<'_, Tid, Self>> {
+        if self.goes_back { Some(self) } else { None }
+    }
+
     fn support_scheduler_locking(&mut self) -> Option<MultiThreadSchedulerLockingOps<'_, Self>> {
         Some(self)
     }
@@ -436,6 +462,20 @@ impl MultiThreadSingleStep for Target {
 impl MultiThreadRangeStepping for Target {
     fn set_resume_action_range_step(&mut self, tid: Tid, start: u64, end: u64) -> Result<(), &'static str> {
         self.set_resume(tid, Resume::Step { start, end, interrupts: self.step_interrupts })
+    }
+}
+
+impl ReverseCont<Tid> for Target {
+    fn reverse_cont(&mut self) -> Result<(), &'static str> {
+        self.set_resume(thread(BOOT_VP), Resume::ReverseContinue)?;
+        self.resume()
+    }
+}
+
+impl ReverseStep<Tid> for Target {
+    fn reverse_step(&mut self, tid: Tid) -> Result<(), &'static str> {
+        self.set_resume(tid, Resume::ReverseStep)?;
+        self.resume()
     }
 }
 

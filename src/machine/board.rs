@@ -24,6 +24,7 @@ use super::lockstep::LockstepDisk;
 use super::serial::SerialEnd;
 use super::storage::{self, Disk, IdeSlots};
 use super::{HostEnds, post};
+use crate::replay::SerialGate;
 use crate::run::{Lifecycle, Vcpu};
 use paravane_devices::acpi_pm::spec as acpi_pm;
 use paravane_devices::block::BlockBackend;
@@ -105,6 +106,9 @@ pub(super) struct Board {
     backends: Vec<Arc<dyn BlockBackend>>,
     /// Those of them that complete between slices.
     pub(super) lockstep: Vec<Arc<LockstepDisk>>,
+    pub(super) wires: Vec<Arc<WiredOr>>,
+    /// The serial ports' ends, where input waits for the end of a slice.
+    pub(super) gates: Vec<Arc<SerialGate>>,
 }
 
 /// A board that grows.
@@ -117,6 +121,8 @@ struct Builder<'a> {
     a20: Arc<A20Gate>,
     devices: Vec<DeviceHandle>,
     lockstep: Vec<Arc<LockstepDisk>>,
+    wires: Vec<Arc<WiredOr>>,
+    gates: Vec<Arc<SerialGate>>,
 }
 
 impl Board {
@@ -142,8 +148,9 @@ impl Board {
             w.counters,
         );
         let (pci, router, backends) = b.pci(disks)?;
-        let Builder { bus, fabric, a20, devices, lockstep, .. } = b;
-        Ok(Board { cpu_bus: Arc::new(cpu_bus), bus, fabric, a20, pci, router, devices, backends, lockstep })
+        let Builder { bus, fabric, a20, devices, lockstep, wires, gates, .. } = b;
+        let cpu_bus = Arc::new(cpu_bus);
+        Ok(Board { cpu_bus, bus, fabric, a20, pci, router, devices, backends, lockstep, wires, gates })
     }
 
     /// What a BIOS does between reset and the start of an operating system.
@@ -182,7 +189,8 @@ impl<'a> Builder<'a> {
         let control: Arc<dyn MachineControl> =
             Arc::new(Control { lifecycle: w.lifecycle.clone(), vcpus: w.vcpus.to_vec() });
         let a20 = A20Gate::new(Arc::clone(&control));
-        Builder { w, bus, fabric, sink, control, a20, devices: Vec::new(), lockstep: Vec::new() }
+        let (devices, lockstep, wires, gates) = Default::default();
+        Builder { w, bus, fabric, sink, control, a20, devices, lockstep, wires, gates }
     }
 
     /// The wire to ISA interrupt `n`, counted under `label`.
@@ -273,7 +281,9 @@ impl Builder<'_> {
     /// COM1 to as many as are asked for; one wire for COM1 and COM3, one for COM2 and COM4.
     fn serial_ports(&mut self, ends: Vec<Option<SerialEnd>>) {
         let wires = irq::SERIAL.map(|n| WiredOr::new(self.line(n, "serial")));
+        self.wires.extend(wires.iter().map(Arc::clone));
         for (number, (end, base)) in ends.into_iter().zip(COM_PORTS).enumerate() {
+            let end = self.gated(end);
             let label = format!("serial{number}");
             let wire = Arc::clone(&wires[number % 2]) as Arc<dyn IrqSink>;
             let counter = |name| self.w.counters.counter(&label, name);
@@ -299,6 +309,25 @@ impl Builder<'_> {
             }
             self.ports(uart, &[(base, uart::spec::PORTS)], Width::W8);
         }
+    }
+
+    /// In a run that can be repeated, input waits for the end of a slice.
+    fn gated(&mut self, end: Option<SerialEnd>) -> Option<SerialEnd> {
+        let [vcpu] = self.w.vcpus else { return end };
+        if self.w.config.clock == ClockKind::Host {
+            return end;
+        }
+        // A port that nothing is plugged into keeps its number.
+        let end = end.unwrap_or_else(|| SerialEnd::sink(|_| ()));
+        let gate = SerialGate::new(end.input);
+        self.gates.push(Arc::clone(&gate));
+        let vcpu = Arc::clone(vcpu);
+        // It may be parked.
+        gate.host().on_ready(move || vcpu.stop());
+        Some(SerialEnd {
+            output: gate.sink(end.output, self.w.lifecycle.clone()),
+            input: gate.guest().clone(),
+        })
     }
 
     /// Power management and the small system ports.
@@ -359,7 +388,7 @@ impl Builder<'_> {
             let config = disk.config.clone();
             let mut backend = storage::back_end(disk, number, self.w.mem, self.w.counters)?;
             if self.w.config.clock == ClockKind::Instructions {
-                let disk = Arc::new(LockstepDisk::new(backend));
+                let disk = Arc::new(LockstepDisk::new(backend, self.w.mem));
                 self.lockstep.push(Arc::clone(&disk));
                 backend = disk;
             }

@@ -76,6 +76,11 @@ impl InstructionClock {
         self.0.fetch_add(n, Ordering::Relaxed);
     }
 
+    /// Time is `at`, whatever it was: the machine is another one now.
+    pub fn set(&self, at: VmTime) {
+        self.0.store(at.0, Ordering::Relaxed);
+    }
+
     /// Nothing happens until `at`.
     pub fn skip_to(&self, at: VmTime) {
         self.0.fetch_max(at.0, Ordering::Relaxed);

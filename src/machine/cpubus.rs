@@ -72,6 +72,11 @@ impl MachineBus {
         this
     }
 
+    /// The interrupt controllers have another state now.
+    pub fn follow_state(&self) {
+        self.reset();
+    }
+
     /// The last accesses to devices, the latest last.
     pub fn last_accesses(&self) -> Vec<DeviceAccess> {
         self.log.list()

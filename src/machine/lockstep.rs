@@ -1,16 +1,48 @@
 //! Disks of a deterministic machine: requests run on the workers as ever, and are completed between two slices of
 //! execution, in the order they were submitted. So what the guest sees depends on instruction counts alone.
+//!
+//! What such a disk holds can be put back: before a cluster is written for the first time since the last look, its old content is
+//! kept.
 
-use paravane_devices::block::{BlockBackend, BlockCounters, BlockError, BlockRequest, Completion};
-use std::sync::{Arc, Condvar, Mutex};
+use paravane_devices::block::{
+    BlockBackend, BlockCounters, BlockData, BlockError, BlockOp, BlockRequest, Completion,
+};
+use paravane_devices::{Snapshot, StateError, StateStream};
+use paravane_memory::{GuestMemory, PhysAddr};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use xxhash_rust::xxh3::Xxh3;
 
 type Done = (u64, BlockRequest, Result<(), BlockError>);
+
+/// What is put back at a time.
+const CLUSTER: u64 = 4096;
 
 #[derive(Default)]
 struct State {
     submitted: u64,
     under_way: usize,
     done: Vec<Done>,
+    /// A hash of all writes so far, in order.
+    written: u64,
+    /// Old content by cluster, if it is kept.
+    undo: Option<DiskUndo>,
+}
+
+/// What clusters of a disk held before they were written.
+#[derive(Default, Debug)]
+pub struct DiskUndo(BTreeMap<u64, Vec<u8>>);
+
+impl DiskUndo {
+    /// How much it holds.
+    pub fn bytes(&self) -> usize {
+        self.0.values().map(Vec::len).sum()
+    }
+
+    /// Reaches back to where `older` does.
+    pub fn merge_older(&mut self, older: DiskUndo) {
+        self.0.extend(older.0);
+    }
 }
 
 #[derive(Default)]
@@ -22,6 +54,7 @@ struct Shared {
 /// A back end whose completions wait for [`LockstepDisk::settle`].
 pub struct LockstepDisk {
     inner: Arc<dyn BlockBackend>,
+    mem: GuestMemory,
     shared: Arc<Shared>,
 }
 
@@ -44,15 +77,30 @@ impl Completion for Collector {
     }
 }
 
+/// Waits for one request of our own.
+#[derive(Default)]
+struct Waiter(Mutex<Option<(BlockRequest, Result<(), BlockError>)>>, Condvar);
+
+impl Completion for Waiter {
+    fn complete(&self, request: BlockRequest, result: Result<(), BlockError>) {
+        *self.0.lock().expect("waiter") = Some((request, result));
+        self.1.notify_all();
+    }
+}
+
 impl LockstepDisk {
-    pub(super) fn new(inner: Arc<dyn BlockBackend>) -> LockstepDisk {
-        LockstepDisk { inner, shared: Arc::default() }
+    pub(super) fn new(inner: Arc<dyn BlockBackend>, mem: &GuestMemory) -> LockstepDisk {
+        LockstepDisk { inner, mem: mem.clone(), shared: Arc::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.shared.state.lock().expect("lockstep disk")
     }
 
     /// Waits for everything submitted and completes it; called with no device locked.
     pub fn settle(&self) {
         let mut done = {
-            let mut state = self.shared.state.lock().expect("lockstep disk");
+            let mut state = self.state();
             while state.under_way > 0 {
                 state = self.shared.all_done.wait(state).expect("lockstep disk");
             }
@@ -63,6 +111,113 @@ impl LockstepDisk {
             let front_end = Arc::clone(&request.completion);
             front_end.complete(request, result);
         }
+    }
+
+    /// Nothing was submitted that is not completed.
+    pub fn idle(&self) -> bool {
+        let state = self.state();
+        state.under_way == 0 && state.done.is_empty()
+    }
+
+    /// Walks over the hash of what was written.
+    pub fn shared_state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        self.state().written.state(s)
+    }
+
+    /// From now on old content is kept.
+    pub fn keep_undo(&self) {
+        self.state().undo = Some(DiskUndo::default());
+    }
+
+    /// What was overwritten since the last call, if it is kept.
+    pub fn take_undo(&self) -> DiskUndo {
+        self.state().undo.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Puts old content back. The disk is idle.
+    pub fn put_back(&self, undo: &DiskUndo) {
+        for (cluster, bytes) in &undo.0 {
+            // What could be written once can be written again; where not, the guest sees its own later data.
+            let _failed = self.now(BlockOp::Write, cluster * CLUSTER, bytes.clone());
+        }
+    }
+
+    /// One request of our own, waited for.
+    fn now(&self, op: BlockOp, offset: u64, buffer: Vec<u8>) -> Result<Vec<u8>, BlockError> {
+        let waiter = Arc::new(Waiter::default());
+        let mut request = BlockRequest::new(op, 0, Arc::clone(&waiter) as Arc<dyn Completion>);
+        (request.data, request.offset, request.buffer) = (BlockData::Owned, offset, buffer);
+        self.inner.submit(request);
+        let mut done = waiter.0.lock().expect("waiter");
+        loop {
+            match done.take() {
+                Some((request, result)) => return result.map(|()| request.buffer),
+                None => done = waiter.1.wait(done).expect("waiter"),
+            }
+        }
+    }
+
+    /// Before a request changes the disk: what it writes is hashed, what it overwrites is kept.
+    fn note(&self, request: &BlockRequest) {
+        let len = request.total();
+        let end = request.offset.saturating_add(len);
+        if matches!(request.op, BlockOp::Read | BlockOp::Flush) || end > self.size() || len == 0 {
+            return;
+        }
+        let hash = self.hash(request);
+        let mut missing = Vec::new();
+        {
+            let mut state = self.state();
+            let mut hasher = Xxh3::with_seed(state.written);
+            hasher.update(&hash.to_le_bytes());
+            state.written = hasher.digest();
+            if let Some(undo) = &state.undo {
+                let clusters = request.offset / CLUSTER..=(end - 1) / CLUSTER;
+                missing.extend(clusters.filter(|c| !undo.0.contains_key(c)));
+            }
+        }
+        for cluster in missing {
+            let at = cluster * CLUSTER;
+            let buffer = vec![0; CLUSTER.min(self.size() - at) as usize];
+            if let Ok(old) = self.now(BlockOp::Read, at, buffer)
+                && let Some(undo) = &mut self.state().undo
+            {
+                undo.0.insert(cluster, old);
+            }
+        }
+    }
+
+    fn hash(&self, request: &BlockRequest) -> u64 {
+        let mut hasher = Xxh3::new();
+        let op = match request.op {
+            BlockOp::Read => 0,
+            BlockOp::Write => 1,
+            BlockOp::Flush => 2,
+            BlockOp::Discard => 3,
+            BlockOp::WriteZeroes { .. } => 4u8,
+        };
+        hasher.update(&[op]);
+        hasher.update(&request.offset.to_le_bytes());
+        hasher.update(&request.total().to_le_bytes());
+        if request.op == BlockOp::Write {
+            match request.data {
+                BlockData::Owned => hasher.update(&request.buffer),
+                BlockData::Guest => {
+                    let mut page = [0; CLUSTER as usize];
+                    for segment in &request.segments {
+                        let mut done = 0;
+                        while done < segment.len {
+                            let part = &mut page[..CLUSTER.min(segment.len - done) as usize];
+                            if self.mem.read(PhysAddr(segment.at.0.saturating_add(done)), part).is_ok() {
+                                hasher.update(part);
+                            }
+                            done += part.len() as u64;
+                        }
+                    }
+                }
+            }
+        }
+        hasher.digest()
     }
 }
 
@@ -84,8 +239,9 @@ impl BlockBackend for LockstepDisk {
     }
 
     fn submit(&self, mut request: BlockRequest) {
+        self.note(&request);
         let number = {
-            let mut state = self.shared.state.lock().expect("lockstep disk");
+            let mut state = self.state();
             state.submitted += 1;
             state.under_way += 1;
             state.submitted

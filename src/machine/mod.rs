@@ -26,9 +26,10 @@ pub use engine::probe_translator;
 pub use error::MachineError;
 pub use inspect::{Fields, Inspector, PciFunction};
 pub use lab_port::LabPort;
-pub use lockstep::LockstepDisk;
+pub use lockstep::{DiskUndo, LockstepDisk};
 pub use serial::{SerialEnd, SerialInput};
 
+use crate::replay::{Outside, Parts, Timeline, Wishes};
 use crate::run::{BOOT_VP, Lifecycle, Lockstep, TimeKeeper, Vcpu};
 use board::{Board, Wiring};
 use boot::Payload;
@@ -37,6 +38,7 @@ use paravane_devices::{ByteSink, Clock, Counters, TimerQueue, TscClock};
 use paravane_jit::JitOptions;
 use paravane_memory::{GuestMemory, MemoryConfig, VpIndex};
 use std::sync::Arc;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// The least RAM in which anything of ours starts.
 const MIN_MEMORY: u64 = 2 << 20;
@@ -109,6 +111,8 @@ pub struct Machine {
     lifecycle: Lifecycle,
     vcpus: Vec<Arc<Vcpu>>,
     board: Board,
+    /// Input by the instruction clock.
+    outside: Arc<Outside>,
     /// Instructions are counted exactly.
     counting: bool,
     /// The translator returns from every block.
@@ -146,6 +150,7 @@ impl Machine {
             vcpus: &vcpus,
         };
         let board = Board::build(wiring, disks, ends)?;
+        let outside = Arc::new(Outside::new(board.gates.clone()));
         Ok(Machine {
             config: config.clone(),
             payload,
@@ -157,6 +162,7 @@ impl Machine {
             lifecycle,
             vcpus,
             board,
+            outside,
             counting,
             single_blocks,
             tuning: JitOptions::default(),
@@ -262,8 +268,35 @@ impl Machine {
                 clock: Arc::clone(clock),
                 timers: Arc::clone(&self.timers),
                 disks: self.board.lockstep.clone(),
+                outside: Arc::clone(&self.outside),
+                slice: Arc::default(),
             }),
         }
+    }
+}
+
+impl Machine {
+    /// A number that two processor models share only if they are the same.
+    pub fn model_digest(&self) -> u64 {
+        xxh3_64(format!("{:?}", self.model).as_bytes())
+    }
+
+    /// What happens between the slices of this machine's run; `None` where the host's time decides about it, or several processors
+    /// take turns.
+    pub fn timeline(&self, wishes: Wishes) -> Option<Timeline> {
+        let (Time::Instructions(clock), [vcpu]) = (&self.time, self.vcpus.as_slice()) else { return None };
+        let board = &self.board;
+        let parts = Parts {
+            clock: Arc::clone(clock),
+            fabric: Arc::clone(&board.fabric),
+            bus: Arc::clone(&board.cpu_bus),
+            vcpu: Arc::clone(vcpu),
+            devices: board.devices.clone(),
+            wires: board.wires.clone(),
+            ports: board.gates.clone(),
+            disks: board.lockstep.clone(),
+        };
+        Some(Timeline::new(parts, Arc::clone(&self.outside), &self.mem, wishes))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The two ends of a serial line: what a UART writes to and reads from, and what the host puts there.
 
 use paravane_devices::uart::{CharSink, CharSource};
+use paravane_devices::{Snapshot, StateError, StateStream};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
 
@@ -55,6 +56,16 @@ impl SerialInput {
             self.0.1.notify_all();
         }
         n
+    }
+
+    /// How many more bytes are kept.
+    pub fn room(&self) -> usize {
+        CAPACITY.saturating_sub(self.0.0.lock().expect("serial input").waiting.len())
+    }
+
+    /// Walks over what is waiting.
+    pub(crate) fn shared_state(&self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        self.0.0.lock().expect("serial input").waiting.state(s)
     }
 
     /// Calls `ready` whenever bytes arrived, with no lock held.

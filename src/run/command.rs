@@ -5,7 +5,8 @@ use super::terminal::RawMode;
 use super::{Finished, Lifecycle, Request, Watchers, drive, signals};
 use crate::cli::RunArgs;
 use crate::debug::{self, Debugger, Link, Symbols};
-use crate::machine::{HostEnds, Machine, SerialConfig};
+use crate::machine::{ClockKind, HostEnds, Machine, MachineConfig, SerialConfig};
+use crate::replay::{Recorder, Recording, Wishes, identity};
 use crate::stats;
 use paravane_jit::perf_map;
 use std::error::Error;
@@ -28,6 +29,11 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     };
     let mut machine = Machine::new(&config, lifecycle, ends)?;
     machine.tune(args.code_cache()?, args.perf_map);
+    // Refused before the terminal changes.
+    let mut wishes = wishes(args, &machine, &config)?;
+    wishes.history = args.gdb.is_some()
+        && config.clock == ClockKind::Instructions
+        && config.disks.iter().all(|d| d.snapshot || d.readonly);
     if args.perf_map {
         perf_map::begin().map_err(|e| format!("--perf-map {}: {e}", perf_map::path().display()))?;
     }
@@ -53,10 +59,14 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         }
         None => (None, None),
     };
-    let finished = drive(
-        &mut machine,
-        Watchers { probe: None, debug, symbols: Arc::clone(&symbols), reset_at_shutdown: args.reboot },
-    );
+    let watchers = Watchers {
+        probe: None,
+        debug,
+        symbols: Arc::clone(&symbols),
+        reset_at_shutdown: args.reboot,
+        wishes,
+    };
+    let finished = drive(&mut machine, watchers);
     if let Some(debugger) = debugger {
         debugger.finish(finished.as_ref().map_or(1, |f| f.request.exit_code()));
     }
@@ -71,6 +81,23 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     }
     told(&finished)?;
     Ok(ExitCode::from(finished.request.exit_code()))
+}
+
+/// What is asked of a run by the instruction clock.
+fn wishes(args: &RunArgs, machine: &Machine, config: &MachineConfig) -> Result<Wishes, Box<dyn Error>> {
+    let mut wishes = Wishes { hash_at: args.hash_at, ..Wishes::default() };
+    if let Some(path) = &args.record {
+        let made = identity(machine, config).and_then(|identity| Recorder::create(path, identity));
+        wishes.record = Some(made.map_err(|e| format!("--record: {e}"))?);
+    }
+    if let Some(path) = &args.replay {
+        let read = Recording::read(path).and_then(|recording| {
+            recording.belongs_to(&identity(machine, config)?)?;
+            Ok(recording)
+        });
+        wishes.replay = Some(read.map_err(|e| format!("--replay: {e}"))?);
+    }
+    Ok(wishes)
 }
 
 /// Says what the user must know about the end.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// The run is to end.
-struct Ended;
+pub(super) struct Ended;
 
 impl VcpuRunner {
     /// Stops where `armed` says from now on. The debugger takes its breakpoints out at every stop and puts them back: what did
@@ -44,13 +44,22 @@ impl VcpuRunner {
     }
 
     /// What the debugger is told; nothing where a condition does not hold.
-    fn relevant(&self, stop: DebugStop) -> Option<Stop> {
+    pub(super) fn relevant(&self, stop: DebugStop) -> Option<Stop> {
         match stop {
             DebugStop::Breakpoint(at) => {
                 self.armed.stops(at, &self.cpu, &self.mem).map(|owner| Stop::Breakpoint(at, owner))
             }
             DebugStop::Watch(hit) => Some(Stop::Watch(hit)),
         }
+    }
+
+    /// The run is to end. A recorded one is kept for the debugger, who may go back; true if it ends.
+    pub(super) fn ending(&mut self) -> bool {
+        let kept = self.goes_back() && self.timeline.as_ref().is_some_and(|t| t.replays());
+        if !kept {
+            return true;
+        }
+        self.lifecycle.withdraw().is_none_or(|request| self.debugged(Stop::End(request)))
     }
 
     /// Stands still until the debugger lets it go on; true if the run ends.
@@ -70,12 +79,22 @@ impl VcpuRunner {
                 continue;
             }
             let reported = reported.filter(|_| link.was_told(self.vp));
-            if let Stop::TripleFault(dossier) = stop {
-                self.end_shut_down(dossier.to_string());
-                return true;
+            let back = matches!(resume, Resume::ReverseStep | Resume::ReverseContinue);
+            match stop {
+                Stop::TripleFault(dossier) if !back => {
+                    self.end_shut_down(dossier.to_string());
+                    return true;
+                }
+                Stop::End(request) if !back => {
+                    self.lifecycle.request(request);
+                    return true;
+                }
+                _ => {}
             }
             let next = match resume {
                 Resume::Step { start, end, interrupts } => self.steps(&link, start..end, interrupts),
+                Resume::ReverseStep => self.reverse_step(),
+                Resume::ReverseContinue => self.reverse_continue(),
                 // What was reported is executed before it can be reported again.
                 Resume::Continue
                     if self.plan.stops_at(&self.cpu, &self.mem) == reported && reported.is_some() =>
@@ -89,7 +108,7 @@ impl VcpuRunner {
             };
             match next {
                 Ok(next) => stop = next,
-                Err(Ended) => return true,
+                Err(Ended) => return self.ending(),
             }
         }
     }
@@ -123,8 +142,9 @@ impl VcpuRunner {
     }
 
     /// One instruction. A halted processor waits for what wakes it, or for the debugger; so does one that waits for a
-    /// start-up IPI, which is the step then.
-    fn step(&mut self, interrupts: bool) -> Result<Stop, Ended> {
+    /// start-up IPI, which is the step then. In a run that can be repeated interrupts come when they come.
+    pub(super) fn step(&mut self, interrupts: bool) -> Result<Stop, Ended> {
+        let interrupts = interrupts || self.goes_back() || self.is_fixed();
         loop {
             if self.waiting {
                 match self.wait_for_startup()? {
@@ -135,7 +155,7 @@ impl VcpuRunner {
             let before = self.cpu.instructions;
             let exit = self.engine.step(&mut self.cpu, &self.mem, &*self.bus, interrupts);
             let passed = self.cpu.instructions.wrapping_sub(before);
-            self.time_passed(passed);
+            self.time_passed(passed, exit == Exit::Halt);
             self.follow_a20();
             if self.lifecycle.requested() {
                 return Err(Ended);

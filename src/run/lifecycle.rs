@@ -1,6 +1,7 @@
 //! How a run ends or starts again: the first request wins, every thread hears of it.
 
 use super::park::Vcpu;
+use std::fmt;
 use std::sync::{Arc, Condvar, Mutex};
 
 /// Why the machine stops.
@@ -33,6 +34,22 @@ impl Request {
             Request::Signal(n) => 128u8.wrapping_add(*n as u8),
             Request::TripleFault(_) => 3,
             Request::Host(_) => 1,
+        }
+    }
+}
+
+/// In a few words.
+impl fmt::Display for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Request::PowerOff => f.write_str("the guest switched the power off"),
+            Request::Reset(how) => write!(f, "the guest asked for a reset ({how})"),
+            Request::DebugExit(value) => write!(f, "the guest wrote {value} to the debug-exit port"),
+            Request::Quit => f.write_str("the user quit"),
+            Request::Signal(n) => write!(f, "signal {n}"),
+            Request::TripleFault(_) => f.write_str("triple fault"),
+            Request::Host(text) => f.write_str(text),
+            Request::Done => f.write_str("everything was done"),
         }
     }
 }
@@ -92,6 +109,15 @@ impl Lifecycle {
     /// The request, left in place.
     pub fn peek(&self) -> Option<Request> {
         self.0.0.lock().expect("lifecycle").request.clone()
+    }
+
+    /// Takes back a request for the end, but for the user's own wish, so that the run can go on from before it.
+    pub fn withdraw(&self) -> Option<Request> {
+        let mut state = self.0.0.lock().expect("lifecycle");
+        match state.request {
+            None | Some(Request::Quit | Request::Signal(_) | Request::Host(_) | Request::Reset(_)) => None,
+            Some(_) => state.request.take(),
+        }
     }
 
     /// Takes a reset request, so that the machine can start again; anything else stays.

@@ -1,5 +1,6 @@
 //! Running a machine: threads, time, the terminal, and how it ends.
 
+mod backwards;
 mod command;
 mod crew;
 mod debugged;
@@ -21,10 +22,11 @@ pub use lifecycle::{Lifecycle, Request};
 pub use output::{Output, OutputHandle};
 pub use park::Vcpu;
 pub use serial::remove_stale_socket;
-pub use vcpu::{BOOT_VP, Lockstep, PanicGuard, Probe, TimeKeeper, VcpuRunner};
+pub use vcpu::{BOOT_VP, Lockstep, PanicGuard, Probe, Slice, TimeKeeper, VcpuRunner};
 
 use crate::debug::{Link, Symbols};
 use crate::machine::{Machine, MachineError, Time};
+use crate::replay::Wishes;
 use crate::stats::{self, Snapshot};
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,6 +56,8 @@ pub struct Watchers {
     pub symbols: Arc<Symbols>,
     /// A triple fault resets the machine.
     pub reset_at_shutdown: bool,
+    /// What is asked of a run by the instruction clock.
+    pub wishes: Wishes,
 }
 
 /// Runs `machine` to its end, through as many resets as the guest asks for.
@@ -72,6 +76,7 @@ pub fn drive(machine: &mut Machine, watchers: Watchers) -> Result<Finished, Mach
         vcpu.symbols = Arc::clone(&watchers.symbols);
         vcpu.reset_at_shutdown = watchers.reset_at_shutdown;
     }
+    vcpus[0].timeline = machine.timeline(watchers.wishes).map(Box::new);
     let mut resets = 0;
     let mut last = Vec::new();
     while let Some(mut ended) = crew::run(vcpus, machine.lifecycle())? {
@@ -87,6 +92,11 @@ pub fn drive(machine: &mut Machine, watchers: Watchers) -> Result<Finished, Mach
     }
     let request =
         machine.lifecycle().peek().unwrap_or_else(|| Request::Host("the vCPUs stopped by themselves".into()));
+    if let Some(runner) = last.first_mut()
+        && let Some(timeline) = &mut runner.timeline
+    {
+        timeline.end(&runner.cpu, request.to_string());
+    }
     Ok(Finished { request, stats: final_stats(machine, &last, resets) })
 }
 
@@ -102,5 +112,9 @@ fn final_stats(machine: &Machine, vcpus: &[VcpuRunner], resets: u64) -> Snapshot
         more.push((format!("cpu{}", vcpu.vp.0), one("instructions", vcpu.cpu.instructions)));
     }
     more.push(("engine".into(), stats::sums(vcpus.iter().map(|vcpu| vcpu.engine.counters()))));
+    if let Some(hash) = vcpus.first().and_then(|v| v.timeline.as_ref()?.hash(&v.cpu).ok()) {
+        let halves = [("hash_high".to_owned(), (hash >> 64) as u64), ("hash_low".to_owned(), hash as u64)];
+        more.push(("state".into(), halves.into()));
+    }
     stats::snapshot(machine.counters(), &more)
 }

@@ -28,6 +28,6 @@ fn round(vcpus: &mut [VcpuRunner], time: &Lockstep) -> Option<bool> {
         }
         longest = longest.max(vcpu.cpu.instructions.wrapping_sub(before));
     }
-    time.passed(longest);
+    time.passed(longest, true);
     Some(idle)
 }

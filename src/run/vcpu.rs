@@ -5,11 +5,12 @@ use super::lifecycle::{Lifecycle, Request};
 use super::park::Vcpu;
 use crate::debug::{self, Armed, Link, Stop, Symbols};
 use crate::machine::{InstructionClock, LockstepDisk, Machine, MachineBus, MachineError};
+use crate::replay::{Outside, Stamp, Timeline, Wishes};
 use paravane_cpu::{Attention, Budget, CpuState, DebugPlan, Engine, Exit, flags};
 use paravane_devices::{Clock, TimerQueue};
 use paravane_memory::{GuestMemory, VpIndex};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Instructions in one slice under the instruction clock: how far machine time may lag behind inside guest code.
 const SLICE: u64 = 10_000;
@@ -32,20 +33,59 @@ pub struct Lockstep {
     pub timers: Arc<TimerQueue>,
     /// The disks whose requests it completes.
     pub disks: Vec<Arc<LockstepDisk>>,
+    /// Where input comes in.
+    pub outside: Arc<Outside>,
+    /// The slice that is under way.
+    pub slice: Arc<Slice>,
+}
+
+/// A slice: where it ends is decided when it begins, whoever interrupts it meanwhile.
+#[derive(Default, Debug)]
+pub struct Slice {
+    /// Instructions it has; 0 between two slices.
+    length: AtomicU64,
+    /// Those of them that have retired.
+    done: AtomicU64,
+    /// All instructions that retired in this run.
+    retired: AtomicU64,
 }
 
 impl Lockstep {
     /// How many instructions the next slice may have.
     pub(super) fn budget(&self) -> Budget {
-        let left = self.timers.next_deadline().map_or(SLICE, |at| at.since(self.clock.now()));
-        Budget { instructions: left.clamp(1, SLICE) }
+        let Slice { length, done, .. } = &*self.slice;
+        if length.load(Ordering::Relaxed) == 0 {
+            let left = self.timers.next_deadline().map_or(SLICE, |at| at.since(self.clock.now()));
+            length.store(left.clamp(1, SLICE), Ordering::Relaxed);
+            done.store(0, Ordering::Relaxed);
+        }
+        Budget { instructions: length.load(Ordering::Relaxed) - done.load(Ordering::Relaxed) }
     }
 
-    /// `instructions` have retired: what became due happens.
-    pub(super) fn passed(&self, instructions: u64) {
-        self.clock.retire(instructions);
+    /// `instructions` have retired, and the processor `halted` if it did: at the end of the slice what became due happens. Whether
+    /// it was the end.
+    pub(super) fn passed(&self, instructions: u64, halted: bool) -> bool {
+        let Slice { length, done, retired } = &*self.slice;
+        let so_far = done.fetch_add(instructions, Ordering::Relaxed) + instructions;
+        let retired = retired.fetch_add(instructions, Ordering::Relaxed) + instructions;
+        if !halted && so_far < length.load(Ordering::Relaxed) {
+            return false;
+        }
+        length.store(0, Ordering::Relaxed);
+        done.store(0, Ordering::Relaxed);
+        self.clock.retire(so_far);
         self.disks.iter().for_each(|disk| disk.settle());
         self.timers.run_expired(self.clock.now());
+        self.outside.deliver(Stamp { ns: self.clock.now().0, instructions: retired });
+        true
+    }
+
+    /// The run goes on elsewhere: between two slices, after `instructions`.
+    pub fn jumped(&self, instructions: u64) {
+        let Slice { length, done, retired } = &*self.slice;
+        length.store(0, Ordering::Relaxed);
+        done.store(0, Ordering::Relaxed);
+        retired.store(instructions, Ordering::Relaxed);
     }
 
     /// Jumps to the next deadline; false if there is none.
@@ -104,6 +144,8 @@ pub struct VcpuRunner {
     pub symbols: Arc<Symbols>,
     /// What of it the engine has.
     pub plan: Arc<DebugPlan>,
+    /// What happens between slices by the instruction clock.
+    pub timeline: Option<Box<Timeline>>,
 }
 
 impl VcpuRunner {
@@ -138,13 +180,17 @@ impl VcpuRunner {
             reset_at_shutdown: false,
             symbols: Arc::default(),
             plan: Arc::default(),
+            timeline: machine.timeline(Wishes::default()).map(Box::new),
         })
     }
 
     /// Starts again after a reset of the machine, whose boot processor is at `boot`.
     pub fn power_on(&mut self, machine: &Machine, boot: &CpuState) -> Result<(), MachineError> {
+        let retired = self.cpu.instructions;
         (self.cpu, self.waiting) = at_power_on(self.vp, boot);
+        self.cpu.instructions = retired;
         self.engine = machine.engine(self.vp)?;
+        self.changed();
         Ok(())
     }
 
@@ -160,6 +206,9 @@ impl VcpuRunner {
             self.vcpu.stop();
         }
         self.engine.set_debug(&self.plan);
+        if let Some(timeline) = &mut self.timeline {
+            timeline.between(&self.cpu, &mut *self.engine, &self.lifecycle);
+        }
     }
 
     /// Runs up to the next timer's deadline under the instruction clock, but `limit` instructions at most, or until
@@ -183,7 +232,7 @@ impl VcpuRunner {
         }
         let before = self.cpu.instructions;
         let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.bus, budget);
-        self.time_passed(self.cpu.instructions.wrapping_sub(before));
+        self.time_passed(self.cpu.instructions.wrapping_sub(before), exit == Exit::Halt);
         match exit {
             Exit::Halt => Turn::Idle,
             Exit::Budget => Turn::On,
@@ -201,16 +250,19 @@ impl VcpuRunner {
         }
     }
 
-    fn budget(&self) -> Budget {
+    pub(super) fn budget(&self) -> Budget {
         match &self.time {
             TimeKeeper::Elsewhere => Budget::UNLIMITED,
             TimeKeeper::Instructions(lockstep) => lockstep.budget(),
         }
     }
 
-    pub(super) fn time_passed(&self, instructions: u64) {
-        if let TimeKeeper::Instructions(lockstep) = &self.time {
-            lockstep.passed(instructions);
+    pub(super) fn time_passed(&mut self, instructions: u64, halted: bool) {
+        if let TimeKeeper::Instructions(lockstep) = &self.time
+            && lockstep.passed(instructions, halted)
+            && let Some(timeline) = &mut self.timeline
+        {
+            timeline.between(&self.cpu, &mut *self.engine, &self.lifecycle);
         }
     }
 
@@ -265,7 +317,7 @@ impl VcpuRunner {
     fn stopped(&mut self) -> Turn {
         self.take_calls();
         if self.lifecycle.requested() {
-            return Turn::Ended;
+            return if self.ending() { Turn::Ended } else { Turn::On };
         }
         if self.debugger_wants_stop() && self.debugged(Stop::Paused) {
             return Turn::Ended;

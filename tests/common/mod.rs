@@ -1,5 +1,8 @@
 //! What whole-machine tests share: guests made by `cargo xtask guests`, and a running paravane.
 
+#[allow(dead_code, reason = "not every test has a debugger")]
+pub mod debugger;
+
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};

@@ -308,6 +308,20 @@ impl Engine for Translator {
         block.map(|block| self.listing(block)).unwrap_or_default()
     }
 
+    fn start_over(&mut self, cpu: &CpuState) {
+        if std::mem::take(&mut self.interrupt_pending) {
+            self.attention.set(Attention::INTERRUPT);
+        }
+        if std::mem::take(&mut self.nmi_pending) {
+            self.attention.set(Attention::NMI);
+        }
+        self.core.start_over();
+        self.flush(false);
+        self.claims.release_all_writing();
+        self.spaces = Spaces::new(self.delta.spaces());
+        self.switch_space(cpu.pcid());
+    }
+
     fn counters(&self) -> Vec<(String, u64)> {
         self.collect_counters()
     }

@@ -1,0 +1,162 @@
+//! Points of a run that can be gone back to: the state of every part, and of RAM and disks what changed between two points.
+//!
+//! A page is kept once for each point at which it was different from the point before. Points are thinned out, the more the older they
+//! are, so that a long run costs bounded memory, and going back far costs more execution.
+
+use super::journal::Stamp;
+use super::ram::{Page, Ram};
+use super::state::{PartError, Parts, Sections};
+use crate::machine::DiskUndo;
+use paravane_cpu::CpuState;
+use paravane_memory::PAGE_SIZE;
+use std::collections::HashMap;
+use std::sync::Arc;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Bytes of pages and disk clusters that are kept.
+const BUDGET: usize = 1 << 30;
+/// The most points that are kept.
+const POINTS: usize = 256;
+
+struct Point {
+    /// Its number: points are numbered as they are taken.
+    id: u64,
+    at: Stamp,
+    sections: Sections,
+    /// What disks held at the point before, where that was overwritten since.
+    undo: Vec<DiskUndo>,
+}
+
+struct Version {
+    /// The point from which on the page is so.
+    since: u64,
+    hash: u128,
+    page: Arc<Page>,
+}
+
+/// See the module's documentation.
+#[derive(Default)]
+pub(super) struct History {
+    points: Vec<Point>,
+    /// Of each page that ever was not zero, the latest last.
+    pages: HashMap<u32, Vec<Version>>,
+    next_id: u64,
+    kept: usize,
+}
+
+impl History {
+    /// When points were taken, the oldest first.
+    pub(super) fn stamps(&self) -> impl DoubleEndedIterator<Item = Stamp> + '_ {
+        self.points.iter().map(|p| p.at)
+    }
+
+    /// The last point at or before `instructions`, or the oldest; `None` if there is none.
+    pub(super) fn at_or_before(&self, instructions: u64) -> Option<usize> {
+        let after = self.points.partition_point(|p| p.at.instructions <= instructions);
+        (!self.points.is_empty()).then(|| after.saturating_sub(1))
+    }
+
+    /// The run is at `at`: takes a point, unless there is one.
+    pub(super) fn take(
+        &mut self,
+        at: Stamp,
+        cpu: &CpuState,
+        parts: &Parts,
+        ram: &mut Ram,
+    ) -> Result<(), PartError> {
+        let undo: Vec<DiskUndo> = parts.disks.iter().map(|disk| disk.take_undo()).collect();
+        if self.points.last().is_some_and(|last| at <= last.at) {
+            ram.look(|_, _| ());
+            return Ok(());
+        }
+        let sections = parts.save(cpu)?;
+        let id = self.next_id;
+        self.next_id += 1;
+        ram.look(|n, page| {
+            let version = Version { since: id, hash: xxh3_128(page), page: Arc::new(*page) };
+            self.pages.entry(n).or_default().push(version);
+            self.kept += PAGE_SIZE as usize;
+        });
+        self.kept += undo.iter().map(DiskUndo::bytes).sum::<usize>();
+        self.points.push(Point { id, at, sections, undo });
+        self.thin(at);
+        Ok(())
+    }
+
+    /// Gives up points until what is left is within bounds.
+    fn thin(&mut self, now: Stamp) {
+        while self.points.len() > 2 && (self.kept > BUDGET || self.points.len() > POINTS) {
+            // Of all points that have neighbours the one whose loss matters least for its age.
+            let cost = |i: &usize| {
+                let gap = self.points[i + 1].at.ns - self.points[i - 1].at.ns;
+                let age = (now.ns - self.points[*i].at.ns).max(1);
+                (u128::from(gap) << 32) / u128::from(age)
+            };
+            let Some(i) = (1..self.points.len() - 1).min_by_key(cost) else { return };
+            self.remove(i);
+        }
+    }
+
+    fn remove(&mut self, i: usize) {
+        let gone = self.points.remove(i);
+        let next = &mut self.points[i];
+        let before: usize = next.undo.iter().chain(&gone.undo).map(DiskUndo::bytes).sum();
+        next.undo.iter_mut().zip(gone.undo).for_each(|(undo, older)| undo.merge_older(older));
+        self.kept -= before - next.undo.iter().map(DiskUndo::bytes).sum::<usize>();
+        for versions in self.pages.values_mut() {
+            let Some(v) = versions.iter().position(|v| v.since == gone.id) else { continue };
+            if versions.get(v + 1).is_some_and(|after| after.since == next.id) {
+                versions.remove(v);
+                self.kept -= PAGE_SIZE as usize;
+            } else {
+                versions[v].since = next.id;
+            }
+        }
+    }
+
+    /// Puts everything into the state of point `i`; the run may not be before it.
+    pub(super) fn restore(
+        &mut self,
+        i: usize,
+        now: Stamp,
+        cpu: &mut CpuState,
+        parts: &Parts,
+        ram: &mut Ram,
+    ) -> Result<Stamp, PartError> {
+        parts.disks.iter().for_each(|disk| disk.put_back(&disk.take_undo()));
+        for point in self.points[i + 1..].iter().rev().filter(|p| p.at <= now) {
+            parts.disks.iter().zip(&point.undo).for_each(|(disk, undo)| disk.put_back(undo));
+        }
+        let mut others = Vec::new();
+        ram.look(|n, _| others.push(n));
+        // What was zero at every point, and is not now.
+        others.retain(|n| !self.pages.contains_key(n));
+        others.into_iter().for_each(|n| ram.restore(n, &[0; PAGE_SIZE as usize]));
+        let id = self.points[i].id;
+        for (&n, versions) in &self.pages {
+            match versions[..versions.partition_point(|v| v.since <= id)].last() {
+                Some(v) if ram.is(n, v.hash) => {}
+                Some(v) => ram.restore(n, &v.page),
+                None => ram.restore(n, &[0; PAGE_SIZE as usize]),
+            }
+        }
+        let point = &self.points[i];
+        parts.load(cpu, &point.sections)?;
+        ram.look(|_, _| ());
+        Ok(point.at)
+    }
+
+    /// The run was changed at `now`: nothing before it can be gone back to any more, and nothing behind it happened.
+    pub(super) fn restart(&mut self, now: Stamp) {
+        let last = self.points.iter().rev().find(|p| p.at <= now).map(|p| p.id);
+        for versions in self.pages.values_mut() {
+            versions.retain(|v| Some(v.since) <= last);
+            // What is as it was at the last point is so at the next.
+            versions.drain(..versions.len().saturating_sub(1));
+            versions.iter_mut().for_each(|v| v.since = self.next_id);
+        }
+        self.pages.retain(|_, versions| !versions.is_empty());
+        self.points.clear();
+        self.kept = self.pages.len() * PAGE_SIZE as usize;
+    }
+}
