@@ -109,6 +109,7 @@ fn conform(mode: NativeMode) {
     // Nothing that a model offers is silently missing: it ran, or `forms` says why not.
     let complete = names("PARAVANE_FUZZ_ONLY").is_empty() && setting("PARAVANE_FUZZ_ROUNDS", 6) >= 6;
     assert!(!complete || whole.missing().is_empty(), "never drawn: {:?}", whole.missing());
+    assert!(!complete || whole.mends > 0, "no fault was mended");
 }
 
 /// lock sub dword ptr [eax + eax * 4 + disp32], imm32 in 16-bit code.
