@@ -50,7 +50,7 @@ fn add_engines(bench: &mut Bench, attention: &Attention) {
         bench.add("interpreter", Box::new(engine), Leave::Nothing);
     }
     if asked != "interpreter" {
-        let options = JitOptions::default();
+        let options = JitOptions { hot_loop: 2, ..JitOptions::default() };
         let memory = bench.guest().memory();
         let engine = Translator::new(model(), memory, attention.clone(), VpIndex(0), options).unwrap();
         bench.add("translator", Box::new(engine), Leave::DeadFlags);
