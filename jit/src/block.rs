@@ -293,8 +293,7 @@ impl BlockTable {
 
     /// Whether an instruction of `block` begins at linear address `lin`.
     pub(crate) fn has_instruction(&self, block: &Block, lin: u64) -> bool {
-        let offset = lin.wrapping_sub(block.key.linear());
-        self.sites(block).iter().any(|site| u64::from(site.guest) == offset)
+        self.sites(block).iter().any(|site| block.key.mode.linear(site.address(&block.key)) == lin)
     }
 
     /// Code address of the instruction of `block` whose code holds `at`, and how many from it on were counted.
