@@ -1,6 +1,8 @@
 //! The debugger's way in, with the stock gdb and with packets made by hand, in both engines.
 
 mod common;
+#[path = "smp/guest.rs"]
+mod smp_guest;
 
 use common::debugger::{SOON, gdb, has, say, sector, start};
 use common::{Guest, Running, Scratch, guest};
@@ -568,7 +570,9 @@ fn ctrl_c_stops_a_guest_that_spins_or_sleeps_for_good() {
         for engine in ENGINES {
             let dir = Scratch::new(&format!("gdb-{name}-{engine}"));
             let kernel = sector(&dir, code);
-            let (running, socket) = small(&dir, &kernel, engine, &[]);
+            // A second processor that waits to be started stops no less.
+            let cpus = if engine == "jit" { "2" } else { "1" };
+            let (running, socket) = small(&dir, &kernel, engine, &["--cpus", cpus]);
             let mut raw = Raw::connect(&socket);
             for _ in 0..3 {
                 raw.send("vCont;c");
@@ -626,5 +630,102 @@ fn addresses_that_are_none_are_refused() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{address}: {said}");
         assert!(said.contains("--gdb") && said.lines().count() == 1, "{address}: {said}");
+    }
+}
+
+/// The guest for several processors as a file.
+fn several(dir: &Scratch) -> String {
+    let path = dir.path("several");
+    fs::write(&path, smp_guest::image()).expect("kernel");
+    path.display().to_string()
+}
+
+#[test]
+fn every_processor_is_a_thread() {
+    for engine in ENGINES {
+        let dir = Scratch::new(&format!("gdb-smp-{engine}"));
+        let kernel = several(&dir);
+        let (running, socket) = small(&dir, &kernel, engine, &["--cpus", "3", "--wait"]);
+        let places = smp_guest::places();
+        let said = gdb(
+            &socket,
+            &[
+                "info threads",
+                &format!("hbreak *{:#x}", places.watching),
+                "continue",
+                "set $hit = $_thread",
+                &format!("printf \"at %d, other %d\\n\", $rip == {:#x}, $hit != 1", places.watching),
+                "monitor vcpus",
+                "thread 1",
+                "set $there = $rip",
+                // Only the one that stopped goes on.
+                "set scheduler-locking on",
+                "thread $hit",
+                "stepi",
+                &format!("printf \"stepped %d %d\\n\", $_thread == $hit, $rip == {:#x}", places.watching),
+                "thread 1",
+                "printf \"stayed %d\\n\", $rip == $there",
+                "set scheduler-locking off",
+                "delete",
+                // The boot processor steps while the others run.
+                "stepi",
+                "printf \"first %d\\n\", $_thread",
+                &format!("hbreak *{:#x}", places.handler),
+                "continue",
+                "printf \"in the handler %d\\n\", $_thread != 1",
+                "monitor registers general",
+                &format!("printf \"up %d\\n\", *(int *){:#x}", places.online),
+                "delete",
+                "continue",
+            ],
+        );
+        has(
+            &said,
+            &[
+                "Thread 1.1 (vcpu0: 32-bit protected mode, CPL 0)",
+                "Thread 1.3 (vcpu2: real mode, CPL 0, waits for a start-up IPI)",
+                "at 1, other 1",
+                "vcpu0: 32-bit",
+                "vcpu1: ",
+                "vcpu2: ",
+                "stepped 1 0",
+                "stayed 1",
+                "first 1",
+                "in the handler 1",
+                &format!("rip {:#x}", places.handler),
+                "up 3",
+                "exited with code 013",
+            ],
+        );
+        assert_eq!(running.finish(SOON).0, Some(11), "{engine}");
+    }
+}
+
+#[test]
+fn a_triple_fault_names_its_processor() {
+    for engine in ENGINES {
+        let dir = Scratch::new(&format!("gdb-smp-fault-{engine}"));
+        let kernel = several(&dir);
+        let (running, socket) = small(&dir, &kernel, engine, &["--cpus", "2", "--wait"]);
+        let places = smp_guest::places();
+        let said = gdb(
+            &socket,
+            &[
+                &format!("hbreak *{:#x}", places.watching),
+                "continue",
+                "delete",
+                // UD2, for which there is no gate.
+                &format!("set *(unsigned short *){:#x} = 0x0b0f", places.watching),
+                "continue",
+                "info threads",
+                "monitor why",
+                "kill",
+            ],
+        );
+        has(
+            &said,
+            &["triple fault", "SIGSEGV", "* 2", "vcpu1: 32-bit", "#UD", "registers of vcpu1", "vcpu0 "],
+        );
+        assert_eq!(running.finish(SOON).0, Some(0), "{engine}");
     }
 }

@@ -27,7 +27,7 @@ pub fn dossier(
     for (n, attempt) in history.attempts.iter().enumerate() {
         let _infallible = write_attempt(&mut out, cpu, mem, n, attempt, symbols);
     }
-    out.push_str("registers\n");
+    let _infallible = writeln!(out, "registers of vcpu{}", cpu.vp);
     out.push_str(&dossier::registers(cpu));
     let addresses = history.attempts.iter().flat_map(|a| [a.fault.cr2, a.second.cr2]).flatten();
     let mut walked = Vec::new();

@@ -2,7 +2,7 @@
 //!
 //! Written by vCPU threads without a lock: an entry that is overwritten while it is read is told wrongly, which hurts nobody.
 
-use paravane_memory::Width;
+use paravane_memory::{VpIndex, Width};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -11,7 +11,9 @@ const WRITE: u64 = 1 << 63;
 const PORT: u64 = 1 << 62;
 const USED: u64 = 1 << 61;
 const WIDTH_SHIFT: u32 = 56;
-const ADDRESS: u64 = (1 << 56) - 1;
+const VP_SHIFT: u32 = 48;
+/// Physical addresses have no more bits.
+const ADDRESS: u64 = (1 << 48) - 1;
 
 /// The last accesses.
 #[derive(Debug)]
@@ -23,6 +25,8 @@ pub(super) struct AccessLog {
 /// One access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DeviceAccess {
+    /// Whose.
+    pub vp: VpIndex,
     /// A port (a physical address otherwise).
     pub port: bool,
     /// A store or OUT.
@@ -46,18 +50,18 @@ impl Default for AccessLog {
 
 impl AccessLog {
     /// Notes an access to a port.
-    pub(super) fn port(&self, at: u16, width: Width, write: bool, value: u32) {
-        self.note(PORT | u64::from(at), width, write, u64::from(value));
+    pub(super) fn port(&self, vp: VpIndex, at: u16, width: Width, write: bool, value: u32) {
+        self.note(vp, PORT | u64::from(at), width, write, u64::from(value));
     }
 
     /// Notes an access to a physical address.
-    pub(super) fn mmio(&self, at: u64, width: Width, write: bool, value: u64) {
-        self.note(at & ADDRESS, width, write, value);
+    pub(super) fn mmio(&self, vp: VpIndex, at: u64, width: Width, write: bool, value: u64) {
+        self.note(vp, at & ADDRESS, width, write, value);
     }
 
-    fn note(&self, what: u64, width: Width, write: bool, value: u64) {
+    fn note(&self, vp: VpIndex, what: u64, width: Width, write: bool, value: u64) {
         let entry = &self.entries[self.next.fetch_add(1, Ordering::Relaxed) % LEN];
-        let size = (width.bytes() as u64) << WIDTH_SHIFT;
+        let size = (width.bytes() as u64) << WIDTH_SHIFT | (u64::from(vp.0) & 0xFF) << VP_SHIFT;
         entry[0].store(what | size | USED | if write { WRITE } else { 0 }, Ordering::Relaxed);
         entry[1].store(value & width.mask(), Ordering::Relaxed);
     }
@@ -70,6 +74,7 @@ impl AccessLog {
             .map(|i| (entry(i)[0].load(Ordering::Relaxed), entry(i)[1].load(Ordering::Relaxed)))
             .filter(|(what, _)| what & USED != 0)
             .map(|(what, value)| DeviceAccess {
+                vp: VpIndex((what >> VP_SHIFT) as u32 & 0xFF),
                 port: what & PORT != 0,
                 write: what & WRITE != 0,
                 at: what & ADDRESS,
@@ -88,7 +93,14 @@ impl fmt::Display for DeviceAccess {
             (false, false) => "load",
             (false, true) => "store",
         };
-        write!(f, "{what:<5} {:#x} {:#0width$x}", self.at, self.value, width = 2 + 2 * self.size as usize)
+        write!(
+            f,
+            "vcpu{} {what:<5} {:#x} {:#0width$x}",
+            self.vp.0,
+            self.at,
+            self.value,
+            width = 2 + 2 * self.size as usize
+        )
     }
 }
 
@@ -99,12 +111,12 @@ mod tests {
     #[test]
     fn the_latest_accesses_are_kept() {
         let log = AccessLog::default();
-        (0..40).for_each(|n| log.port(n, Width::W8, n % 2 == 1, u32::from(n)));
-        log.mmio(0xFEE0_00B0, Width::W32, true, 0);
+        (0..40).for_each(|n| log.port(VpIndex(3), n, Width::W8, n % 2 == 1, u32::from(n)));
+        log.mmio(VpIndex(15), 0xFEE0_00B0, Width::W32, true, 0);
         let all = log.list();
         assert_eq!(all.len(), LEN);
         assert_eq!((all[0].at, all[30].at), (9, 39));
-        assert_eq!(all[31].to_string(), "store 0xfee000b0 0x00000000");
-        assert_eq!(all[30].to_string(), "out   0x27 0x27");
+        assert_eq!(all[31].to_string(), "vcpu15 store 0xfee000b0 0x00000000");
+        assert_eq!(all[30].to_string(), "vcpu3 out   0x27 0x27");
     }
 }

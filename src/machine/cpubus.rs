@@ -112,13 +112,13 @@ impl CpuBus for MachineBus {
             Some(offset) => u64::from(self.fabric.lapic_load(vp, offset)) & width.mask(),
             None => self.bus.mmio_load(at, width),
         };
-        self.log.mmio(at.0, width, false, value);
+        self.log.mmio(vp, at.0, width, false, value);
         value
     }
 
     fn mmio_store(&self, vp: VpIndex, at: PhysAddr, width: Width, value: u64) {
         self.counts(vp).mmio.add(1);
-        self.log.mmio(at.0, width, true, value);
+        self.log.mmio(vp, at.0, width, true, value);
         match self.lapic_offset(vp, at) {
             Some(offset) => self.fabric.lapic_store(vp, offset, value as u32),
             None => self.bus.mmio_store(at, width, value),
@@ -128,13 +128,13 @@ impl CpuBus for MachineBus {
     fn port_in(&self, vp: VpIndex, port: Port, width: Width) -> u32 {
         self.counts(vp).pio.add(1);
         let value = self.bus.port_in(port, width);
-        self.log.port(port.0, width, false, value);
+        self.log.port(vp, port.0, width, false, value);
         value
     }
 
     fn port_out(&self, vp: VpIndex, port: Port, width: Width, value: u32) {
         self.counts(vp).pio.add(1);
-        self.log.port(port.0, width, true, value);
+        self.log.port(vp, port.0, width, true, value);
         self.bus.port_out(port, width, value);
     }
 

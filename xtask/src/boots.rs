@@ -43,6 +43,9 @@ const COMPLAINTS: [&str; 9] = [
     "stall",
     "failed to come online",
 ];
+/// `no_timer_check`: a host with too much to do may keep the thread that fires timers waiting for 40 ms, in which the kernel
+/// would conclude that there is no timer.
+const APPEND: &str = "console=ttyS0 panic=-1 no_timer_check pv.run=poweroff";
 /// How often a boot is looked at.
 const TICK: Duration = Duration::from_millis(50);
 /// How long a debugger may take.
@@ -98,7 +101,7 @@ impl Boot {
         let (log, socket) = (folder.join("log"), folder.join("gdb"));
         let output = File::create(&log).context(log.display())?;
         let mut command = Command::new(binary);
-        command.args(["run", "--append", "console=ttyS0 panic=-1 pv.run=poweroff", "--no-reboot"]);
+        command.args(["run", "--append", APPEND, "--no-reboot"]);
         command.arg("--kernel").arg(&files[0]).arg("--initrd").arg(&files[1]);
         command.args(["--cpus", &options.cpus.to_string()]);
         if !options.rest.iter().any(|word| word == "instructions") {
@@ -148,7 +151,9 @@ impl Boot {
         let Ok(errors) = output.try_clone() else { return };
         let mut gdb = Command::new("gdb");
         gdb.args(["-nx", "-batch", "-ex", "set pagination off"]);
-        commands.iter().for_each(|command| drop(gdb.args(["-ex", command])));
+        for command in commands {
+            gdb.args(["-ex", command]);
+        }
         gdb.stdin(Stdio::null()).stdout(output).stderr(errors);
         let Ok(mut gdb) = gdb.spawn() else {
             eprintln!("gdb is not installed (Debian package gdb): nothing is known about the hang");

@@ -131,7 +131,6 @@ impl Siege {
             arena,
             open_before: 0,
             open,
-            open_memory: Vec::new(),
             followed: false,
             executed,
             end: None,
