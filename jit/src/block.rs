@@ -124,6 +124,10 @@ pub(crate) struct Link {
     pub(crate) same_page: bool,
     /// Leads to the ungrouped copy of its target.
     pub(crate) ungrouped: bool,
+    /// Leads backwards: may close a loop.
+    pub(crate) back: bool,
+    /// Was counted, or is.
+    pub(crate) counted: bool,
 }
 
 /// Parts of a page, of 64 bytes each: one bit per part.
@@ -155,7 +159,15 @@ impl Granules {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct InstructionSite {
     pub(crate) host: u16,
-    pub(crate) guest: u16,
+    /// In a trace it may be negative.
+    pub(crate) guest: i16,
+}
+
+impl InstructionSite {
+    /// Its code address in a block at `key`.
+    pub(crate) fn address(self, key: &BlockKey) -> u64 {
+        key.mode.advance(key.address, i64::from(self.guest) as u64)
+    }
 }
 
 /// A translated block.
@@ -171,6 +183,8 @@ pub(crate) struct Block {
     /// Jump-cache tables hold this block.
     pub(crate) cached: bool,
     pub(crate) live: bool,
+    /// It follows a path that was taken, beyond branches.
+    pub(crate) trace: bool,
     /// The second page of an instruction that crosses: its backing page number.
     pub(crate) crosses_into: Option<NonZeroPage>,
     /// Its instructions in [`BlockTable::sites`].
@@ -204,6 +218,7 @@ pub(crate) struct NewBlock<'a> {
     pub(crate) granules: Granules,
     pub(crate) counted: u8,
     pub(crate) crosses_into: Option<NonZeroPage>,
+    pub(crate) trace: bool,
     pub(crate) sites: &'a [InstructionSite],
 }
 
@@ -242,7 +257,7 @@ impl BlockTable {
 
     /// Adds a block.
     pub(crate) fn insert(&mut self, new: NewBlock<'_>) -> BlockId {
-        let NewBlock { key, start, entry, code_len, granules, counted, crosses_into, sites } = new;
+        let NewBlock { key, start, entry, code_len, granules, counted, crosses_into, trace, sites } = new;
         let id = self.blocks.len() as BlockId;
         let (hasher, blocks) = (&self.hasher, &self.blocks);
         self.map.insert_unique(hasher.hash_one(key), id, |&id| hasher.hash_one(blocks[id as usize].key));
@@ -262,6 +277,7 @@ impl BlockTable {
             counted,
             cached: false,
             live: true,
+            trace,
             crosses_into,
             sites: (at, sites.len() as u16),
             incoming: NONE,
@@ -277,8 +293,7 @@ impl BlockTable {
 
     /// Whether an instruction of `block` begins at linear address `lin`.
     pub(crate) fn has_instruction(&self, block: &Block, lin: u64) -> bool {
-        let offset = lin.wrapping_sub(block.key.linear());
-        self.sites(block).iter().any(|site| u64::from(site.guest) == offset)
+        self.sites(block).iter().any(|site| block.key.mode.linear(site.address(&block.key)) == lin)
     }
 
     /// Code address of the instruction of `block` whose code holds `at`, and how many from it on were counted.
@@ -286,8 +301,7 @@ impl BlockTable {
         let off = at.0 - block.start.0;
         let sites = self.sites(block);
         let i = sites.partition_point(|s| u32::from(s.host) <= off).checked_sub(1)?;
-        let address = block.key.mode.advance(block.key.address, u64::from(sites[i].guest));
-        Some((address, u32::from(block.counted).saturating_sub(i as u32)))
+        Some((sites[i].address(&block.key), u32::from(block.counted).saturating_sub(i as u32)))
     }
 
     /// Records that link `link` jumps to block `to`.
@@ -401,6 +415,7 @@ mod tests {
             granules,
             counted: 2,
             crosses_into: crosses_into.and_then(NonZeroPage::new),
+            trace: false,
             sites: &sites,
         })
     }
@@ -456,7 +471,16 @@ mod tests {
         let [a, b] = [0x1000, 0x1040].map(|at| insert(&mut t, at, Granules(1), None));
         for target in 0..3 {
             let (site, stub) = (CodeOffset(0), CodeOffset(0));
-            t.links.push(Link { target, site, stub, flags_live: false, same_page: true, ungrouped: false });
+            t.links.push(Link {
+                target,
+                site,
+                stub,
+                flags_live: false,
+                same_page: true,
+                ungrouped: false,
+                back: false,
+                counted: false,
+            });
         }
         for (to, link) in [(a, 0), (b, 1), (a, 2)] {
             t.add_incoming(to, link);

@@ -98,6 +98,8 @@ pub(crate) struct JitContext {
     pub(crate) ymm: [[u8; 32]; 16],
     /// For each linear code page in use: its backing page number + 1 while that translation is known to hold.
     pub(crate) xslots: [u32; XSLOTS],
+    /// Passes that are left before a loop is hot, by the number of the link that closes it.
+    pub(crate) heat: [u32; HEAT],
     /// Bounds of ES, CS, SS, DS, FS, GS (current outside 64-bit code).
     pub(crate) bounds: [Bounds; 6],
 }
@@ -133,3 +135,6 @@ impl ContextStack {
 
 /// Page-validation cells; see `pages`.
 pub(crate) const XSLOTS: usize = 16_384;
+
+/// Links that are counted at a time; more share.
+pub(crate) const HEAT: usize = 4_096;

@@ -30,6 +30,8 @@ pub(crate) struct Source<'a> {
     pub(crate) options: u32,
     /// Bytes from `address` to the next breakpoint on its page, where there is one: no block goes on past it.
     pub(crate) stop: Option<u32>,
+    /// For a trace: RIP of each of its instructions, beginning with the block's. It follows these beyond branches.
+    pub(crate) path: &'a [u64],
 }
 
 /// What became of the source.
@@ -59,6 +61,8 @@ pub(crate) struct Frontend {
     /// What each of them is.
     forms: Vec<Form>,
     live: Vec<FlagSet>,
+    /// At each conditional branch on a trace, flags live where the trace does not go.
+    aside: Vec<FlagSet>,
     /// Where the code of each instruction of the block translated last begins.
     pub(crate) sites: Vec<InstructionSite>,
     /// What of the page was decoded.
@@ -117,6 +121,26 @@ impl Frontend {
         FlagSet(live | open)
     }
 
+    /// Decodes the instructions of a trace; returns their bytes.
+    fn decode_path(&mut self, source: &Source<'_>, forms: &mut Forms) -> u32 {
+        self.instrs.clear();
+        self.forms.clear();
+        let mut len = 0;
+        for &rip in source.path {
+            let at = (source.code_address(rip) & 0xFFF) as usize;
+            let mut decoder = Decoder::with_ip(source.mode.bits(), &source.bytes[at..], rip, source.options);
+            let instr = decoder.decode();
+            if instr.is_invalid() {
+                break;
+            }
+            self.forms.push(forms.form(&instr));
+            self.instrs.push(instr);
+            self.seen.add(Granules::of(at, at + instr.len()));
+            len += instr.len() as u32;
+        }
+        len
+    }
+
     /// Decodes up to the end of the block; returns bytes consumed. The last instruction may be one that ends it.
     fn decode(&mut self, source: &Source<'_>, forms: &mut Forms, crossing: bool) -> u32 {
         self.instrs.clear();
@@ -144,11 +168,28 @@ impl Frontend {
         len
     }
 
+    /// Where conditional branch `i`, on a trace that goes on behind it, leads otherwise; `true` if it is taken then.
+    fn branch_aside(&self, source: &Source<'_>, i: usize) -> Option<(u64, bool)> {
+        if self.forms[i].class != Class::Jcc {
+            return None;
+        }
+        let (target, next) = (self.instrs[i].near_branch_target(), source.next_rip(&self.instrs[i]));
+        let on = self.instrs.get(i + 1)?.ip();
+        Some(if on == next { (target, true) } else { (next, false) })
+    }
+
     /// Flags live before each instruction, given those live after the last; all of them if they must be `exact`.
-    fn liveness(&mut self, mut after: FlagSet, exact: bool) {
+    fn liveness(&mut self, source: &Source<'_>, forms: &mut Forms, mut after: FlagSet, exact: bool) {
         self.live.clear();
         self.live.resize(self.instrs.len(), FlagSet::NONE);
-        for (i, instr) in self.instrs.iter().enumerate().rev() {
+        self.aside.clear();
+        self.aside.resize(self.instrs.len(), FlagSet::NONE);
+        for i in (0..self.instrs.len()).rev() {
+            if let Some((target, _)) = self.branch_aside(source, i) {
+                self.aside[i] = self.live_at(source, forms, target);
+                after = FlagSet(after.0 | self.aside[i].0);
+            }
+            let instr = &self.instrs[i];
             after = match self.forms[i].class {
                 _ if exact => FlagSet::ALL,
                 Class::Interpret | Class::Syscall | Class::Sysret => FlagSet::ALL,
@@ -168,12 +209,18 @@ impl Frontend {
         crossing: Option<Crossing>,
     ) -> Translated {
         let code64 = source.mode.code64();
-        let decoded = self.decode(source, forms, crossing.is_some());
+        self.seen = Granules::default();
+        let decoded = if source.path.is_empty() {
+            let decoded = self.decode(source, forms, crossing.is_some());
+            let at = (source.address & 0xFFF) as usize;
+            self.seen.add(Granules::of(at, at + decoded.max(1) as usize));
+            decoded
+        } else {
+            self.decode_path(source, forms)
+        };
         emitter.start(source.address, source.rip, source.mode, first_link);
-        let at = (source.address & 0xFFF) as usize;
-        self.seen = Granules::of(at, at + decoded.max(1) as usize);
         let (after, taken, next) = self.live_out(source, forms, decoded);
-        self.liveness(after, exact_flags(source.mode));
+        self.liveness(source, forms, after, exact_flags(source.mode));
         let live_in = self.live.first().copied().unwrap_or(FlagSet::ALL);
         emitter.indirect_entry(source.rip, live_in);
         let entry = emitter.hot_len() as u32;
@@ -205,7 +252,7 @@ impl Frontend {
         self.sites.clear();
         for i in 0..self.instrs.len() {
             let (instr, form) = (self.instrs[i], self.forms[i]);
-            self.sites.push(site_at(emitter, (instr.ip() - source.rip) as u32));
+            self.sites.push(site_at(emitter, instr.ip().wrapping_sub(source.rip)));
             emitter.at(instr.ip(), counted.saturating_sub(i as u32));
             let site = Site { before: self.live[i] };
             for p in self.planner.plans.iter().filter(|p| p.check == i) {
@@ -214,6 +261,14 @@ impl Frontend {
             }
             if emitter.rsp_is_pending() && !emitter.tolerates_pending_rsp(&instr, form.class) {
                 emitter.sync_rsp();
+            }
+            if i + 1 < self.instrs.len() && matches!(form.class, Class::Jcc | Class::Jmp) {
+                if !self.go_on(source, emitter, i) {
+                    emitter.interpret(instr.ip());
+                    ended = true;
+                    break;
+                }
+                continue;
             }
             let start = emitter.mark();
             if emit_one(&instr, &form, source, emitter, site, (taken, next), &mut ended).is_err() {
@@ -225,8 +280,8 @@ impl Frontend {
             if ended {
                 break;
             }
-            if let Some(n) = groups::rsp_adjust(&instr, code64) {
-                emitter.rsp_adjusted(n);
+            if let Some((base, n)) = groups::adjustment(&instr, code64) {
+                emitter.adjusted(base, n);
             }
             for p in self.planner.plans.iter().filter(|p| p.last == i) {
                 emitter.sync_rsp();
@@ -236,8 +291,10 @@ impl Frontend {
         emitter.sync_rsp();
         if !ended {
             let next_rip = self.end(source, decoded);
-            self.sites.push(site_at(emitter, decoded));
-            if self.instrs.len() < MAX_INSTRUCTIONS && crossing.is_none() && self.ran_out(source, decoded) {
+            self.sites.push(site_at(emitter, next_rip.wrapping_sub(source.rip)));
+            let whole =
+                !source.path.is_empty() || crossing.is_some() || self.instrs.len() == MAX_INSTRUCTIONS;
+            if !whole && self.ran_out(source, decoded) {
                 // An undecodable or page-crossing instruction: a block of its own, or the interpreter's #UD or #PF.
                 emitter.at(next_rip, 0);
                 if self.instrs.is_empty() {
@@ -253,6 +310,16 @@ impl Frontend {
         }
         out.granules = self.seen;
         out
+    }
+
+    /// Emits branch `i` of a trace that goes on behind it; false if it may leave the segment.
+    fn go_on(&self, source: &Source<'_>, emitter: &mut Emitter, i: usize) -> bool {
+        let Some((target, taken)) = self.branch_aside(source, i) else { return true };
+        let cc = self.instrs[i].condition_code() as u8 - 1;
+        if source.reaches(target) {
+            emitter.side_exit(if taken { cc } else { cc ^ 1 }, target, self.aside[i]);
+        }
+        source.reaches(target)
     }
 
     /// RIP behind the last instruction.
@@ -305,9 +372,9 @@ impl Frontend {
 }
 
 /// The instruction that comes next, `guest` bytes behind the block's first. A block of [`MAX_INSTRUCTIONS`] is far from 64 KiB of code.
-fn site_at(emitter: &Emitter, guest: u32) -> InstructionSite {
+fn site_at(emitter: &Emitter, guest: u64) -> InstructionSite {
     debug_assert!(emitter.hot_len() <= usize::from(u16::MAX));
-    InstructionSite { host: emitter.hot_len().min(usize::from(u16::MAX)) as u16, guest: guest as u16 }
+    InstructionSite { host: emitter.hot_len().min(usize::from(u16::MAX)) as u16, guest: guest as i16 }
 }
 
 /// Emits one instruction; sets `ended` if it ends the block.
@@ -334,7 +401,7 @@ fn emit_one(
             if missing || differs(instr, mode) {
                 return Err(crate::emit::Unfit);
             }
-            let at = (instr.ip() - source.rip) as usize + source.at;
+            let at = instr.ip().wrapping_sub(source.rip).wrapping_add(source.at as u64) as usize;
             emitter.identity(instr, &source.bytes[at..at + instr.len()], form, site)
         }
         Class::Nop => Ok(()),

@@ -12,7 +12,7 @@ use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
 
 const RSP: u8 = 4;
 /// Groups of a block that keep their delta in the context.
-pub(crate) const SLOTS: usize = 3;
+pub(crate) const SLOTS: usize = 4;
 /// Members below which a group in the context does not pay.
 const SLOT_MEMBERS: u32 = 3;
 /// Bytes a group may span.
@@ -36,11 +36,11 @@ pub(crate) struct Plan {
     pub(crate) slot: Option<usize>,
 }
 
-/// A run of instructions over which one base register is unchanged (or, for RSP, moved by known amounts).
+/// A run of instructions over which one base register is unchanged or moved by known amounts.
 /// Displacements count from the base's value at its start.
 struct Region {
     base: u8,
-    /// How far the base moved since the region's start (RSP only).
+    /// How far the base moved since the region's start.
     moved: i32,
     /// The first member, or as far as the region went without one, and `moved` before it.
     first: (usize, i32),
@@ -97,7 +97,7 @@ impl Region {
     }
 
     /// The check goes where no flags are live, as late as possible, else right before the first member.
-    fn plan(&self, slot: Option<usize>) -> Plan {
+    fn plan(&self) -> Plan {
         let (check, moved) = self.free.unwrap_or(self.first);
         Plan {
             base: self.base,
@@ -106,7 +106,7 @@ impl Region {
             write: self.write,
             check,
             last: self.last,
-            slot,
+            slot: None,
         }
     }
 }
@@ -139,6 +139,16 @@ impl Planner {
         }
     }
 
+    /// `base` moves by `n` at `at`: whether a region goes on. Only that of RSP does before its first member.
+    fn follow(&mut self, base: u8, at: usize, n: i32, live: &[FlagSet]) -> bool {
+        let known = base == RSP || self.open.iter().any(|r| r.base == base);
+        if known {
+            let r = self.region(base, at, live);
+            r.moved = r.moved.saturating_add(n);
+        }
+        known
+    }
+
     fn consider(&mut self, r: Region) {
         if r.members >= 2 {
             self.done.push(r);
@@ -159,9 +169,9 @@ impl Planner {
         open.drain(..).for_each(|r| self.consider(r));
         self.open = open;
         self.done.sort_by_key(|r| std::cmp::Reverse(r.members));
-        let pays = |(i, r): &(usize, &Region)| *i == 0 || (*i <= SLOTS && r.members >= SLOT_MEMBERS);
-        let found = self.done.iter().enumerate().filter(pays);
-        self.plans.extend(found.map(|(i, r)| r.plan(i.checked_sub(1))));
+        for r in &self.done {
+            self.plans.extend(place(r, &self.plans));
+        }
     }
 
     fn find_regions(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) {
@@ -201,13 +211,11 @@ impl Planner {
                 }
                 _ => {}
             }
-            let adjust = rsp_adjust(instr, code64);
-            if let Some(n) = adjust {
-                self.region(RSP, i, live).moved += n;
-            }
             let mut modified = modified(instr, form.class, &form.access);
-            if adjust.is_some() {
-                modified &= !(1 << RSP);
+            if let Some((base, n)) = adjustment(instr, code64)
+                && self.follow(base, i, n, live)
+            {
+                modified &= !(1 << base);
             }
             while modified != 0 {
                 self.close(modified.trailing_zeros() as u8, i);
@@ -215,6 +223,17 @@ impl Planner {
             }
         }
     }
+}
+
+/// Gives a region r13 or a slot of the context that no other uses in between.
+fn place(region: &Region, plans: &[Plan]) -> Option<Plan> {
+    let plan = region.plan();
+    let free = |slot: &Option<usize>| {
+        plans.iter().all(|p| p.slot != *slot || p.last < plan.check || plan.last < p.check)
+    };
+    let in_context = if region.members >= SLOT_MEMBERS { SLOTS } else { 0 };
+    let slot = std::iter::once(None).chain((0..in_context).map(Some)).find(free)?;
+    Some(Plan { slot, ..plan })
 }
 
 /// Instructions that may become members.
@@ -258,13 +277,18 @@ fn memory_written(instr: &Instruction, access: &[OpAccess; 5]) -> bool {
     })
 }
 
-/// `add rsp, imm`, `sub rsp, imm`, `lea rsp, [rsp + disp]`: the known change of RSP. In 64-bit code a write to ESP is none:
-/// it clears the upper half, and what a group knew of RSP's page no longer holds.
-pub(crate) fn rsp_adjust(instr: &Instruction, code64: bool) -> Option<i32> {
-    let sp = if code64 { Register::RSP } else { Register::ESP };
-    if instr.op0_kind() != OpKind::Register || instr.op0_register() != sp {
+/// `add r, imm`, `sub r, imm`, `inc r`, `dec r`, `lea r, [r + disp]`: the register and its known change. In 64-bit code a write
+/// to 32 bits is none: it clears the upper half, and what a group knew of the register's page no longer holds.
+pub(crate) fn adjustment(instr: &Instruction, code64: bool) -> Option<(u8, i32)> {
+    let r = instr.op0_register();
+    if instr.op0_kind() != OpKind::Register || !r.is_gpr() || r.size() != if code64 { 8 } else { 4 } {
         return None;
     }
+    Some((regs::number(r), change(instr, r)?))
+}
+
+/// By how much `instr` moves `r`, its first operand.
+fn change(instr: &Instruction, r: Register) -> Option<i32> {
     match instr.mnemonic() {
         Mnemonic::Add | Mnemonic::Sub
             if instr.op1_kind() != OpKind::Register && instr.op1_kind() != OpKind::Memory =>
@@ -276,7 +300,9 @@ pub(crate) fn rsp_adjust(instr: &Instruction, code64: bool) -> Option<i32> {
             let n = if instr.mnemonic() == Mnemonic::Add { n } else { n.checked_neg()? };
             (n.checked_abs()? <= MAX_SPAN).then_some(n)
         }
-        Mnemonic::Lea if instr.memory_base() == sp && instr.memory_index() == Register::None => {
+        Mnemonic::Inc => Some(1),
+        Mnemonic::Dec => Some(-1),
+        Mnemonic::Lea if instr.memory_base() == r && instr.memory_index() == Register::None => {
             let n = instr.memory_displacement64() as i32;
             (n.checked_abs()? <= MAX_SPAN).then_some(n)
         }

@@ -50,7 +50,7 @@ fn add_engines(bench: &mut Bench, attention: &Attention) {
         bench.add("interpreter", Box::new(engine), Leave::Nothing);
     }
     if asked != "interpreter" {
-        let options = JitOptions::default();
+        let options = JitOptions { hot_loop: 2, ..JitOptions::default() };
         let memory = bench.guest().memory();
         let engine = Translator::new(model(), memory, attention.clone(), VpIndex(0), options).unwrap();
         bench.add("translator", Box::new(engine), Leave::DeadFlags);
@@ -109,6 +109,7 @@ fn conform(mode: NativeMode) {
     // Nothing that a model offers is silently missing: it ran, or `forms` says why not.
     let complete = names("PARAVANE_FUZZ_ONLY").is_empty() && setting("PARAVANE_FUZZ_ROUNDS", 6) >= 6;
     assert!(!complete || whole.missing().is_empty(), "never drawn: {:?}", whole.missing());
+    assert!(!complete || whole.mends > 0, "no fault was mended");
 }
 
 /// lock sub dword ptr [eax + eax * 4 + disp32], imm32 in 16-bit code.

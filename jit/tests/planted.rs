@@ -24,12 +24,16 @@ struct Crooked {
 enum Error {
     Before(fn(&mut CpuState)),
     After(fn(&mut CpuState, &GuestMemory)),
+    /// When it goes on after a fault, which RF tells.
+    Resuming(fn(&mut CpuState)),
 }
 
 impl Engine for Crooked {
     fn run(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, budget: Budget) -> Exit {
-        if let Error::Before(change) = self.error {
-            change(cpu);
+        match self.error {
+            Error::Before(change) => change(cpu),
+            Error::Resuming(change) if cpu.rflags & flags::RF != 0 => change(cpu),
+            _ => {}
         }
         let exit = self.engine.run(cpu, mem, bus, budget);
         if let Error::After(change) = self.error {
@@ -120,6 +124,19 @@ fn every_planted_error_is_found() {
             let program = Program::of(&mut bench, &code, gpr).unwrap();
             assert!(!bench.differences(program.case()).is_empty(), "error {number} in {mode:?}");
         }
+    }
+}
+
+/// REP STOSB now and then crosses the end of the writable pages, faults there, and goes on when the fault is mended.
+#[test]
+fn errors_after_a_mended_fault_are_found() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let errors = [(Error::Resuming(|_| ()), false), (Error::Resuming(|cpu| cpu.gpr[1] ^= 1), true)];
+    for (error, found) in errors {
+        let mut bench = bench(NativeMode::Long, error).unwrap();
+        let different =
+            (0..64).any(|seed| matches!(bench.check(Code::Stosb_m8_AL, seed), Verdict::Different(_)));
+        assert_eq!(different, found);
     }
 }
 

@@ -24,6 +24,12 @@ impl Emitter {
 
     /// Conditional jump; ends the block with two exits.
     pub(crate) fn jcc(&mut self, cc: u8, target: u64, next: u64, live_taken: FlagSet, live_next: FlagSet) {
+        self.side_exit(cc, target, live_taken);
+        self.direct_exit(next, live_next, false);
+    }
+
+    /// An exit that is taken if condition `cc` holds.
+    pub(crate) fn side_exit(&mut self, cc: u8, target: u64, live_taken: FlagSet) {
         if target <= self.rip {
             self.hot.push(0x0F);
             self.hot.push(0x80 | (cc ^ 1));
@@ -37,7 +43,6 @@ impl Emitter {
             self.hot.push(0x80 | cc);
             self.link_here(target, live_taken);
         }
-        self.direct_exit(next, live_next, false);
     }
 
     /// LOOP, LOOPE, LOOPNE: two exits.
@@ -154,6 +159,7 @@ impl Emitter {
     fn link_here(&mut self, target: u64, live: FlagSet) {
         let stub = self.cold_here();
         let site = self.hot_rel32(Target::Here(stub));
+        let back = target <= self.rip;
         let target = self.code_address(target);
         let same_page = target >> 12 == self.address >> 12;
         self.cold_link(PendingLink {
@@ -163,6 +169,7 @@ impl Emitter {
             flags_live: !live.is_empty(),
             same_page,
             ungrouped: false,
+            back,
         });
     }
 
@@ -336,6 +343,47 @@ impl Emitter {
         }
         ops.push(0xE9);
         rel(ops, to);
+        &ops.ops
+    }
+
+    /// A jump to `to`, to be placed at `start`, that counts cell `cell` of `heat` down and leaves by `link` when that is zero.
+    pub(crate) fn count_thunk(
+        &mut self,
+        start: CodeOffset,
+        link: &Link,
+        cell: usize,
+        to: CodeOffset,
+    ) -> &[u8] {
+        let ops = &mut self.cold;
+        ops.ops.clear();
+        let at = std::mem::offset_of!(JitContext, heat) as i32 + cell as i32 * 4;
+        let rel = |ops: &mut SimpleAssembler, to: CodeOffset| {
+            let site = start.0 as i32 + ops.offset().0 as i32;
+            ops.push_i32(to.0 as i32 - (site + 4));
+        };
+        if link.flags_live {
+            dynasm!(ops
+                ; .arch x64
+                ; mov r13, rcx
+                ; mov ecx, [rsp + at]
+                ; lea ecx, [rcx - 1]
+                ; mov [rsp + at], ecx
+                ; .u8 0xE3, 8 // jrcxz over the next two
+                ; mov rcx, r13
+            );
+            ops.push(0xE9);
+            rel(ops, to);
+            dynasm!(ops ; .arch x64 ; mov rcx, r13);
+            ops.push(0xE9);
+            rel(ops, link.stub);
+        } else {
+            dynasm!(ops ; .arch x64 ; sub DWORD [rsp + at], 1);
+            ops.push(0x0F);
+            ops.push(0x86);
+            rel(ops, link.stub);
+            ops.push(0xE9);
+            rel(ops, to);
+        }
         &ops.ops
     }
 

@@ -19,7 +19,7 @@ pub(super) struct Group {
     lo: i32,
     hi: i32,
     write: bool,
-    /// How far RSP moved since the check, where it is the base.
+    /// How far the base moved since the check.
     moved: i32,
     /// Where the page's delta is: r13, or a slot of the context.
     slot: Option<usize>,
@@ -106,6 +106,7 @@ impl Emitter {
             flags_live: true,
             same_page: true,
             ungrouped: true,
+            back: false,
         });
         here
     }
@@ -157,7 +158,12 @@ impl Emitter {
 
     /// RSP changed by `n` with an instruction of the block.
     pub(crate) fn rsp_adjusted(&mut self, n: i32) {
-        for g in self.groups.iter_mut().filter(|g| g.base == 4) {
+        self.adjusted(4, n);
+    }
+
+    /// Guest register `base` changed by `n` with an instruction of the block.
+    pub(crate) fn adjusted(&mut self, base: u8, n: i32) {
+        for g in self.groups.iter_mut().filter(|g| g.base == base) {
             g.moved += n;
         }
     }

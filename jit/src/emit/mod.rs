@@ -55,6 +55,7 @@ pub(crate) struct PendingLink {
     pub(crate) flags_live: bool,
     pub(crate) same_page: bool,
     pub(crate) ungrouped: bool,
+    pub(crate) back: bool,
 }
 
 /// Why an instruction cannot be emitted: it goes to the interpreter.

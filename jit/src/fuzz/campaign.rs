@@ -37,6 +37,8 @@ pub struct Report {
     pub cases: u64,
     /// Programs run.
     pub programs: u64,
+    /// Page faults that were mended, and the instruction resumed.
+    pub mends: u64,
     /// At most one failure for each form, and a few of programs.
     pub failures: Vec<Failure>,
     /// Failing cases, by form.
@@ -63,6 +65,7 @@ impl Campaign {
             admitted.push(Code::INVALID);
         }
         let mut report = Report::new(admitted.clone());
+        let mends = bench.mends;
         let start = Instant::now();
         for seed in (self.seed..).take(self.rounds as usize) {
             if start.elapsed() > self.time {
@@ -100,6 +103,7 @@ impl Campaign {
             }
         }
         report.time = start.elapsed();
+        report.mends = bench.mends - mends;
         report
     }
 }
@@ -111,6 +115,7 @@ impl Report {
             admitted,
             cases: 0,
             programs: 0,
+            mends: 0,
             failures: Vec::new(),
             failing: BTreeMap::new(),
             time: Duration::ZERO,
@@ -171,18 +176,20 @@ impl Report {
         for (sum, n) in self.exercised.iter_mut().zip(&other.exercised) {
             *sum += n;
         }
+        self.mends += other.mends;
     }
 
     /// Forms, cases and what was not covered, in a few lines.
     pub fn summary(&self) -> String {
         let seconds = self.time.as_secs_f64();
         format!(
-            "{} instructions of {} forms in {seconds:.1} s ({:.0}/s): {} alone, {} programs; {} forms fail; \
-             never drawn: {:?}",
+            "{} instructions of {} forms in {seconds:.1} s ({:.0}/s): {} alone, {} faults mended, {} programs; \
+             {} forms fail; never drawn: {:?}",
             self.instructions(),
             self.exercised.iter().filter(|&&n| n > 0).count(),
             self.instructions() as f64 / seconds.max(0.001),
             self.cases,
+            self.mends,
             self.programs,
             self.failing.len(),
             self.missing(),

@@ -71,7 +71,7 @@ pub fn differences(case: &Case, bits: u32, leave: Leave, host: &Outcome, engine:
     }
     extended_state(host, engine, latitude, &mut lines);
     if !is_open_result(&case.instruction) || case.instruction.op0_register().is_gpr() {
-        memory(host, engine, latitude, &mut lines);
+        memory(case, host, engine, latitude, &mut lines);
     }
     lines
 }
@@ -118,8 +118,10 @@ impl Latitude {
             mmx,
             mxcsr: i.mnemonic() == M::Vcvtps2ph,
             return_slot: i.mnemonic() == M::Call,
-            order: matches!(i.mnemonic(), M::Call | M::Bound | M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq)
-                || is_x87_environment(i),
+            order: matches!(
+                i.mnemonic(),
+                M::Call | M::Enter | M::Bound | M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq
+            ) || is_x87_environment(i),
             counters: i.has_rep_prefix() || i.has_repne_prefix(),
             registers: vendor::leaves_registers_at_faults(i),
             may_skip_access: matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu),
@@ -140,7 +142,8 @@ fn same_stop(host: &NativeStop, engine: &NativeStop, latitude: Latitude) -> bool
         let hidden = if stop.address >> 63 != 0 { 1 } else { 0 };
         NativeStop { address, error_code: stop.error_code & !hidden, ..*stop }
     };
-    let several = latitude.order && host.rip == engine.rip && host.vector != 3 && engine.vector != 3;
+    let either = latitude.order && host.vector != 3 && engine.vector != 3;
+    let several = host.rip == engine.rip && (either || vendor::prefers(host.vector, engine.vector));
     several || seen(host) == seen(engine)
 }
 
@@ -173,7 +176,7 @@ fn extended_state(host: &Outcome, engine: &Outcome, latitude: Latitude, lines: &
     }
 }
 
-fn memory(host: &Outcome, engine: &Outcome, latitude: Latitude, lines: &mut Vec<String>) {
+fn memory(case: &Case, host: &Outcome, engine: &Outcome, latitude: Latitude, lines: &mut Vec<String>) {
     let slot = |n: usize| {
         let below = host.state.gpr[4].wrapping_sub(n as u64) & 0xFFF;
         latitude.return_slot && (1..=8).contains(&below)
@@ -181,7 +184,8 @@ fn memory(host: &Outcome, engine: &Outcome, latitude: Latitude, lines: &mut Vec<
     if host.arena == engine.arena {
         return;
     }
-    let different = |n: &usize| host.arena[*n] != engine.arena[*n] && !slot(*n);
+    let open = |n: usize| case.open_memory.iter().any(|range| range.contains(&n));
+    let different = |n: &usize| host.arena[*n] != engine.arena[*n] && !slot(*n) && !open(*n);
     let Some(first) = (0..host.arena.len()).find(different) else { return };
     let last = (0..host.arena.len()).rfind(different).unwrap_or(first);
     let shown = first..(last + 1).min(first + 32);

@@ -5,6 +5,7 @@ use super::random::Random;
 use super::safety::{Exits, Situation};
 use crate::host::{NativeLayout, NativeState};
 use iced_x86::{Code, CodeSize, Instruction, InstructionInfoFactory, OpCodeOperandKind, OpKind, Register};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Where in the code page the instruction lies.
@@ -25,6 +26,8 @@ pub struct Case {
     pub open_before: u64,
     /// Status flags undefined after it.
     pub open: u64,
+    /// Bytes of the arena that depend on the processor: pointers of x87 environments.
+    pub open_memory: Vec<Range<usize>>,
     /// Whether code lies behind the last instruction, so that flags may be known to be dead there.
     pub followed: bool,
     /// The forms executed, in order; the natural unit of coverage.
@@ -83,6 +86,7 @@ impl Generator {
             arena,
             open_before: 0,
             open,
+            open_memory: Vec::new(),
             followed: false,
             executed,
             end: None,
@@ -93,7 +97,7 @@ impl Generator {
     /// Whether a case of one instruction may run natively, and to some purpose.
     pub(super) fn is_acceptable(&self, case: &Case) -> bool {
         let now = self.situation(case);
-        let accesses = now.accesses(&mut InstructionInfoFactory::new());
+        let accesses = now.accesses(&mut InstructionInfoFactory::new(), &[]);
         accesses.harmless && !super::vendor::differs(&now)
     }
 

@@ -41,6 +41,8 @@ pub struct Guest {
     layout: NativeLayout,
     template: CpuState,
     next_table: u64,
+    /// Where the entries of the arena's read-only pages lie.
+    read_only: Vec<u64>,
 }
 
 impl Guest {
@@ -49,12 +51,14 @@ impl Guest {
         assert_eq!(DATA_PHYS + layout.data_len(), RAM, "an arena of three pages");
         let memory = GuestMemory::new(MemoryConfig::pc(RAM))?;
         let template = CpuState::reset(0);
-        let mut guest = Guest { memory, layout, template, next_table: TABLES_PHYS + PAGE };
+        let mut guest =
+            Guest { memory, layout, template, next_table: TABLES_PHYS + PAGE, read_only: Vec::new() };
         let writable = layout.writable_pages;
         guest.map(layout.code, CODE_PHYS, 1, pte::P | pte::US);
         guest.map(layout.data, DATA_PHYS, writable, pte::P | pte::US | pte::RW | pte::XD);
         let rest = writable * PAGE;
-        guest.map(layout.data + rest, DATA_PHYS + rest, layout.read_only_pages, pte::P | pte::US | pte::XD);
+        let pages = layout.read_only_pages;
+        guest.read_only = guest.map(layout.data + rest, DATA_PHYS + rest, pages, pte::P | pte::US | pte::XD);
         guest.map(KERNEL, KERNEL_PHYS, KERNEL_PAGES, pte::P | pte::RW);
         guest.descriptor_tables();
         guest.template = guest.user_state();
@@ -82,12 +86,39 @@ impl Guest {
         self.write(CODE_PHYS, case.code_page);
         self.write(DATA_PHYS, case.arena);
         engine.invalidate(RamOffset(CODE_PHYS));
+        self.go(engine, mode, case.state, case.rip, outcome)
+    }
+
+    /// The page fault that [`Self::run`] ended with is mended as an operating system would: the arena's read-only pages
+    /// become writable, without a word to the engine, and what faulted goes on. `outcome` is where it was and where it comes.
+    pub fn mend(&self, engine: &mut dyn Engine, mode: NativeMode, outcome: &mut Outcome) -> Result<(), Exit> {
+        let entries: Vec<u64> = self.read_only.iter().map(|&at| self.read_u64(at)).collect();
+        for (&at, entry) in self.read_only.iter().zip(&entries) {
+            self.write_u64(at, entry | pte::RW);
+        }
+        let (state, rip) = (outcome.state.clone(), outcome.stop.rip);
+        let ended = self.go(engine, mode, &state, rip, outcome);
+        for (&at, &entry) in self.read_only.iter().zip(&entries) {
+            self.write_u64(at, entry);
+        }
+        engine.flush_translations();
+        ended
+    }
+
+    fn go(
+        &self,
+        engine: &mut dyn Engine,
+        mode: NativeMode,
+        state: &NativeState,
+        rip: u64,
+        outcome: &mut Outcome,
+    ) -> Result<(), Exit> {
         let mut cpu = self.template.clone();
         self.set_segments(&mut cpu, mode);
-        cpu.gpr = case.state.gpr;
-        cpu.rflags = case.state.rflags | flags::FIXED | flags::IF;
-        cpu.fpu.clone_from(&case.state.fpu);
-        cpu.rip = case.rip;
+        cpu.gpr = state.gpr;
+        cpu.rflags = state.rflags | flags::FIXED | flags::IF;
+        cpu.fpu.clone_from(&state.fpu);
+        cpu.rip = rip;
         match engine.run(&mut cpu, &self.memory, &Board::default(), Budget::UNLIMITED) {
             Exit::Halt => {
                 self.outcome(&cpu, outcome);
@@ -158,21 +189,28 @@ impl Guest {
         self.write(at, &value.to_le_bytes());
     }
 
-    fn map(&mut self, linear: u64, phys: u64, pages: u64, bits: u64) {
-        for page in 0..pages {
+    fn read_u64(&self, at: u64) -> u64 {
+        self.memory.read_u64(PhysAddr(at)).expect("the guest's own RAM")
+    }
+
+    /// Maps pages and returns where their entries lie.
+    fn map(&mut self, linear: u64, phys: u64, pages: u64, bits: u64) -> Vec<u64> {
+        let map_one = |page: u64| {
             let mut table = TABLES_PHYS;
             for level in [39, 30, 21] {
                 table = self.table_below(table, (linear + page * PAGE) >> level & 511);
             }
             let index = (linear + page * PAGE) >> 12 & 511;
             self.write_u64(table + index * 8, (phys + page * PAGE) | bits);
-        }
+            table + index * 8
+        };
+        (0..pages).map(map_one).collect()
     }
 
     /// The table that entry `index` of `table` points to, made if absent.
     fn table_below(&mut self, table: u64, index: u64) -> u64 {
         let at = table + index * 8;
-        let entry = self.memory.read_u64(PhysAddr(at)).expect("tables are RAM");
+        let entry = self.read_u64(at);
         if entry & pte::P != 0 {
             return entry & pte::ADDRESS;
         }

@@ -3,8 +3,10 @@
 //! A case is one instruction ([`generate`], [`place`], [`encode`]) or a program of some thirty ([`program`]) with random
 //! registers, flags and memory, all derived from a 64-bit seed; it runs in [`Native`] and, at the same addresses, in a guest
 //! ([`Guest`]) under each [`Engine`]. What the manual leaves undefined (SDM 2, each instruction's "Flags Affected") is
-//! masked; everything else must be equal: registers, flags, x87, SSE and AVX state, the arena, the exception with error
-//! code and address. What AMD's processors do differently from that manual is listed in [`vendor`].
+//! masked where it is not known how this host leaves it; everything else must be equal: registers, flags, x87, SSE and
+//! AVX state, the arena, the exception with error code and address; then, where a page fault can be mended, the same
+//! once more when the instruction went on. What AMD's processors do differently from that manual is listed in
+//! [`vendor`].
 //!
 //! Invariant of the unsafe calls: what runs natively passed [`safety`], so it stays in user mode, and its
 //! accesses and branches end inside the arena and the code page, or in a fault that [`Native`] catches.
@@ -107,6 +109,11 @@ pub struct Bench {
     /// Where the last case ended, natively and in the last engine.
     host: Outcome,
     guests: Outcome,
+    /// Where it ended natively after its page fault was mended, if it was.
+    mended: Outcome,
+    is_mended: bool,
+    /// Faults mended so far.
+    mends: u64,
 }
 
 /// The only difference of a case that the watch had to end.
@@ -132,6 +139,9 @@ impl Bench {
             spare: Vec::new(),
             host: Outcome::empty(),
             guests: Outcome::empty(),
+            mended: Outcome::empty(),
+            is_mended: false,
+            mends: 0,
         })
     }
 
@@ -194,6 +204,7 @@ impl Bench {
     /// What differs between host and engines; empty if nothing does.
     pub fn differences(&mut self, case: &Case) -> Vec<String> {
         self.run_on_host(case);
+        self.mend_on_host(case);
         let mut all = Vec::new();
         for number in 0..self.subjects.len() {
             if let Some(watch) = &self.watch {
@@ -207,14 +218,20 @@ impl Bench {
             };
             let subject = &mut self.subjects[number];
             let ended = self.guest.run(&mut *subject.engine, self.mode, &guest_case, &mut self.guests);
-            let lines = match ended {
-                Ok(()) => {
-                    compare::differences(case, self.generator.bits, subject.leave, &self.host, &self.guests)
-                }
-                Err(Exit::Stop) => vec![HANG.into()],
-                Err(Exit::Unsupported) => vec!["the engine does not support it".into()],
-                Err(exit) => vec![format!("the engine stopped with {exit:?}")],
+            let (bits, leave) = (self.generator.bits, subject.leave);
+            let mut lines = match &ended {
+                Ok(()) => compare::differences(case, bits, leave, &self.host, &self.guests),
+                Err(exit) => vec![stopped(*exit)],
             };
+            // Not where the engine was allowed to end otherwise.
+            if self.is_mended && lines.is_empty() && self.guests.stop.vector == 14 {
+                let ended = self.guest.mend(&mut *subject.engine, self.mode, &mut self.guests);
+                let after = match ended {
+                    Ok(()) => compare::differences(case, bits, leave, &self.mended, &self.guests),
+                    Err(exit) => vec![stopped(exit)],
+                };
+                lines.extend(after.into_iter().map(|line| format!("the fault mended: {line}")));
+            }
             all.extend(lines.into_iter().map(|line| format!("{}: {line}", subject.name)));
         }
         all
@@ -242,10 +259,33 @@ impl Bench {
         self.host.arena.extend_from_slice(self.native.arena_bytes());
     }
 
+    /// A single instruction that faulted on the arena's read-only pages goes on with these writable.
+    fn mend_on_host(&mut self, case: &Case) {
+        self.is_mended = false;
+        let stop = self.host.stop;
+        let arena = self.native.layout().data..self.native.layout().data + self.generator.layout.data_len();
+        let mendable = stop.vector == 14 && stop.error_code & 3 == 3 && arena.contains(&stop.address);
+        if !mendable || case.end.is_some() || case.code.len() > 15 {
+            return;
+        }
+        let mut rest = case.clone();
+        rest.state.clone_from(&self.host.state);
+        rest.arena = self.host.arena.as_slice().into();
+        if !self.generator.is_acceptable(&rest) || self.native.protect(true).is_err() {
+            return;
+        }
+        std::mem::swap(&mut self.host, &mut self.mended);
+        self.run_on_host(&rest);
+        std::mem::swap(&mut self.host, &mut self.mended);
+        self.native.protect(false).expect("as it was before");
+        self.is_mended = true;
+        self.mends += 1;
+    }
+
     /// Where a case of one instruction ends without signals.
     fn exits(&mut self, case: &Case) -> Exits {
         let now = self.generator.situation(case);
-        if now.accesses(&mut self.factory).code { Exits::default() } else { now.exits() }
+        if now.accesses(&mut self.factory, &[]).code { Exits::default() } else { now.exits() }
     }
 
     /// Zeroes everything the disagreement does not need.
@@ -272,6 +312,15 @@ impl Bench {
         smaller.state.rflags = 0x202;
         keep(self, smaller, &mut case);
         case
+    }
+}
+
+/// Why an engine did not come to the exception that ends a case.
+fn stopped(exit: Exit) -> String {
+    match exit {
+        Exit::Stop => HANG.into(),
+        Exit::Unsupported => "the engine does not support it".into(),
+        exit => format!("the engine stopped with {exit:?}"),
     }
 }
 

@@ -4,7 +4,8 @@
 //! A program grows where it runs. The host executes it one instruction at a time ([`Tracer`]), so that the registers in
 //! front of the next one are known; where its operands want other values, MOVs of constants set them. Branches, calls,
 //! returns and loops ([`super::flow`]) are traced like everything else: nothing is executed that was not found harmless
-//! with just these registers, in every turn of a loop. No instruction reads a flag that the manual leaves undefined.
+//! with just these registers, in every turn of a loop. No instruction reads a flag or a byte
+//! of memory that depends on the processor.
 
 use super::Bench;
 use super::generate::{Case, OFFSET};

@@ -6,6 +6,9 @@ use iced_x86::{
     Code, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 
+use paravane_cpu::flags;
+use std::ops::Range;
+
 /// Below 4 GiB this process maps nothing but code page and arena.
 const LOW: u64 = 1 << 32;
 const PAGE: u64 = 4096;
@@ -58,11 +61,14 @@ pub struct Accesses {
     pub code: bool,
     /// It may write.
     pub writes: bool,
+    /// It may read bytes that are open.
+    pub open: bool,
 }
 
 impl Situation<'_> {
-    /// Whether it can do no harm to the process, and what else its accesses are.
-    pub fn accesses(&self, factory: &mut InstructionInfoFactory) -> Accesses {
+    /// Whether it can do no harm to the process, and what else its accesses are. The bytes at `open` (addresses) depend on the
+    /// processor.
+    pub fn accesses(&self, factory: &mut InstructionInfoFactory, open: &[Range<u64>]) -> Accesses {
         // The limits of its segments keep 16-bit code in.
         let kept_in = self.bits == 16;
         let own = !matches!(self.instruction.segment_prefix(), Register::FS | Register::GS);
@@ -70,9 +76,11 @@ impl Situation<'_> {
             harmless: own && self.branch_is_harmless() && (kept_in || self.bit_offset_is_harmless()),
             code: kept_in && self.instruction.segment_prefix() == Register::CS,
             writes: false,
+            open: false,
         };
         for memory in factory.info(self.instruction).used_memory() {
             all.writes |= memory.access() != OpAccess::Read;
+            all.open |= memory.access() != OpAccess::Write && self.meets(memory, open);
             if !kept_in {
                 all.harmless &= self.is_harmless(memory);
                 all.code |= self.used(memory, 0).is_none_or(|a| self.is_near_code(a));
@@ -90,14 +98,37 @@ impl Situation<'_> {
         (0..elements).all(|n| self.used(memory, n).is_some_and(|a| is_reachable(a, size, self.bits)))
     }
 
+    /// Whether `memory` may lie in one of `ranges`.
+    fn meets(&self, memory: &UsedMemory, ranges: &[Range<u64>]) -> bool {
+        let size = memory.memory_size().size() as u64;
+        let anywhere = size == 0
+            || memory.index().is_vector_register()
+            || self.instruction.has_rep_prefix()
+            || self.instruction.has_repne_prefix()
+            || self.has_far_bit_offset();
+        let lies_in = |range: &Range<u64>| match self.used(memory, 0) {
+            Some(at) if !anywhere => at < range.end && range.start < at + size,
+            _ => true,
+        };
+        ranges.iter().any(lies_in)
+    }
+
     fn is_near_code(&self, address: u64) -> bool {
         address.wrapping_sub(self.layout.code).wrapping_add(2 * PAGE) < 4 * PAGE
     }
 
-    /// Where it goes on if it does not fault: behind it, or where it branches to. None of POPF, which may set TF.
+    /// Whether it sets TF, so that the instruction behind it traps.
+    pub fn sets_trap(&self) -> bool {
+        let pops = matches!(self.instruction.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq);
+        let mask = if self.bits == 16 { 0xFFFF } else { u64::MAX };
+        let image = self.read(self.state.gpr[4] & mask, 2);
+        pops && image.is_some_and(|image| image & flags::TF != 0)
+    }
+
+    /// Where it goes on if it does not fault: behind it, or where it branches to. Nowhere if it traps there.
     pub fn exits(&self) -> Exits {
         let mut exits = Exits::default();
-        if !matches!(self.instruction.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq) {
+        if !self.sets_trap() {
             let end = self.instruction.ip().wrapping_add(self.bytes.len() as u64);
             exits.add(end.wrapping_sub(self.layout.code));
             if let Some(target) = self.target() {
@@ -129,13 +160,17 @@ impl Situation<'_> {
         Some(u64::from_le_bytes(value))
     }
 
+    fn has_far_bit_offset(&self) -> bool {
+        let i = self.instruction;
+        matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
+            && i.op0_kind() == OpKind::Memory
+            && i.op1_kind() == OpKind::Register
+    }
+
     /// BT and its kin with a register bit offset reach up to 2^60 bytes away from their operand.
     fn bit_offset_is_harmless(&self) -> bool {
         let i = self.instruction;
-        let far = matches!(i.mnemonic(), Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc)
-            && i.op0_kind() == OpKind::Memory
-            && i.op1_kind() == OpKind::Register;
-        if !far {
+        if !self.has_far_bit_offset() {
             return true;
         }
         let value = self.state.gpr[i.op1_register().full_register().number()];

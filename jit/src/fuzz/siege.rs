@@ -131,6 +131,7 @@ impl Siege {
             arena,
             open_before: 0,
             open,
+            open_memory: Vec::new(),
             followed: false,
             executed,
             end: None,

@@ -10,6 +10,7 @@ use super::program::{END, START};
 use super::safety::{Exits, Situation};
 use crate::host::{NativeState, NativeStop};
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Instructions that a program may execute, all turns of its loops together.
@@ -82,6 +83,7 @@ struct Checkpoint {
     rip: u64,
     open: u64,
     open_before: u64,
+    open_memory: usize,
     executed: usize,
     last: usize,
 }
@@ -100,6 +102,8 @@ pub(super) struct Tracer<'a> {
     pub(super) rip: u64,
     open: u64,
     open_before: u64,
+    /// Addresses whose bytes depend on the processor.
+    open_memory: Vec<Range<u64>>,
     stop: Option<NativeStop>,
     executed: Vec<Code>,
     last: usize,
@@ -108,8 +112,15 @@ pub(super) struct Tracer<'a> {
 impl<'a> Tracer<'a> {
     pub(super) fn new(bench: &'a mut Bench, state: &NativeState, arena: &Arc<[u8]>) -> Tracer<'a> {
         bench.native.arena().copy_from_slice(arena);
-        let saved =
-            Checkpoint { now: state.clone(), rip: START, open: 0, open_before: 0, executed: 0, last: 0 };
+        let saved = Checkpoint {
+            now: state.clone(),
+            rip: START,
+            open: 0,
+            open_before: 0,
+            open_memory: 0,
+            executed: 0,
+            last: 0,
+        };
         Tracer {
             bench,
             start: state.clone(),
@@ -120,6 +131,7 @@ impl<'a> Tracer<'a> {
             rip: START,
             open: 0,
             open_before: 0,
+            open_memory: Vec::new(),
             stop: None,
             executed: Vec::new(),
             last: 0,
@@ -145,6 +157,7 @@ impl<'a> Tracer<'a> {
         self.saved.rip = self.rip;
         self.saved.open = self.open;
         self.saved.open_before = self.open_before;
+        self.saved.open_memory = self.open_memory.len();
         self.saved.executed = self.executed.len();
         self.saved.last = self.last;
     }
@@ -157,6 +170,7 @@ impl<'a> Tracer<'a> {
         self.rip = self.saved.rip;
         self.open = self.saved.open;
         self.open_before = self.saved.open_before;
+        self.open_memory.truncate(self.saved.open_memory);
         self.last = self.saved.last;
         self.executed.truncate(self.saved.executed);
         self.stop = None;
@@ -194,15 +208,18 @@ impl<'a> Tracer<'a> {
         // One that goes back into its own step would run on unchecked.
         let own = self.bench.generator.layout.code + step.at;
         let turns = now.target().is_some_and(|t| t.wrapping_sub(own) < step.bytes.len() as u64);
-        let determined =
-            !turns && is_determined(&step.instruction, self.open) && !super::vendor::differs(&now);
+        let determined = !turns
+            && !now.sets_trap()
+            && is_determined(&step.instruction, self.open)
+            && !super::vendor::differs(&now);
         if !determined {
             return Err(Refused);
         }
-        let accesses = now.accesses(&mut self.bench.factory);
-        if accesses.code || !accesses.harmless {
+        let accesses = now.accesses(&mut self.bench.factory, &self.open_memory);
+        if accesses.code || accesses.open || !accesses.harmless {
             return Err(Refused);
         }
+        let pointers = environment_pointers(&now);
         let exits = now.exits();
         self.wrote |= accesses.writes;
         let after = open_after(&step.instruction, self.now.gpr[1], self.open);
@@ -213,6 +230,7 @@ impl<'a> Tracer<'a> {
             self.bench.native.run(self.bench.mode, step.at as usize, exits.offsets(), &mut self.now)
         };
         self.executed.push(step.instruction.code());
+        self.open_memory.extend(pointers);
         let next = stop.rip.wrapping_sub(self.bench.generator.layout.code + 1);
         if stop.vector == 3 && (OFFSET..END + 64).contains(&next) && next != step.at + step.setup as u64 {
             self.rip = next;
@@ -238,6 +256,10 @@ impl<'a> Tracer<'a> {
         if self.stop.is_none() {
             exits.add(self.rip);
         }
+        let data = self.bench.generator.layout.data;
+        let offset = |address: u64| address.saturating_sub(data) as usize;
+        let in_arena = |open: Range<u64>| offset(open.start)..offset(open.end);
+        let open_memory = self.open_memory.into_iter().map(in_arena).collect();
         Some(Case {
             code,
             instruction: steps[self.last].instruction,
@@ -245,6 +267,7 @@ impl<'a> Tracer<'a> {
             arena: self.arena,
             open_before: self.open_before,
             open: self.open,
+            open_memory,
             followed: is_followed(steps, &steps[self.last]),
             executed: self.executed,
             end: Some(TraceEnd { state: self.now, exits }),
@@ -259,13 +282,20 @@ fn is_followed(steps: &[Step], last: &Step) -> bool {
 
 /// Whether `i` depends on nothing undefined, given the flags that are.
 fn is_determined(i: &Instruction, open: u64) -> bool {
-    // The last x87 instruction's address and opcode are not tracked by engines.
-    let environment =
-        matches!(i.mnemonic(), Mnemonic::Fnsave | Mnemonic::Fnstenv | Mnemonic::Fsave | Mnemonic::Fstenv);
-    // TF and AC from the stack change what every later instruction does.
-    let popf = matches!(i.mnemonic(), Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq);
     let read = compare::from_iced(i.rflags_read());
-    !compare::is_open_result(i) && !environment && !popf && read & open == 0
+    !compare::is_open_result(i) && read & open == 0
+}
+
+/// Where an x87 environment that is stored tells of the last instruction: its address, operand and opcode, which
+/// processors track by rules of their own, and engines by others (`cpu/DEVIATIONS.md`).
+fn environment_pointers(now: &Situation<'_>) -> Option<Range<u64>> {
+    let stores = matches!(now.instruction.mnemonic(), Mnemonic::Fnsave | Mnemonic::Fnstenv);
+    let at = now.address(0).filter(|_| stores)?;
+    // SDM 1, figures 8-9 to 8-12.
+    Some(match now.instruction.memory_size().size() {
+        14 | 94 => at + 6..at + 14,
+        _ => at + 12..at + 28,
+    })
 }
 
 /// Undefined flags behind an instruction, given those before it.

@@ -15,6 +15,7 @@
 //! | LOCK MOV with CR0                       | `#UD`                              | MOV with CR8: `#GP` at CPL 3       |
 //! | UD0, UD1 that their ModRM makes too long | `#GP`                              | `#UD`: they have no ModRM          |
 //! | POPA that faults                        | registers as before                | some are loaded                    |
+//! | misaligned access with AC, and `#PF`    | open; `#AC`                        | `#PF`                              |
 //! | near branch with 66 in 64-bit mode      | 66 ignored                         | 16-bit operands (APM 3, CALL, JMP) |
 
 use super::safety::Situation;
@@ -111,6 +112,11 @@ pub fn leaves_flags_at_faults(i: &Instruction) -> bool {
 /// Whether `i` may have loaded some of its registers when it faults.
 pub fn leaves_registers_at_faults(i: &Instruction) -> bool {
     is_amd() && matches!(i.mnemonic(), Mnemonic::Popa | Mnemonic::Popad)
+}
+
+/// Whether the host's exception `theirs` stands for the engine's `ours` where an access raises both.
+pub fn prefers(theirs: u8, ours: u8) -> bool {
+    is_amd() && (theirs, ours) == (14, 17)
 }
 
 /// Whether the host checks memory before `i`'s numeric exception.

@@ -16,6 +16,9 @@ use std::mem::offset_of;
 pub(super) const USER_DS: u16 = 0x2B;
 pub(super) const USER_CS: u16 = 0x33;
 
+/// Flags that code under test begins with; the others are the kernel's.
+const LOADED: u64 = flags::STATUS | flags::DF | flags::NT | flags::AC | flags::ID;
+
 /// Where [`Gate::pass`] begins.
 #[derive(Clone, Copy)]
 pub(super) struct Start {
@@ -113,7 +116,7 @@ impl Gate {
         // SAFETY: the frame is ours alone; no code under test runs now.
         let frame = unsafe { &mut *self.frame };
         frame.gpr = state.gpr;
-        frame.rflags = (state.rflags & (flags::STATUS | flags::DF | flags::ID)) | flags::FIXED;
+        frame.rflags = (state.rflags & LOADED) | flags::FIXED;
         frame.fpu = &raw mut state.fpu;
         frame.start = start.rip;
         frame.start_cs = u64::from(start.cs);

@@ -49,6 +49,17 @@ impl Mapping {
     }
 }
 
+impl Mapping {
+    /// Changes what may be done with `length` bytes at `offset` of this reservation.
+    pub(super) fn protect(&self, offset: u64, length: u64, protection: i32) -> io::Result<()> {
+        assert!(offset + length <= self.length as u64, "outside the reservation");
+        let at = self.start.wrapping_byte_add(offset as usize);
+        // SAFETY: changes only a part of our own reservation, as just checked, which Rust code does not refer to.
+        let changed = unsafe { libc::mprotect(at, length as usize, protection) };
+        if changed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: ours, and nothing refers to it any more.

@@ -101,7 +101,7 @@ impl NativeMode {
 pub struct NativeState {
     /// By encoding number; RSP may hold anything.
     pub gpr: [u64; 16],
-    /// Status flags, DF and ID are loaded; all of RFLAGS is returned.
+    /// Status flags, DF, NT, AC and ID are loaded; all of RFLAGS is returned.
     pub rflags: u64,
     /// x87, SSE and AVX state.
     pub fpu: FpuState,
@@ -127,7 +127,7 @@ pub struct Native {
     code: Mapping,
     data: Mapping,
     _executable: Mapping,
-    _arena: Mapping,
+    arena: Mapping,
     _stack: SignalStack,
     gate: Gate,
     /// What of the code page is not INT3.
@@ -158,7 +158,7 @@ impl Native {
             code,
             data,
             _executable: executable,
-            _arena: arena,
+            arena,
             _stack: stack,
             gate: Gate::new(),
             used: 0..0,
@@ -186,6 +186,13 @@ impl Native {
     /// Where things lie.
     pub fn layout(&self) -> NativeLayout {
         self.layout
+    }
+
+    /// Makes the read-only pages of the arena writable, or read-only again.
+    pub fn protect(&mut self, writable: bool) -> io::Result<()> {
+        let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let (skipped, length) = (self.layout.writable_pages * PAGE, self.layout.read_only_pages * PAGE);
+        self.arena.protect(PAGE + skipped, length, protection)
     }
 
     /// The arena's bytes, read-only pages included.

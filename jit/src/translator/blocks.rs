@@ -2,6 +2,7 @@
 //! is full.
 
 use super::fill::miss_helper;
+use super::traces::heat_cell;
 use super::{Translator, canonical};
 use crate::block::{BlockId, BlockKey, Granules, Link, Mode, NewBlock, NonZeroPage};
 use crate::code_cache::CodeOffset;
@@ -64,10 +65,17 @@ impl Translator {
             self.reset_cache();
             return self.block_at(cpu, address, mode);
         }
-        self.translate_block(cpu, key, page).map(|id| (id, slot))
+        self.translate_block(cpu, key, page, &[]).map(|id| (id, slot))
     }
 
-    fn translate_block(&mut self, cpu: &CpuState, key: BlockKey, page: RamOffset) -> Option<BlockId> {
+    /// Translates the block at `key`, or the trace that follows `path`.
+    pub(super) fn translate_block(
+        &mut self,
+        cpu: &CpuState,
+        key: BlockKey,
+        page: RamOffset,
+        path: &[u64],
+    ) -> Option<BlockId> {
         // The copy stays good while the claim stands: writes to the page take it away.
         if self.page_copied != Some(page) || !self.claims.has_code(page) {
             self.page_copied = None;
@@ -83,7 +91,7 @@ impl Translator {
         let mut joined = [0u8; 32];
         let mut bytes = &self.page_bytes[..];
         let mut source_at = at;
-        if at > 4096 - 15 && !complete(&bytes[at..], key.mode) {
+        if path.is_empty() && at > 4096 - 15 && !complete(&bytes[at..], key.mode) {
             let next_lin = key.mode.advance(key.mode.linear(key.address) & !0xFFF, 4096);
             let (next, slot) = self.fetch_page(cpu, next_lin)?;
             if !self.protect(next) {
@@ -100,8 +108,17 @@ impl Translator {
         let options = self.core.model().decoder_options();
         let stop = self.next_breakpoint(&key);
         let (rip, limit) = self.place(&key);
-        let source =
-            Source { bytes, at: source_at, address: key.address, rip, limit, mode: key.mode, options, stop };
+        let source = Source {
+            bytes,
+            at: source_at,
+            address: key.address,
+            rip,
+            limit,
+            mode: key.mode,
+            options,
+            stop,
+            path,
+        };
         let first_link = self.blocks.links.len() as u32;
         let t = self.frontend.translate(&source, &mut self.forms, &mut self.emitter, first_link, crossing);
         let start = self.cache.next();
@@ -118,6 +135,8 @@ impl Translator {
                 flags_live: l.flags_live,
                 same_page: l.same_page && extra.is_none(),
                 ungrouped: l.ungrouped,
+                back: l.back,
+                counted: false,
             });
         }
         if let Some(map) = &mut self.perf_map {
@@ -136,6 +155,7 @@ impl Translator {
             granules: t.granules,
             counted: t.counted as u8,
             crosses_into: extra,
+            trace: !path.is_empty(),
             sites: &self.frontend.sites,
         };
         Some(self.blocks.insert(block))
@@ -174,10 +194,21 @@ impl Translator {
 
     /// Chains link `number` to block `to`.
     pub(super) fn chain(&mut self, number: u32, to: BlockId, slot: u32, page: RamOffset) {
-        let link = &self.blocks.links[number as usize];
+        let counts = self.counts(number, to);
+        let link = &mut self.blocks.links[number as usize];
         let site = link.site;
         let entry = self.blocks.blocks[to as usize].entry;
-        let target = if link.same_page {
+        let target = if counts {
+            link.counted = true;
+            let cell = heat_cell(number);
+            let thunk = self.emitter.count_thunk(self.cache.next(), link, cell, entry);
+            if thunk.len() + 64 > self.cache.free() {
+                return;
+            }
+            let target = self.cache.append(thunk);
+            self.context().heat[cell] = self.options.hot_loop.max(1);
+            target
+        } else if link.same_page {
             entry
         } else {
             let value = (page.0 >> PAGE_SHIFT) as u32 + 1;

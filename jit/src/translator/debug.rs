@@ -44,7 +44,7 @@ impl Translator {
     pub(super) fn listing(&self, block: &Block) -> Vec<HostCode> {
         let sites = self.blocks.sites(block).iter();
         let sites =
-            sites.map(|site| (u32::from(site.host), Some(block.key.linear() + u64::from(site.guest))));
+            sites.map(|site| (u32::from(site.host), Some(block.key.mode.linear(site.address(&block.key)))));
         let pieces: Vec<_> = std::iter::once((0, None)).chain(sites).collect();
         let ends = pieces.iter().skip(1).map(|p| p.0).chain([block.code_len]);
         let piece = |(&(from, guest), to): (&(u32, Option<u64>), u32)| {

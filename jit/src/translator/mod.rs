@@ -14,6 +14,7 @@ mod debug;
 mod fill;
 mod run;
 mod stats;
+mod traces;
 
 use crate::block::{BlockId, BlockTable};
 use crate::classify::Forms;
@@ -40,6 +41,7 @@ use run::Rest;
 use stats::Stats;
 use std::io;
 use std::sync::Arc;
+use traces::Recorder;
 
 /// What the user may choose about the translator.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +54,8 @@ pub struct JitOptions {
     pub tsc_base: Option<u64>,
     /// Return from every block: for comparing engines block by block.
     pub single_blocks: bool,
+    /// How often a loop is closed before it is translated once more, as a trace.
+    pub hot_loop: u32,
     /// Translators in this process, one for each vCPU: they share the host's address space and the number of mappings it
     /// allows.
     pub vcpus: usize,
@@ -66,6 +70,7 @@ impl Default for JitOptions {
             count_instructions: false,
             tsc_base: None,
             single_blocks: false,
+            hot_loop: 1_000,
             vcpus: 1,
             perf_map: false,
         }
@@ -125,6 +130,8 @@ pub struct Translator {
     code: Vec<u8>,
     /// Room for the blocks that a write takes.
     taken: Vec<BlockId>,
+    /// A loop became hot: the path through it is being found.
+    recorder: Option<Recorder>,
     page_bytes: Box<[u8; 4096]>,
     /// Which page `page_bytes` is a copy of.
     page_copied: Option<RamOffset>,
@@ -194,6 +201,7 @@ impl Translator {
             perf_map: options.perf_map.then(PerfMap::open).transpose()?,
             code: Vec::new(),
             taken: Vec::new(),
+            recorder: None,
             page_bytes: Box::new([0; 4096]),
             page_copied: None,
             cache,

@@ -6,6 +6,7 @@
 //! * [`fault_callback`] runs only inside the [`FaultScope`] of `enter`, when nothing else borrows the translator.
 
 use super::fill::{applied_base, operand_address};
+use super::traces::Recorder;
 use super::{Translator, canonical};
 use crate::block::Mode;
 use crate::context::{JitContext, Reason};
@@ -226,7 +227,7 @@ impl Translator {
     }
 
     /// The code address of CS:RIP.
-    fn code_address(&mut self, cpu: &CpuState) -> u64 {
+    pub(super) fn code_address(&mut self, cpu: &CpuState) -> u64 {
         if cpu.code64() {
             return cpu.rip;
         }
@@ -326,6 +327,9 @@ impl Translator {
     /// Runs translated code, chaining and caching on the way, until the interpreter or attention is needed.
     /// On return all registers are in `cpu`.
     pub(super) fn run_translated(&mut self, cpu: &mut CpuState, mode: Mode) -> Rest {
+        if self.recorder.is_some() && self.record(cpu, mode) {
+            return Rest::Interpret;
+        }
         let address = self.code_address(cpu);
         self.load_registers(cpu, mode, address);
         // The jump cache holds the indirect entry, which checks the address, or the way to `Reason::Indirect`.
@@ -379,6 +383,11 @@ impl Translator {
                     if resets == self.stats.cache_flushes {
                         let page = RamOffset(self.blocks.blocks[to as usize].key.at.0 & !0xFFF);
                         self.chain(number, to, slot, page);
+                        if self.is_hot(number, to) {
+                            self.store_registers(cpu);
+                            self.recorder = Some(Recorder::new(address, mode));
+                            return Rest::Nothing;
+                        }
                     }
                     entry = self.cache.address(self.blocks.blocks[to as usize].entry);
                 }

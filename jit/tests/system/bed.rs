@@ -186,7 +186,7 @@ impl Bed {
         let attention = Attention::default();
         let model = model_by_name(model, &HostFeatures::detect()).expect("a model");
         let engine: Box<dyn Engine> = if translated {
-            let options = JitOptions { code_cache: 4 << 20, ..JitOptions::default() };
+            let options = JitOptions { code_cache: 4 << 20, hot_loop: 2, ..JitOptions::default() };
             let jit = Translator::new(model.clone(), &mem, attention.clone(), VpIndex(0), options);
             Box::new(jit.expect("translator"))
         } else {
