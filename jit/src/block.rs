@@ -150,6 +150,12 @@ impl Granules {
         self.0 |= other.0;
     }
 
+    /// Where in the page they lie.
+    pub(crate) fn parts(self) -> impl Iterator<Item = std::ops::Range<usize>> {
+        let bytes = 1 << Self::SHIFT;
+        (0..64).filter(move |n| self.0 & 1 << n != 0).map(move |n| n * bytes..(n + 1) * bytes)
+    }
+
     fn meets(self, other: Granules) -> bool {
         self.0 & other.0 != 0
     }
@@ -433,6 +439,7 @@ mod tests {
         assert_eq!(Granules::of(63, 65), Granules(3));
         assert_eq!(Granules::of(0, 4096), Granules::ALL);
         assert_eq!(Granules::of(4095, 4200), Granules(1 << 63));
+        assert_eq!(Granules(1 | 1 << 63).parts().collect::<Vec<_>>(), [0..64, 4032..4096]);
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! Executable memory: one memfd mapped twice, writable here and executable there, never both on one address.
+//! Executable memory: shared memory mapped twice, writable here and executable there, never both on one address. It is
+//! anonymous, because `perf` looks into `/tmp/perf-PID.map` for no other.
 //!
 //! Invariants this unsafe island relies on:
-//! * `rw` and `rx` map the same `len` bytes of one memfd for the life of the cache;
+//! * `rw` and `rx` map the same `len` bytes for the life of the cache;
 //! * bytes below `used` belong to emitted code; only the owning vCPU thread writes, and it never writes bytes that
 //!   it may be executing except by aligned or single-instruction patches of jump displacements.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// An offset into the code cache.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
@@ -23,35 +23,34 @@ pub(crate) struct CodeCache {
     used: usize,
     /// Bytes for which host pages were asked for, in both mappings.
     populated: usize,
-    _file: OwnedFd,
 }
 
 // SAFETY: the mappings are owned by this value and used from one thread at a time.
 unsafe impl Send for CodeCache {}
 
-fn map(file: &OwnedFd, len: usize, prot: i32) -> io::Result<*mut u8> {
-    // SAFETY: a fresh shared mapping of our own memfd at an address of the kernel's choice.
-    let p = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, libc::MAP_SHARED, file.as_raw_fd(), 0) };
-    if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p.cast()) }
-}
-
 impl CodeCache {
     /// A cache of `len` bytes (touched as it fills).
     pub(crate) fn new(len: usize) -> io::Result<CodeCache> {
-        // SAFETY: plain system call with a static name.
-        let fd = unsafe { libc::memfd_create(c"paravane-code".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let rw = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
+        if rw == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: `fd` was just made and is owned by nobody else.
-        let file = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: plain system call on our own descriptor.
-        if unsafe { libc::ftruncate(file.as_raw_fd(), len as i64) } != 0 {
-            return Err(io::Error::last_os_error());
+        // SAFETY: an old size of 0 leaves a shared mapping as it is and maps its memory once more (mremap(2)).
+        let rx = unsafe { libc::mremap(rw, 0, len, libc::MREMAP_MAYMOVE) };
+        // SAFETY: the second mapping was just made, and nothing is in it yet.
+        let executable = rx != libc::MAP_FAILED
+            && unsafe { libc::mprotect(rx, len, libc::PROT_READ | libc::PROT_EXEC) } == 0;
+        if !executable {
+            let error = io::Error::last_os_error();
+            for mapping in [rw, rx].into_iter().filter(|&m| m != libc::MAP_FAILED) {
+                // SAFETY: ours, and used by nobody.
+                unsafe { libc::munmap(mapping, len) };
+            }
+            return Err(error);
         }
-        let rw = map(&file, len, libc::PROT_READ | libc::PROT_WRITE)?;
-        let rx = map(&file, len, libc::PROT_READ | libc::PROT_EXEC)?;
-        Ok(CodeCache { rw, rx, len, used: 0, populated: 0, _file: file })
+        Ok(CodeCache { rw: rw.cast(), rx: rx.cast(), len, used: 0, populated: 0 })
     }
 
     /// Bytes still free.
@@ -136,5 +135,31 @@ impl Drop for CodeCache {
             libc::munmap(self.rw.cast(), self.len);
             libc::munmap(self.rx.cast(), self.len);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_here_is_read_there_and_perf_knows_it_for_anonymous() {
+        let mut cache = CodeCache::new(1 << 20).expect("code cache");
+        for byte in 0..40 {
+            cache.append(&[byte; 4096]);
+        }
+        assert_eq!(cache.used(), 40 * 4096);
+        for page in 0..40 {
+            // SAFETY: within what was appended.
+            let seen = unsafe { *(cache.address(CodeOffset(page * 4096 + 7)) as *const u8) };
+            assert_eq!(u32::from(seen), page);
+        }
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+        let of = |at: *mut u8| {
+            maps.lines().find(|l| l.starts_with(&format!("{:x}-", at as u64))).expect("mapping")
+        };
+        assert!(of(cache.rw).contains(" rw-s ") && of(cache.rx).contains(" r-xs "), "{maps}");
+        // What perf takes for anonymous (tools/perf, is_anon_memory).
+        assert!(of(cache.rx).contains("/dev/zero"), "{maps}");
     }
 }

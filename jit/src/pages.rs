@@ -182,9 +182,9 @@ impl CodePages {
         c.filled[usize::from(global)].push((index(lin) as u16, lin >> 12));
     }
 
-    /// Removes `entry` wherever indirect jumps to `lin` may find it.
-    pub(crate) fn uncache(&mut self, lin: u64, entry: u64) {
-        for c in &mut self.caches {
+    /// Removes `entry`, a block of `mode`, wherever indirect jumps to `lin` may find it.
+    pub(crate) fn uncache(&mut self, mode: Mode, lin: u64, entry: u64) {
+        for c in self.caches.iter_mut().filter(|c| c.mode == mode) {
             let e = &mut c.table[index(lin)];
             if *e == entry {
                 *e = self.miss;

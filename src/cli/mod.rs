@@ -166,7 +166,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "F.json")]
     pub stats: Option<PathBuf>,
     /// Bytes of host code that a vCPU keeps; when they are full it starts over.
-    #[arg(long, value_name = "SIZE", default_value = "64M")]
+    #[arg(long, value_name = "SIZE", default_value = "32M")]
     pub code_cache: String,
     /// Write /tmp/perf-PID.map, so that `perf report` names translated code: by guest address, and by --symbols.
     #[arg(long)]

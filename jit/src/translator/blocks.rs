@@ -233,6 +233,7 @@ impl Translator {
     /// Ends a block that its pages do not list any more: nothing jumps to it.
     fn retire(&mut self, id: BlockId) {
         let block = &self.blocks.blocks[id as usize];
+        let BlockKey { mode, .. } = block.key;
         let lin = block.key.linear();
         let (start, cached) = (block.start, block.cached);
         while let Some(link) = self.blocks.take_incoming(id) {
@@ -240,7 +241,7 @@ impl Translator {
         }
         if cached {
             let entry = self.cache.address(start);
-            self.pages.uncache(lin, entry);
+            self.pages.uncache(mode, lin, entry);
         }
         self.blocks.retire(id);
         self.stats.invalidated += 1;
@@ -260,9 +261,21 @@ impl Translator {
             self.claims.release_code(page);
         }
         if self.page_copied == Some(page) {
-            self.page_copied = None;
+            self.copy_again(page, written);
         }
         self.core.invalidate_code(page);
+    }
+
+    /// Brings the copy of `page` up to date where it was `written`, while the claim on it stands.
+    fn copy_again(&mut self, page: RamOffset, written: Granules) {
+        if written == Granules::ALL {
+            self.page_copied = None;
+            return;
+        }
+        for part in written.parts() {
+            let at = part.start as u64;
+            self.mem.ram_read(RamOffset(page.0 + at), &mut self.page_bytes[part]);
+        }
     }
 
     /// Removes all blocks with bytes on the page at `ram`; the page is an ordinary page again.

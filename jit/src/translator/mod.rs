@@ -66,7 +66,7 @@ pub struct JitOptions {
 impl Default for JitOptions {
     fn default() -> JitOptions {
         JitOptions {
-            code_cache: 64 << 20,
+            code_cache: 32 << 20,
             count_instructions: false,
             tsc_base: None,
             single_blocks: false,

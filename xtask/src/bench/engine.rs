@@ -33,7 +33,7 @@ pub struct Sample {
     pub units: u64,
     /// A checksum, or `skipped`
     pub result: String,
-    /// Host CPU time; of a memory row, bytes
+    /// Host CPU time; of a memory row, bytes; of a program with several threads, time
     pub cost: u64,
 }
 
@@ -66,6 +66,8 @@ impl DiskBus {
 
 /// What a machine boots.
 pub struct Boot<'a> {
+    /// Processors
+    pub cpus: u32,
     /// A raw image and its bus
     pub disk: Option<(&'a Path, DiskBus)>,
     /// The bzImage
@@ -101,6 +103,7 @@ impl Engine {
                     "stdio",
                     "--no-reboot",
                 ]);
+                command.arg("--cpus").arg(boot.cpus.to_string());
                 if let Some((image, bus)) = boot.disk {
                     let disk = format!("{},bus={}", image.display(), bus.name());
                     command.args(["--disk", disk.as_str()]);
@@ -121,6 +124,7 @@ impl Engine {
                     "-no-reboot",
                 ]);
                 command.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
+                command.arg("-smp").arg(boot.cpus.to_string());
                 if let Some((image, bus)) = boot.disk {
                     // The default cache mode, writeback, is what paravane does.
                     let drive = format!("file={},format=raw,if=none,id=disk", image.display());
@@ -228,13 +232,16 @@ impl Watch {
 
     fn line(&mut self, line: &str) {
         let now = self.time.look();
+        let wall = self.start.elapsed().as_nanos() as u64;
+        // Programs with several threads are timed, as native ones time themselves.
+        let clock = |name: &str| if name.starts_with("threads-") { wall } else { now };
         if let Some((_, name)) = line.split_once("@@begin ") {
             progress(name);
-            self.begun = Some((name.to_owned(), now));
+            self.begun = Some((name.to_owned(), clock(name)));
         } else if let Some(sample) = parse_end(line) {
-            self.end(sample, now);
+            let end = clock(&sample.name);
+            self.end(sample, end);
         } else if line.contains("@@boot init") {
-            let wall = self.start.elapsed().as_nanos() as u64;
             self.run.samples.extend([machine_sample("boot-cpu", now), machine_sample("boot-wall", wall)]);
             self.footprint("boot-memory");
         } else if let Some((_, name)) = line.split_once("@@failed ") {

@@ -1,4 +1,5 @@
-//! Host memory that a machine needs beside its guest's RAM (proc(5), `smaps` and `status`).
+//! Host memory that a machine needs beside its guest's RAM (proc(5), `smaps` and `status`). Memory mapped twice, as code
+//! caches are, counts once: `Pss` divides it among its mappings.
 
 use std::fs;
 
@@ -19,7 +20,7 @@ fn resident(smaps: &str, ram: u64) -> u64 {
     for line in smaps.lines() {
         if let Some(size) = kilobytes(line, "Size:") {
             counts = !(ram..=ram + OVERLAYS).contains(&size);
-        } else if let Some(bytes) = kilobytes(line, "Rss:").filter(|_| counts) {
+        } else if let Some(bytes) = kilobytes(line, "Pss:").filter(|_| counts) {
             sum += bytes;
         }
     }
@@ -38,9 +39,9 @@ mod tests {
 
     #[test]
     fn guest_ram_is_left_out() {
-        let smaps = "7f00-7f01 rw-p 0 00:00 0\nSize:   589824 kB\nKernelPageSize:   4 kB\nRss:   100000 kB\n\
-                     7f02-7f03 rw-p 0 00:00 0\nSize: 4294967296 kB\nRss:    40 kB\nPss:   40 kB\n\
-                     7f04-7f05 r-xp 0 00:00 0 /bin/x\nSize:   12 kB\nRss:   8 kB\n";
+        let smaps = "7f00-7f01 rw-p 0 00:00 0\nSize:   589824 kB\nKernelPageSize:   4 kB\nRss:   100000 kB\nPss:   100000 kB\n\
+                     7f02-7f03 rw-p 0 00:00 0\nSize: 4294967296 kB\nRss:    80 kB\nPss:   40 kB\n\
+                     7f04-7f05 r-xp 0 00:00 0 /bin/x\nSize:   12 kB\nRss:   8 kB\nPss:   8 kB\n";
         assert_eq!(resident(smaps, 512 << 20), 48 << 10);
         assert_eq!(resident(smaps, 8 << 30), 100_048 << 10, "no mapping has the size of RAM");
     }

@@ -155,7 +155,9 @@ struct Session {
     folder: PathBuf,
     kernel: PathBuf,
     plain: PathBuf,
-    loaded: PathBuf,
+    /// The initrd with the programs, and the one with those for two processors
+    loaded: Option<PathBuf>,
+    threaded: Option<PathBuf>,
     limit: Duration,
     /// Name, kernel and initrd of the guests whose boot is measured
     boots: Vec<(&'static str, PathBuf, PathBuf)>,
@@ -255,10 +257,18 @@ fn prepare(options: &Options, mut programs: Vec<Program>) -> Outcome<Session> {
     };
     let programs: Vec<_> = programs.into_iter().map(scaled).collect();
     let plain = guests::folder().join(&guest.initrd);
-    let loaded = folder.join("initrd.gz");
-    // Linux unpacks one archive after the other, compressed members included.
-    let both = [host::read(&plain)?, image::archive(&programs, &folder)?].concat();
-    host::write(&loaded, &both)?;
+    let image = |name: &str, threaded: bool| {
+        let programs: Vec<_> =
+            programs.iter().filter(|(p, _)| p.is_threaded() == threaded).cloned().collect();
+        if programs.is_empty() {
+            return Ok(None);
+        }
+        // Linux unpacks one archive after the other, compressed members included.
+        let both = [host::read(&plain)?, image::archive(&programs, &folder)?].concat();
+        host::write(&folder.join(name), &both)?;
+        Ok(Some(folder.join(name)))
+    };
+    let (loaded, threaded) = (image("initrd.gz", false)?, image("threads.gz", true)?);
     let boots = BOOTS.iter().filter(|_| boots_wanted(options)).filter_map(|name| {
         let guest = manifest.guests.get(*name)?;
         Some((*name, guests::folder().join(&guest.kernel), guests::folder().join(&guest.initrd)))
@@ -269,6 +279,7 @@ fn prepare(options: &Options, mut programs: Vec<Program>) -> Outcome<Session> {
         kernel: guests::folder().join(&guest.kernel),
         plain,
         loaded,
+        threaded,
         limit: Duration::from_secs(options.limit),
         boots: boots.collect(),
         cold_instructions,
@@ -300,7 +311,7 @@ impl Session {
         let mut run = MachineRun::default();
         for (name, kernel, initrd) in &self.boots {
             let append = "console=ttyS0 panic=-1 pv.run=poweroff";
-            let boot = self.machine(engine, kernel, initrd, append, None)?;
+            let boot = self.machine(engine, 1, kernel, initrd, append, None)?;
             let named = boot.samples.into_iter().filter_map(|sample| {
                 let what = sample.name.strip_prefix("boot-")?;
                 Some(Sample { name: format!("{name}-{what}"), ..sample })
@@ -308,10 +319,12 @@ impl Session {
             run.samples.extend(named);
             run.problems.extend(boot.problems);
         }
-        if !self.programs.is_empty() {
-            let append = "console=ttyS0 quiet panic=-1 pv.run=bench";
-            let suite = self.machine(engine, &self.kernel, &self.loaded, append, None)?;
-            run.samples.extend(suite.samples.into_iter().filter(|sample| !sample.name.starts_with("boot-")));
+        let append = "console=ttyS0 quiet panic=-1 pv.run=bench";
+        for (cpus, loaded) in [(1, &self.loaded), (2, &self.threaded)] {
+            let Some(loaded) = loaded else { continue };
+            let suite = self.machine(engine, cpus, &self.kernel, loaded, append, None)?;
+            let of_machine = |name: &str| name.starts_with("boot-") || (cpus > 1 && name == "suite-memory");
+            run.samples.extend(suite.samples.into_iter().filter(|sample| !of_machine(&sample.name)));
             run.problems.extend(suite.problems);
         }
         for bus in [DiskBus::Ide, DiskBus::Virtio] {
@@ -335,7 +348,8 @@ impl Session {
             self.operations,
             device = bus.device(),
         );
-        let mut run = self.machine(engine, &self.kernel, &self.plain, &append, Some((&self.image.0, bus)))?;
+        let mut run =
+            self.machine(engine, 1, &self.kernel, &self.plain, &append, Some((&self.image.0, bus)))?;
         let rows = run.samples.into_iter().filter_map(|sample| {
             let row =
                 format!("{}/{}", bus.name(), sample.name.strip_prefix(bus.device())?.strip_prefix('/')?);
@@ -353,12 +367,13 @@ impl Session {
     fn machine(
         &self,
         engine: &Engine,
+        cpus: u32,
         kernel: &Path,
         initrd: &Path,
         append: &str,
         disk: Option<(&Path, DiskBus)>,
     ) -> Outcome<MachineRun> {
-        let boot = Boot { kernel, initrd, append: append.into(), limit: self.limit, disk };
+        let boot = Boot { cpus, kernel, initrd, append: append.into(), limit: self.limit, disk };
         engine::run_machine(engine, &boot)
     }
 }

@@ -23,6 +23,8 @@ pub struct Report {
     pub classes: Vec<ClassMean>,
     /// Disk tests: geometric mean of paravane's time over that of the better QEMU model
     pub disk_over_qemu: Option<f64>,
+    /// By engine: what two threads on two processors do in the time one does a unit
+    pub two_threads: BTreeMap<String, f64>,
     /// Programs whose results differ, engines that failed
     pub problems: Vec<String>,
 }
@@ -92,7 +94,8 @@ impl Measured {
         let disk_over_qemu = geometric_mean(over_qemu.iter().copied());
         let problems = problems.into_iter().chain(rows.iter().filter_map(disagreement)).collect();
         let classes = CLASSES.iter().filter_map(|class| class_mean(class, &rows, &engines)).collect();
-        Report { about, engines, rows, classes, disk_over_qemu, problems }
+        let two_threads = two_threads(&rows, &engines);
+        Report { about, engines, rows, classes, disk_over_qemu, two_threads, problems }
     }
 
     fn row(&self, name: &str, class: &str, engines: &[String]) -> Option<Row> {
@@ -165,6 +168,15 @@ fn class_mean(class: &str, rows: &[Row], engines: &[String]) -> Option<ClassMean
     (!ratios.is_empty()).then(|| ClassMean { class: class.into(), ratios, best_qemu })
 }
 
+fn two_threads(rows: &[Row], engines: &[String]) -> BTreeMap<String, f64> {
+    let per_unit = |name: &str, engine: &String| {
+        let cell = rows.iter().find(|row| row.name == name)?.cells.get(engine)?;
+        Some(cell.per_unit).filter(|time| *time > 0.0)
+    };
+    let ratio = |engine| Some(per_unit("threads-one", engine)? / per_unit("threads-two", engine)?);
+    engines.iter().filter_map(|engine| Some((engine.clone(), ratio(engine)?))).collect()
+}
+
 fn geometric_mean(values: impl Iterator<Item = f64>) -> Option<f64> {
     let (sum, count) = values.fold((0.0, 0_u32), |(sum, count), value| (sum + value.ln(), count + 1));
     (count > 0).then(|| (sum / f64::from(count)).exp())
@@ -216,6 +228,16 @@ impl Report {
             )
             .ok();
             text.push_str(&align(&table));
+        }
+        if !self.two_threads.is_empty() {
+            let each: Vec<_> =
+                self.two_threads.iter().map(|(engine, n)| format!("{engine} {n:.2}")).collect();
+            writeln!(
+                text,
+                "\nTwo threads on two processors do so many times the work of one: {}.",
+                each.join(", ")
+            )
+            .ok();
         }
         for problem in &self.problems {
             writeln!(text, "\n**{problem}**").ok();
@@ -326,6 +348,7 @@ mod tests {
         let mean = report.classes[0].ratios["qemu-max"];
         assert!((mean - 6.0).abs() < 1e-9, "{mean}");
         assert_eq!(report.disk_over_qemu, None);
+        assert!(report.two_threads.is_empty());
         assert_eq!(report.problems, ["hash: results differ: native 2, qemu-max 3"]);
     }
 
@@ -346,6 +369,15 @@ mod tests {
             text.contains("| ide/randread/1") && text.contains("| 0.50") && text.contains("| geometric mean"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn two_threads_do_twice_the_work() {
+        let mut measured = Measured::default();
+        measured.add("paravane", vec![sample("threads-one", 400, "1"), sample("threads-two", 210, "1")]);
+        let report = measured.report(vec!["paravane".into()], BTreeMap::new(), Vec::new());
+        assert!((report.two_threads["paravane"] - 400.0 / 210.0).abs() < 1e-9);
+        assert!(report.markdown().contains("paravane 1.90."), "{}", report.markdown());
     }
 
     #[test]

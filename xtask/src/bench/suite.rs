@@ -43,6 +43,7 @@ pub const CLASSES: &[&str] = &[
     "kernel-32",
     "cold",
     "smc",
+    "threads",
     "boot",
     "host",
     "disk",
@@ -179,6 +180,8 @@ const ROWS: &[Row] = &[
     v("smc", "smc-patch", "smc", "patch", 30_000),
     v("smc", "smc-crowd", "smc", "crowd", 10_000),
     v("smc", "smc-data", "smc", "data", 50_000),
+    v("threads", "threads-one", "threads", "one", 20_000),
+    v("threads", "threads-two", "threads", "two", 20_000),
 ];
 
 /// Every program.
@@ -205,6 +208,11 @@ fn narrowed(row: &Row) -> Option<Program> {
 }
 
 impl Program {
+    /// Whether it measures time instead of CPU time, in a machine with two processors.
+    pub fn is_threaded(&self) -> bool {
+        self.class == "threads"
+    }
+
     /// The compiled program's file in its folder.
     pub fn file(&self) -> String {
         match self.kind {
