@@ -125,7 +125,7 @@ impl Program {
         }
         let behind = if random.one_in(2) {
             let moves = super::trace::Step::moves(&tracer.now, &state);
-            let setup = super::trace::Step::setup(&moves, bits).len() as u64;
+            let setup = super::trace::Step::setup_len(&moves, bits);
             let bytes = relative(bits, &[0xE8], at + setup, to);
             self.write_with(tracer, at, moves, &bytes);
             self.steps.last().map(|s| s.end())

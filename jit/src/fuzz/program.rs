@@ -99,6 +99,7 @@ impl Program {
                 break;
             }
             tracer.save();
+            tracer.may_end = random.one_in(4);
             let (steps, returns, loops) =
                 (program.steps.len(), program.returns.clone(), program.loops.clone());
             let before = tracer.now.gpr;
@@ -107,7 +108,7 @@ impl Program {
             let good = match traced {
                 None | Some(Err(Refused)) => false,
                 // Most exceptions would leave programs short: try another.
-                Some(Ok(())) if tracer.has_ended() => random.one_in(4),
+                Some(Ok(())) if tracer.has_ended() => tracer.may_end,
                 Some(Ok(())) => program.spares_counters(&before, &tracer.now, loops.len(), random),
             };
             if !good {
@@ -137,7 +138,7 @@ impl Program {
             let length = if instruction.is_invalid() { code.len() - at } else { instruction.len() };
             let bytes = code.get(at..at + length)?.to_vec();
             at += bytes.len();
-            program.steps.push(Step::new(offset, Vec::new(), bytes, instruction, bench.bits()));
+            program.steps.push(Step::new(offset, Vec::new(), &bytes, instruction, bench.bits()));
         }
         program.trace(bench).then_some(program)
     }
@@ -177,11 +178,11 @@ impl Program {
         let mut wanted = tracer.now.clone();
         let Some(drawn) = generator.draw(form, at, &mut wanted, random) else { return false };
         let moves = Step::moves(&tracer.now, &wanted);
-        let setup = Step::setup(&moves, generator.bits).len() as u64;
+        let setup = Step::setup_len(&moves, generator.bits);
         let Some((bytes, instruction)) = generator.finish(form, drawn, at + setup, random) else {
             return false;
         };
-        let step = Step::new(at, moves, bytes, instruction, generator.bits);
+        let step = Step::new(at, moves, &bytes, instruction, generator.bits);
         let fits = step.end() + WAY_OUT <= at + self.room(at);
         self.steps.push(step);
         fits
@@ -221,9 +222,9 @@ impl Program {
         bytes: &[u8],
     ) -> bool {
         let generator = tracer.generator();
-        let setup = Step::setup(&moves, generator.bits).len() as u64;
+        let setup = Step::setup_len(&moves, generator.bits);
         let instruction = generator.decode(bytes, generator.layout.code + at + setup);
-        self.steps.push(Step::new(at, moves, bytes.to_vec(), instruction, generator.bits));
+        self.steps.push(Step::new(at, moves, bytes, instruction, generator.bits));
         true
     }
 

@@ -63,6 +63,8 @@ pub struct Accesses {
     pub writes: bool,
     /// It may read bytes that are open.
     pub open: bool,
+    /// It surely faults, unless it is one that leaves out accesses.
+    pub faults: bool,
 }
 
 impl Situation<'_> {
@@ -77,9 +79,11 @@ impl Situation<'_> {
             code: kept_in && self.instruction.segment_prefix() == Register::CS,
             writes: false,
             open: false,
+            faults: false,
         };
         for memory in factory.info(self.instruction).used_memory() {
             all.writes |= memory.access() != OpAccess::Read;
+            all.faults |= self.faults(memory);
             all.open |= memory.access() != OpAccess::Write && self.meets(memory, open);
             if !kept_in {
                 all.harmless &= self.is_harmless(memory);
@@ -111,6 +115,18 @@ impl Situation<'_> {
             _ => true,
         };
         ranges.iter().any(lies_in)
+    }
+
+    /// Whether `memory` begins where it cannot be accessed.
+    fn faults(&self, memory: &UsedMemory) -> bool {
+        let pages = match memory.access() {
+            OpAccess::NoMemAccess | OpAccess::None => return false,
+            OpAccess::Read | OpAccess::CondRead => self.layout.writable_pages + self.layout.read_only_pages,
+            _ => self.layout.writable_pages,
+        };
+        let size = memory.memory_size().size() as u64;
+        let inside = |at: u64| at.wrapping_sub(self.layout.data).saturating_add(size) <= pages * PAGE;
+        !memory.index().is_vector_register() && !self.used(memory, 0).is_some_and(inside)
     }
 
     fn is_near_code(&self, address: u64) -> bool {

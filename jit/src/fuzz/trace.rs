@@ -31,13 +31,14 @@ impl Step {
     pub(super) fn new(
         at: u64,
         moves: Vec<(usize, u64)>,
-        code: Vec<u8>,
+        code: &[u8],
         instruction: Instruction,
         bits: u32,
     ) -> Step {
-        let mut bytes = Step::setup(&moves, bits);
-        let setup = bytes.len();
-        bytes.extend(code);
+        let setup = Step::setup_len(&moves, bits) as usize;
+        let mut bytes = Vec::with_capacity(setup + code.len());
+        Step::write_setup(&moves, bits, &mut bytes);
+        bytes.extend_from_slice(code);
         Step { at, moves, setup, bytes, instruction }
     }
 
@@ -46,9 +47,18 @@ impl Step {
         (0..16).filter(|&n| from.gpr[n] != to.gpr[n]).map(|n| (n, to.gpr[n])).collect()
     }
 
+    /// Bytes of the MOVs of `moves`.
+    pub(super) fn setup_len(moves: &[(usize, u64)], bits: u32) -> u64 {
+        let each = match bits {
+            64 => 10,
+            32 => 5,
+            _ => 6,
+        };
+        moves.len() as u64 * each
+    }
+
     /// MOVs of constants; they leave flags alone.
-    pub(super) fn setup(moves: &[(usize, u64)], bits: u32) -> Vec<u8> {
-        let mut code = Vec::new();
+    fn write_setup(moves: &[(usize, u64)], bits: u32, code: &mut Vec<u8>) {
         for &(number, value) in moves {
             match bits {
                 64 => code.push(if number < 8 { 0x48 } else { 0x49 }),
@@ -58,7 +68,6 @@ impl Step {
             code.push(0xB8 + (number as u8 & 7));
             code.extend_from_slice(&value.to_le_bytes()[..if bits == 64 { 8 } else { 4 }]);
         }
-        code
     }
 
     /// The byte behind it.
@@ -70,7 +79,7 @@ impl Step {
     pub(super) fn empty(&mut self, generator: &Generator, bits: u32) {
         let nops = vec![0x90; self.bytes.len()];
         let instruction = generator.decode(&nops, generator.layout.code + self.at);
-        *self = Step::new(self.at, Vec::new(), nops, instruction, bits);
+        *self = Step::new(self.at, Vec::new(), &nops, instruction, bits);
     }
 }
 
@@ -96,6 +105,8 @@ pub(super) struct Tracer<'a> {
     saved: Checkpoint,
     /// Whether the arena may differ from the saved one, which is the bench's spare memory.
     wrote: bool,
+    /// Whether an exception may end it now; if not, what surely faults is refused at once, which saves a signal.
+    pub(super) may_end: bool,
     /// Registers now.
     pub(super) now: NativeState,
     /// Offset in the code page of what comes next.
@@ -127,6 +138,7 @@ impl<'a> Tracer<'a> {
             arena: Arc::clone(arena),
             saved,
             wrote: true,
+            may_end: true,
             now: state.clone(),
             rip: START,
             open: 0,
@@ -216,7 +228,8 @@ impl<'a> Tracer<'a> {
             return Err(Refused);
         }
         let accesses = now.accesses(&mut self.bench.factory, &self.open_memory);
-        if accesses.code || accesses.open || !accesses.harmless {
+        let faults = accesses.faults || step.instruction.is_invalid() || step.instruction.is_privileged();
+        if accesses.code || accesses.open || !accesses.harmless || (faults && !self.may_end) {
             return Err(Refused);
         }
         let pointers = environment_pointers(&now);

@@ -80,6 +80,7 @@ fn x87_and_vector_operands() {
                 program!(64: ; "movups [rsi + 1], xmm0"),
                 program!(64: ; "lddqu xmm0, [rsi + 1]"),
                 program!(64: ; "vmovups ymm0, [rsi + 1]"),
+                program!(64: ; "vpminuw ymm0, ymm0, [rsi + 8]"),
                 program!(64: ; "vaddps xmm0, xmm0, [rsi + 1]"),
                 program!(64: ; "vbroadcastss xmm0, [rsi + 1]"),
                 program!(64: ; "pextrd [rsi + 1], xmm0, 0"),
@@ -103,6 +104,7 @@ fn x87_and_vector_operands() {
             bed,
             &[
                 program!(64: "fld tbyte ptr [rsi + 8]", "fnstenv [rsi + 4]", "fnsave [rsi + 68]", "int 0x50"),
+                program!(64: "vmovups ymm0, [rsi + 16]", "vpminuw ymm0, ymm0, [rsi + 16]", "vmovups [rsi + 48], ymm0", "int 0x50"),
                 program!(64: "vmaskmovps xmm0, xmm0, [rsi + 1]", "vpcmpeqd xmm3, xmm3, xmm3", "vmaskmovps xmm0, xmm3, [rsi + 1]", "vmaskmovps [rsi + 1], xmm3, xmm0",
                 "vpxor xmm1, xmm1, xmm1", "vpgatherdd xmm0, [rsi + xmm1 + 1], xmm3", "int 0x50"),
             ],
