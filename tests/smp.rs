@@ -13,8 +13,12 @@ const BOOT: u64 = 300;
 
 /// Runs the small guest; its exit code.
 fn small(dir: &Scratch, more: &[&str]) -> Option<i32> {
+    run_image(dir, &smp_guest::image(), more)
+}
+
+fn run_image(dir: &Scratch, image: &[u8], more: &[&str]) -> Option<i32> {
     let kernel = dir.path("smp");
-    std::fs::write(&kernel, smp_guest::image()).expect("kernel");
+    std::fs::write(&kernel, image).expect("kernel");
     let mut command = Command::new(env!("CARGO_BIN_EXE_paravane"));
     command.args(["run", "--memory", "64M", "--serial", "none", "--debug-exit", "0xf4", "--kernel"]);
     command.arg(kernel).args(more);
@@ -36,6 +40,14 @@ fn processors_start_count_are_interrupted_and_lose_pages() {
         &["--cpus", "16", "--clock", "instructions"],
     ] {
         assert_eq!(small(&dir, more), RIGHT, "{more:?}");
+    }
+}
+
+#[test]
+fn tsc_deadlines_go_by_the_adjusted_tsc() {
+    let dir = Scratch::new("smp-deadline");
+    for engine in ["jit", "interp"] {
+        assert_eq!(run_image(&dir, &smp_guest::deadline(), &["--engine", engine]), RIGHT, "{engine}");
     }
 }
 

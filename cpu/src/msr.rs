@@ -172,6 +172,10 @@ pub(crate) fn write(ex: &mut Exec<'_>, n: u32, v: u64) -> Result<(), Fault> {
             None => return ex.bus.wrmsr(ex.vp, n, v).map_err(|_| Fault::GP0),
         },
     }
+    if matches!(n, TSC | TSC_ADJUST) {
+        // TSC deadlines are the machine's, and compared with the sum; a machine without them need not know the register.
+        let _unknown = ex.bus.wrmsr(ex.vp, TSC_ADJUST, ex.cpu.msr.tsc_adjust);
+    }
     Ok(())
 }
 

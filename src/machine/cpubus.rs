@@ -13,6 +13,8 @@ use crate::run::{BOOT_VP, Lifecycle, Request, Vcpu};
 
 /// IA32_APIC_BASE and its bits (SDM 3A 11.4.4).
 const MSR_APIC_BASE: u32 = 0x1B;
+/// IA32_TSC_ADJUST, of which the core tells us.
+const MSR_TSC_ADJUST: u32 = 0x3B;
 const APIC_BASE_X2APIC: u64 = 1 << 10;
 const APIC_BASE_ENABLE: u64 = 1 << 11;
 const APIC_BASE_ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
@@ -84,7 +86,10 @@ impl MachineBus {
 
     /// Follows the local APICs' reset.
     pub(super) fn reset(&self) {
-        (0..self.apic_bases.len() as u32).for_each(|vp| self.follow_apic_base(VpIndex(vp)));
+        for vp in (0..self.apic_bases.len() as u32).map(VpIndex) {
+            self.follow_apic_base(vp);
+            self.fabric.set_tsc_offset(vp, 0);
+        }
     }
 
     fn follow_apic_base(&self, vp: VpIndex) {
@@ -171,6 +176,10 @@ impl CpuBus for MachineBus {
     }
 
     fn wrmsr(&self, vp: VpIndex, msr: u32, value: u64) -> Result<(), MsrFault> {
+        if msr == MSR_TSC_ADJUST {
+            self.fabric.set_tsc_offset(vp, value);
+            return Ok(());
+        }
         if !InterruptFabric::owns_msr(msr) {
             return Err(MsrFault);
         }

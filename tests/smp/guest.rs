@@ -6,7 +6,7 @@
 //! 0020_0000 page directory, page table, IDT             0040_0000 a page of stack for each processor, by APIC id
 //! ```
 //!
-//! Invariant of the unsafe lines: the image is the read-only bytes between two labels that the assembler put into one
+//! Invariant of the unsafe lines: an image is the read-only bytes between two labels that the assembler put into one
 //! section; they are only copied.
 
 /// Where the image is loaded.
@@ -238,8 +238,44 @@ std::arch::global_asm!(
     ".balign 16",
     "smp_end: .code64",
     ".popsection",
+    // ---- a boot sector: a TSC deadline under an adjusted TSC, by x2APIC ----
+    ".pushsection .rodata.smp_deadline, \"a\"",
+    "smp_deadline: .code16",
+    "mov $0x1B, %ecx",
+    "rdmsr",
+    "or $0xC00, %eax",
+    "wrmsr",
+    "xor %edx, %edx",
+    "mov $0x80F, %ecx",
+    "mov $0x1FF, %eax",
+    "wrmsr",
+    "mov $0x832, %ecx",
+    "mov $0x40040, %eax",
+    "wrmsr",
+    // The TSC is hours ahead of the machine's.
+    "mov $0x3B, %ecx",
+    "mov $0x10000, %edx",
+    "wrmsr",
+    "movw $(0x7C00 + 2f - smp_deadline), 0x100",
+    "movw $0, 0x102",
+    "rdtsc",
+    "add $1000000, %eax",
+    "adc $0, %edx",
+    "mov $0x6E0, %ecx",
+    "wrmsr",
+    "sti",
+    "3: hlt",
+    "jmp 3b",
+    "2: mov ${RIGHT}, %al",
+    "out %al, $0xF4",
+    ".org smp_deadline + 510",
+    ".word 0xAA55",
+    "smp_deadline_end: .code64",
+    ".popsection",
     ".globl smp_base",
     ".globl smp_end",
+    ".globl smp_deadline",
+    ".globl smp_deadline_end",
     B = const BASE,
     RIGHT = const RIGHT,
     options(att_syntax),
@@ -248,6 +284,16 @@ std::arch::global_asm!(
 unsafe extern "C" {
     static smp_base: u8;
     static smp_end: u8;
+    static smp_deadline: u8;
+    static smp_deadline_end: u8;
+}
+
+/// A boot sector that sees a TSC deadline come, or not.
+#[allow(dead_code, reason = "not every test is about time")]
+pub fn deadline() -> Vec<u8> {
+    let (start, end) = (&raw const smp_deadline, &raw const smp_deadline_end);
+    // SAFETY: as in `image`.
+    unsafe { std::slice::from_raw_parts(start, end as usize - start as usize) }.to_vec()
 }
 
 /// The kernel's file.
