@@ -13,3 +13,4 @@ pub mod machine;
 pub mod replay;
 pub mod run;
 pub mod stats;
+pub mod trace;

@@ -175,7 +175,8 @@ fn a_replay_that_differs_says_where() {
     // A recording that was cut off is replayed to where it goes.
     let half = &recorded[..recorded.rfind("{\"end\"").expect("an end")];
     let (code, said, told) = replay(half, &kernel, &[]);
-    assert_eq!((code, said.as_str()), (Some(0), "one\ntwo\n"), "{told}");
+    // How much of the last line is known depends on when the last checkpoint was.
+    assert!(code == Some(0) && said.starts_with("one\ntwo\n"), "{said}: {told}");
     assert!(told.contains("the recording ends after") && told.contains("cut off"), "{told}");
 }
 

@@ -16,6 +16,7 @@ use crate::mmu::{Flushes, PagingFeatures, Tlb};
 use crate::plan::{DebugPlan, DebugStop, WatchHit};
 use crate::post_mortem::{Attempt, Chain, PostMortem, Trail};
 use crate::state::{CpuState, LinAddr, SegReg, Shadow, cr0, flags, gpr};
+use crate::trace::{TraceContext, TraceEvent, TracedBus, Tracer};
 use crate::vme::virtual_interrupt_due;
 use iced_x86::{FlowControl, Mnemonic};
 use paravane_memory::{GuestMemory, PhysAddr, RamOffset, VpIndex};
@@ -44,6 +45,9 @@ pub(crate) struct Unit {
     pub flushes: Flushes,
     /// What the debugger asks for.
     pub plan: Arc<DebugPlan>,
+    /// Who traces, and where the processor was at the instruction's start.
+    pub tracer: Option<Arc<dyn Tracer>>,
+    pub traced_at: TraceContext,
 }
 
 impl Unit {
@@ -104,7 +108,8 @@ impl Core {
     pub fn new(model: CpuModel, vector: Box<dyn VectorUnit>, attention: Attention, vp: VpIndex) -> Core {
         let fetcher = Fetcher::new(model.decoder_options());
         let (tlb, flushes, plan) = (Tlb::new(model.paging()), Flushes::default(), Arc::default());
-        let unit = Unit { model, vector, attention, vp, tlb, flushes, plan };
+        let (tracer, traced_at) = (None, TraceContext::default());
+        let unit = Unit { model, vector, attention, vp, tlb, flushes, plan, tracer, traced_at };
         Core {
             unit,
             fetcher,
@@ -146,8 +151,54 @@ impl Core {
         &mut *self.unit.vector
     }
 
+    /// Tells `tracer` what happens from now on; nobody, if that is `None`.
+    pub fn set_tracer(&mut self, tracer: Option<Arc<dyn Tracer>>) {
+        self.unit.tlb.tracer.clone_from(&tracer);
+        self.unit.tracer = tracer;
+    }
+
+    /// Tells of something that is found out outside of the core.
+    pub fn trace(&self, cpu: &CpuState, event: TraceEvent<'_>) {
+        if let Some(tracer) = &self.unit.tracer {
+            tracer.event(&TraceContext::of(cpu), event);
+        }
+    }
+
     /// Executes one instruction, or one bounded part of a REP, and delivers what it raises.
     pub fn step(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus) -> Step {
+        if let Some(tracer) = &self.unit.tracer {
+            let tracer = Arc::clone(tracer);
+            return self.step_traced(cpu, mem, bus, &*tracer);
+        }
+        self.step_untraced(cpu, mem, bus)
+    }
+
+    /// The same, with everything told that is seen from outside of the instruction.
+    #[cold]
+    fn step_traced(
+        &mut self,
+        cpu: &mut CpuState,
+        mem: &GuestMemory,
+        bus: &dyn CpuBus,
+        tracer: &dyn Tracer,
+    ) -> Step {
+        let at = TraceContext::of(cpu);
+        self.unit.traced_at = at;
+        let before = [cpu.cr0, cpu.cr3, cpu.cr4];
+        let step = self.step_untraced(cpu, mem, &TracedBus { bus, tracer, at });
+        for ((number, before), after) in [0, 3, 4].into_iter().zip(before).zip([cpu.cr0, cpu.cr3, cpu.cr4]) {
+            if before != after {
+                tracer.event(&at, TraceEvent::Control(number, after));
+            }
+        }
+        if self.last == Mnemonic::Wrmsr && cpu.instructions != at.instructions {
+            let value = cpu.gpr[gpr::RDX] << 32 | cpu.gpr[gpr::RAX] & 0xFFFF_FFFF;
+            tracer.event(&at, TraceEvent::Msr(cpu.gpr[gpr::RCX] as u32, value));
+        }
+        step
+    }
+
+    fn step_untraced(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus) -> Step {
         self.unit.tlb.check_layout(cpu, mem);
         let shadow = std::mem::take(&mut cpu.shadow);
         if cpu.dr[7] & 0xFF != 0 && cpu.rflags & flags::RF == 0 && shadow != Shadow::MovSs {
@@ -163,11 +214,17 @@ impl Core {
         let at = instruction_address(cpu).0;
         if at != self.sequel {
             self.trail.push(at);
+            if let Some(tracer) = &self.unit.tracer {
+                tracer.event(&self.unit.traced_at, TraceEvent::Block);
+            }
         }
         let decoded = match self.fetcher.fetch(&mut self.unit, cpu, mem, bus) {
             Ok(decoded) => decoded,
             Err(fault) => return self.raise(cpu, mem, bus, fault),
         };
+        if let Some(tracer) = &self.unit.tracer {
+            tracer.event(&TraceContext::of(cpu), TraceEvent::Instruction(decoded.bytes()));
+        }
         self.last = decoded.instr.mnemonic();
         self.sequel = at.wrapping_add(decoded.len as u64);
         let (rsp, trap) = (cpu.gpr[gpr::RSP], cpu.rflags & flags::TF != 0);
@@ -255,6 +312,9 @@ impl Core {
     #[inline]
     fn obey(&mut self) {
         if !self.unit.flushes.is_empty() {
+            if let Some(tracer) = &self.unit.tracer {
+                tracer.event(&self.unit.traced_at, TraceEvent::Flush(&self.unit.flushes));
+            }
             self.unit.tlb.obey(&self.unit.flushes);
             self.record.merge(&self.unit.flushes);
             self.unit.flushes.clear();
@@ -271,6 +331,14 @@ impl Core {
         let mut fault = fault;
         loop {
             self.faults += 1;
+            self.trace(
+                cpu,
+                TraceEvent::Exception {
+                    vector: fault.vector.0,
+                    error: fault.error_code,
+                    address: fault.cr2.map(|at| at.0),
+                },
+            );
             note_address(cpu, &fault);
             if fault.vector == Vector::DB {
                 cpu.dr[7] &= !dr7::GD;
@@ -340,6 +408,7 @@ impl Core {
 
     fn interrupt(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, vector: u8) -> Step {
         self.interrupts += 1;
+        self.trace(cpu, TraceEvent::Interrupt(vector));
         cpu.halted = false;
         let event = Event { vector, error: None, source: Source::Hardware, rip: cpu.rip, resume: false };
         match self.deliver(cpu, mem, bus, &event) {

@@ -5,6 +5,7 @@ use crate::fault::Fault;
 use crate::plan::{DebugPlan, DebugStop};
 use crate::post_mortem::PostMortem;
 use crate::state::{CpuState, FpuState};
+use crate::trace::Tracer;
 use paravane_memory::{GuestMemory, RamOffset, VpIndex};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -106,6 +107,8 @@ pub trait Engine: Send {
     /// Goes on from `cpu` as an engine would that has run nothing before: what was cached of translations and address spaces is
     /// forgotten, and interrupts that were set aside are back in the attention word. Between two instructions only.
     fn start_over(&mut self, cpu: &CpuState);
+    /// Tells `tracer` what happens from now on; nobody, if that is `None`. Between two instructions only.
+    fn set_tracer(&mut self, tracer: Option<Arc<dyn Tracer>>);
 }
 
 /// Host code of one guest instruction, or of a block's entry.

@@ -7,6 +7,7 @@ use crate::engine::{Attention, Budget, Engine, Exit, HostCode, VectorUnit};
 use crate::plan::DebugPlan;
 use crate::post_mortem::PostMortem;
 use crate::state::{CpuState, flags};
+use crate::trace::Tracer;
 use paravane_memory::{GuestMemory, RamOffset, VpIndex};
 use std::sync::Arc;
 
@@ -126,6 +127,10 @@ impl Engine for Interpreter {
 
     fn host_code(&self, _lin: u64) -> Vec<HostCode> {
         Vec::new()
+    }
+
+    fn set_tracer(&mut self, tracer: Option<Arc<dyn Tracer>>) {
+        self.core.set_tracer(tracer);
     }
 
     fn start_over(&mut self, _cpu: &CpuState) {

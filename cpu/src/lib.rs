@@ -28,6 +28,7 @@ mod syscall;
 mod task;
 #[cfg(test)]
 mod testbed;
+mod trace;
 mod transfer;
 mod vme;
 
@@ -48,4 +49,5 @@ pub use paravane_memory::{Port, VpIndex};
 pub use plan::{DebugPlan, DebugStop, Space, WatchHit, WatchKind, Watchpoint};
 pub use post_mortem::{Attempt, PostMortem, Trail};
 pub use state::*;
+pub use trace::{TraceContext, TraceEvent, Tracer};
 pub use vme::virtual_interrupt_due;

@@ -138,6 +138,8 @@ impl Bed {
             tlb: Tlb::new(PagingFeatures::ALL),
             flushes: Flushes::default(),
             plan: Default::default(),
+            tracer: None,
+            traced_at: Default::default(),
         };
         let next = self.cpu.rip;
         f(&mut unit.exec(&mut self.cpu, &self.mem, &self.bus, next))

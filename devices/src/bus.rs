@@ -17,6 +17,7 @@ const PORTS: usize = 0x1_0000;
 pub struct BusDevice {
     handle: DeviceHandle,
     counts: Arc<AccessCounts>,
+    label: Arc<str>,
 }
 
 impl BusDevice {
@@ -167,7 +168,11 @@ impl Bus {
 
     /// Like [`Bus::attach`], counting under `label` and never locking the device.
     pub fn attach_as(&self, device: DeviceHandle, label: &str) -> BusDevice {
-        BusDevice { handle: device, counts: Arc::new(AccessCounts::new(&self.counters, label, "")) }
+        BusDevice {
+            handle: device,
+            counts: Arc::new(AccessCounts::new(&self.counters, label, "")),
+            label: label.into(),
+        }
     }
 
     /// Claims `count` ports from `first` (cut at the end of the port space); the device takes accesses up to
@@ -331,6 +336,22 @@ impl Bus {
                 Found::Nobody => self.unclaimed.mmio_store.add(1),
             }
             done += chunk.bytes();
+        }
+    }
+
+    /// The label of whoever answers at `port`.
+    pub fn port_owner(&self, port: Port) -> Option<String> {
+        match self.find_port(port.0.into(), 1).0 {
+            Found::Device(range, _) => Some(range.device.label.to_string()),
+            Found::Nobody => None,
+        }
+    }
+
+    /// The label of whoever answers at `at`.
+    pub fn mmio_owner(&self, at: PhysAddr) -> Option<String> {
+        match self.find_mmio(at.0, 1).0 {
+            Found::Device(range, _) => Some(range.device.label.to_string()),
+            Found::Nobody => None,
         }
     }
 

@@ -3,7 +3,7 @@
 use iced_x86::Code;
 use paravane_cpu::{
     Attention, Budget, CpuBus, CpuState, DebugPlan, Engine, Exit, HostCode, HostFeatures, Interpreter,
-    PostMortem, VpIndex, flags, model_by_name,
+    PostMortem, Tracer, VpIndex, flags, model_by_name,
 };
 use paravane_jit::fuzz::{Bench, Leave, Program, Verdict};
 use paravane_jit::host::{HostVectorUnit, NativeMode};
@@ -64,6 +64,9 @@ impl Engine for Crooked {
     }
     fn host_code(&self, lin: u64) -> Vec<HostCode> {
         self.engine.host_code(lin)
+    }
+    fn set_tracer(&mut self, tracer: Option<Arc<dyn Tracer>>) {
+        self.engine.set_tracer(tracer);
     }
     fn start_over(&mut self, cpu: &CpuState) {
         self.engine.start_over(cpu);

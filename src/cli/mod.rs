@@ -5,6 +5,7 @@ mod values;
 use crate::compare::{CompareConfig, Guest};
 use crate::debug::GdbAddress;
 use crate::machine::{Boot, ClockKind, DiskConfig, EngineKind, MAX_CPUS, MachineConfig, SerialConfig};
+use crate::trace::{self, Filter};
 use clap::{Args, Parser, Subcommand};
 use std::fmt;
 use std::path::PathBuf;
@@ -180,7 +181,9 @@ pub struct RunArgs {
     /// Run what --record wrote again: the same machine, files and input; a difference ends the run and is told.
     #[arg(long, value_name = "F")]
     pub replay: Option<PathBuf>,
-    /// Trace events (not there yet).
+    /// Write events as JSON lines: FILE[,KIND]…[,FILTER]…; kinds: exception, interrupt, cr, msr, walk, flush, port, mmio, dma, doorbell (all
+    /// of these by default), block, insn (these interpret the guest); filters: device=NAME, addr=FIRST-LAST, cpl=N, cr3=N, vcpu=N;
+    /// `wait`: nothing is dropped, the guest waits.
     #[arg(long, value_name = "SPEC")]
     pub trace: Option<String>,
 }
@@ -270,6 +273,7 @@ impl LockstepArgs {
             ("--hash-at", run.hash_at.is_some()),
             ("--record", run.record.is_some()),
             ("--replay", run.replay.is_some()),
+            ("--trace", run.trace.is_some()),
         ];
         if run.cpus > 1 {
             return Err(bad(
@@ -308,7 +312,6 @@ impl RunArgs {
             ("--console", self.console.is_some()),
             ("--screenshot", self.screenshot.is_some()),
             ("--control", self.control.is_some()),
-            ("--trace", self.trace.is_some()),
         ];
         if let Some((name, _)) = given.iter().find(|g| g.1) {
             return Err(CliError::NotYet((*name).into()));
@@ -364,6 +367,11 @@ impl RunArgs {
         Ok(())
     }
 
+    /// What is traced, and where to.
+    pub fn trace(&self) -> Result<Option<(PathBuf, Filter)>, CliError> {
+        self.trace.as_deref().map(|spec| trace::parse(spec).map_err(|p| bad("--trace", p))).transpose()
+    }
+
     /// Where a debugger may connect.
     pub fn gdb_address(&self) -> Result<Option<GdbAddress>, CliError> {
         self.gdb.as_deref().map(values::parse_gdb).transpose()
@@ -393,6 +401,7 @@ impl RunArgs {
         let disks =
             self.disk.iter().map(|s| values::parse_disk(s)).collect::<Result<Vec<DiskConfig>, _>>()?;
         let serial = values::parse_serials(&self.serial)?;
+        self.trace()?;
         self.check_repeatable(&disks)?;
         Ok(MachineConfig {
             memory: parse_size(&self.memory).map_err(|p| bad("--memory", p))?,

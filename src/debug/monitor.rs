@@ -8,7 +8,9 @@ use super::show;
 use super::target::Target;
 use crate::machine::{Fields, PciFunction};
 use crate::stats;
+use crate::trace::Trace;
 use paravane_cpu::{Space, WatchKind, Watchpoint};
+use paravane_memory::VpIndex;
 use std::fmt::Write;
 
 const HELP: &str = "\
@@ -26,6 +28,7 @@ info                  what the monitor armed; delete N: forget it
 phys on|off           memory reads and writes of the debugger are physical
 step-interrupts on|off   whether a step takes pending interrupts (off: it steps past them)
 blocks [ADDR]         what the translator made of the block there: guest code beside host code
+trace on FILE[,KIND]…[,FILTER]…, trace off   events as JSON lines, as with --trace
 why                   why the guest stands still
 last                  the last blocks executed and the last device accesses
 vcpus [all]           a line for each vCPU; all: and how it came to where it is
@@ -92,11 +95,35 @@ fn run(target: &mut Target, word: &str, rest: &str) -> Said {
             Ok(format!("a step {what}\n"))
         }
         "blocks" => blocks(target, if rest.is_empty() { "rip" } else { rest }),
+        "trace" => trace(target, rest),
         "why" => why(target),
         "last" => history(target),
         "vcpus" => vcpus(target, rest),
         _ => Err(format!("'{word}' is no monitor command; 'monitor help' lists them")),
     }
+}
+
+/// Begins a trace, in place of the one before, or ends it.
+fn trace(target: &Target, rest: &str) -> Said {
+    let (word, spec) = rest.split_once(char::is_whitespace).unwrap_or((rest, ""));
+    let (begun, said) = match word {
+        "on" => {
+            let (file, filter) = crate::trace::parse(spec.trim())?;
+            let begun = Trace::begin(&file, filter, target.inspector.bus());
+            let begun = begun.map_err(|e| format!("{}: {e}", file.display()))?;
+            (Some(begun), format!("events go to {}\n", file.display()))
+        }
+        "off" => (None, "nothing is traced\n".to_owned()),
+        _ => return Err("say: on FILE[,KIND]…[,FILTER]…, or off".into()),
+    };
+    for vp in 0..target.inspector.vcpus() {
+        let begun = begun.clone();
+        target.ask_vcpu(VpIndex(vp), move |runner| runner.trace(begun)).map_err(|_| GONE)?;
+    }
+    if let Some(before) = target.inspector.trace().set(begun) {
+        before.end();
+    }
+    Ok(said)
 }
 
 const GONE: &str = "the machine has ended";

@@ -26,6 +26,7 @@ use super::storage::{self, Disk, IdeSlots};
 use super::{HostEnds, post};
 use crate::replay::SerialGate;
 use crate::run::{Lifecycle, Vcpu};
+use crate::trace::Switch;
 use paravane_devices::acpi_pm::spec as acpi_pm;
 use paravane_devices::block::BlockBackend;
 use paravane_devices::hpet::{self, Hpet, HpetWiring, LegacyRoute};
@@ -41,7 +42,8 @@ use paravane_devices::{
 };
 use paravane_memory::{GuestMemory, PhysAddr, Port, Width};
 use paravane_pv::virtio::{
-    EntropySource, HostEntropy, VirtioBlk, VirtioDevice, VirtioPci, VirtioPciOptions, VirtioRng, VirtioWiring,
+    DoorbellWatch, EntropySource, HostEntropy, VirtioBlk, VirtioDevice, VirtioPci, VirtioPciOptions,
+    VirtioRng, VirtioWiring,
 };
 use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -89,6 +91,7 @@ pub(super) struct Wiring<'a> {
     pub(super) timers: &'a Arc<TimerQueue>,
     pub(super) counters: &'a Counters,
     pub(super) lifecycle: &'a Lifecycle,
+    pub(super) trace: &'a Arc<Switch>,
     pub(super) vcpus: &'a [Arc<Vcpu>],
 }
 
@@ -386,7 +389,7 @@ impl Builder<'_> {
         self.virtio(&mut pci, &router, &mut next_slot, "virtio-rng0", entropy)?;
         for (number, disk) in disks.into_iter().enumerate() {
             let config = disk.config.clone();
-            let mut backend = storage::back_end(disk, number, self.w.mem, self.w.counters)?;
+            let mut backend = storage::back_end(disk, number, self.w.mem, self.w.counters, self.w.trace)?;
             if self.w.config.clock == ClockKind::Instructions {
                 let disk = Arc::new(LockstepDisk::new(backend, self.w.mem));
                 self.lockstep.push(Arc::clone(&disk));
@@ -420,6 +423,12 @@ impl Builder<'_> {
         Ok(Box::new(VirtioRng::new(source)))
     }
 
+    /// Tells the trace, if there is one, of the doorbells of `label`.
+    fn heard(&self, label: &str) -> DoorbellWatch {
+        let (trace, label) = (Arc::clone(self.w.trace), label.to_owned());
+        Box::new(move |queue| trace.doorbell(&label, queue))
+    }
+
     /// Puts a virtio device into the next free slot.
     fn virtio(
         &self,
@@ -440,6 +449,7 @@ impl Builder<'_> {
             intx: router.intx(slot, 0, self.w.counters.counter(label, "irqs")),
             msi: Arc::clone(&self.fabric) as Arc<dyn MsiSink>,
             counters: self.w.counters,
+            doorbell: Some(self.heard(label)),
         };
         let function = VirtioPci::new(device, wiring, VirtioPciOptions::default());
         pci.insert(slot, 0, function).map_err(|e| MachineError::Wiring(e.to_string()))

@@ -74,6 +74,17 @@ impl MachineBus {
         this
     }
 
+    /// Who answers at a port, or at a physical address that is no memory, for `vp`.
+    pub fn owner(&self, vp: VpIndex, port: bool, at: u64) -> Option<String> {
+        if port {
+            return self.bus.port_owner(Port(at as u16));
+        }
+        match self.lapic_offset(vp, PhysAddr(at)) {
+            Some(_) => Some(format!("lapic{}", vp.0)),
+            None => self.bus.mmio_owner(PhysAddr(at)),
+        }
+    }
+
     /// The interrupt controllers have another state now.
     pub fn follow_state(&self) {
         self.reset();

@@ -1,6 +1,8 @@
 //! The machine as a debugger looks at it: what devices say of themselves, without touching a register.
 
 use super::board::Board;
+use super::cpubus::MachineBus;
+use crate::trace::Switch;
 use paravane_devices::pci::PciBus;
 use paravane_devices::{Counters, DeviceHandle, InterruptFabric};
 use paravane_memory::Width;
@@ -16,6 +18,9 @@ pub struct Inspector {
     fabric: Arc<InterruptFabric>,
     pci: Arc<Mutex<PciBus>>,
     counters: Counters,
+    trace: Arc<Switch>,
+    bus: Arc<MachineBus>,
+    vcpus: u32,
 }
 
 /// One PCI function.
@@ -38,12 +43,30 @@ pub struct PciFunction {
 }
 
 impl Inspector {
-    pub(super) fn new(board: &Board, counters: &Counters) -> Inspector {
+    /// Who traces the devices.
+    pub fn trace(&self) -> &Arc<Switch> {
+        &self.trace
+    }
+
+    /// What processors see of the machine.
+    pub fn bus(&self) -> &Arc<MachineBus> {
+        &self.bus
+    }
+
+    /// How many processors there are.
+    pub fn vcpus(&self) -> u32 {
+        self.vcpus
+    }
+
+    pub(super) fn new(board: &Board, counters: &Counters, trace: &Arc<Switch>, vcpus: u32) -> Inspector {
         Inspector {
             devices: board.devices.clone(),
             fabric: Arc::clone(&board.fabric),
             pci: Arc::clone(&board.pci),
             counters: counters.clone(),
+            trace: Arc::clone(trace),
+            bus: Arc::clone(&board.cpu_bus),
+            vcpus,
         }
     }
 

@@ -31,6 +31,7 @@ pub use serial::{SerialEnd, SerialInput};
 
 use crate::replay::{Outside, Parts, Timeline, Wishes};
 use crate::run::{BOOT_VP, Lifecycle, Lockstep, TimeKeeper, Vcpu};
+use crate::trace::Switch;
 use board::{Board, Wiring};
 use boot::Payload;
 use paravane_cpu::{CpuModel, CpuState, Engine};
@@ -113,6 +114,8 @@ pub struct Machine {
     board: Board,
     /// Input by the instruction clock.
     outside: Arc<Outside>,
+    /// Who traces the devices.
+    trace: Arc<Switch>,
     /// Instructions are counted exactly.
     counting: bool,
     /// The translator returns from every block.
@@ -139,6 +142,7 @@ impl Machine {
         let vcpus: Vec<Arc<Vcpu>> = (0..config.cpus).map(|_| Arc::default()).collect();
         vcpus.iter().for_each(|vcpu| lifecycle.watch(Arc::clone(vcpu)));
         let (counting, single_blocks) = (ends.count_instructions, ends.single_blocks);
+        let trace = Arc::default();
         let wiring = Wiring {
             config,
             mem: &mem,
@@ -147,6 +151,7 @@ impl Machine {
             timers: &timers,
             counters: &counters,
             lifecycle: &lifecycle,
+            trace: &trace,
             vcpus: &vcpus,
         };
         let board = Board::build(wiring, disks, ends)?;
@@ -163,6 +168,7 @@ impl Machine {
             vcpus,
             board,
             outside,
+            trace,
             counting,
             single_blocks,
             tuning: JitOptions::default(),
@@ -242,7 +248,7 @@ impl Machine {
 
     /// The machine's devices, to look at.
     pub fn inspector(&self) -> Inspector {
-        Inspector::new(&self.board, &self.counters)
+        Inspector::new(&self.board, &self.counters, &self.trace, self.vcpus.len() as u32)
     }
 
     /// Where the end is told.
@@ -276,6 +282,11 @@ impl Machine {
 }
 
 impl Machine {
+    /// Who traces the devices.
+    pub fn trace(&self) -> &Arc<Switch> {
+        &self.trace
+    }
+
     /// A number that two processor models share only if they are the same.
     pub fn model_digest(&self) -> u64 {
         xxh3_64(format!("{:?}", self.model).as_bytes())

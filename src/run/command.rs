@@ -8,6 +8,7 @@ use crate::debug::{self, Debugger, Link, Symbols};
 use crate::machine::{ClockKind, HostEnds, Machine, MachineConfig, SerialConfig};
 use crate::replay::{Recorder, Recording, Wishes, identity};
 use crate::stats;
+use crate::trace::Trace;
 use paravane_jit::perf_map;
 use std::error::Error;
 use std::process::ExitCode;
@@ -34,6 +35,15 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     wishes.history = args.gdb.is_some()
         && config.clock == ClockKind::Instructions
         && config.disks.iter().all(|d| d.snapshot || d.readonly);
+    let trace = match args.trace()? {
+        Some((file, filter)) => {
+            let begun = Trace::begin(&file, filter, &machine.bus());
+            let trace = begun.map_err(|e| format!("--trace {}: {e}", file.display()))?;
+            machine.trace().set(Some(Arc::clone(&trace)));
+            Some(trace)
+        }
+        None => None,
+    };
     if args.perf_map {
         perf_map::begin().map_err(|e| format!("--perf-map {}: {e}", perf_map::path().display()))?;
     }
@@ -65,8 +75,12 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
         symbols: Arc::clone(&symbols),
         reset_at_shutdown: args.reboot,
         wishes,
+        trace,
     };
     let finished = drive(&mut machine, watchers);
+    if let Some(trace) = machine.trace().set(None) {
+        trace.end();
+    }
     if let Some(debugger) = debugger {
         debugger.finish(finished.as_ref().map_or(1, |f| f.request.exit_code()));
     }

@@ -28,6 +28,7 @@ use crate::debug::{Link, Symbols};
 use crate::machine::{Machine, MachineError, Time};
 use crate::replay::Wishes;
 use crate::stats::{self, Snapshot};
+use crate::trace::Trace;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,6 +59,8 @@ pub struct Watchers {
     pub reset_at_shutdown: bool,
     /// What is asked of a run by the instruction clock.
     pub wishes: Wishes,
+    /// Who traces the processors.
+    pub trace: Option<Arc<Trace>>,
 }
 
 /// Runs `machine` to its end, through as many resets as the guest asks for.
@@ -75,6 +78,9 @@ pub fn drive(machine: &mut Machine, watchers: Watchers) -> Result<Finished, Mach
         vcpu.debug = watchers.debug.clone();
         vcpu.symbols = Arc::clone(&watchers.symbols);
         vcpu.reset_at_shutdown = watchers.reset_at_shutdown;
+    }
+    for vcpu in &mut vcpus {
+        vcpu.trace(watchers.trace.clone());
     }
     vcpus[0].timeline = machine.timeline(watchers.wishes).map(Box::new);
     let mut resets = 0;

@@ -6,7 +6,8 @@ use super::park::Vcpu;
 use crate::debug::{self, Armed, Link, Stop, Symbols};
 use crate::machine::{InstructionClock, LockstepDisk, Machine, MachineBus, MachineError};
 use crate::replay::{Outside, Stamp, Timeline, Wishes};
-use paravane_cpu::{Attention, Budget, CpuState, DebugPlan, Engine, Exit, flags};
+use crate::trace::Trace;
+use paravane_cpu::{Attention, Budget, CpuState, DebugPlan, Engine, Exit, Tracer, flags};
 use paravane_devices::{Clock, TimerQueue};
 use paravane_memory::{GuestMemory, VpIndex};
 use std::sync::Arc;
@@ -146,6 +147,8 @@ pub struct VcpuRunner {
     pub plan: Arc<DebugPlan>,
     /// What happens between slices by the instruction clock.
     pub timeline: Option<Box<Timeline>>,
+    /// Who traces.
+    tracer: Option<Arc<Trace>>,
 }
 
 impl VcpuRunner {
@@ -181,6 +184,7 @@ impl VcpuRunner {
             symbols: Arc::default(),
             plan: Arc::default(),
             timeline: machine.timeline(Wishes::default()).map(Box::new),
+            tracer: None,
         })
     }
 
@@ -190,8 +194,15 @@ impl VcpuRunner {
         (self.cpu, self.waiting) = at_power_on(self.vp, boot);
         self.cpu.instructions = retired;
         self.engine = machine.engine(self.vp)?;
+        self.trace(self.tracer.clone());
         self.changed();
         Ok(())
+    }
+
+    /// `trace` hears of what happens from now on.
+    pub fn trace(&mut self, trace: Option<Arc<Trace>>) {
+        self.engine.set_tracer(trace.clone().map(|t| t as Arc<dyn Tracer>));
+        self.tracer = trace;
     }
 
     /// Runs until a lifecycle request is there.

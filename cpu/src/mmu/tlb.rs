@@ -3,8 +3,10 @@
 use super::{Access, Flushes, PagingFeatures, Privilege, Translation};
 use crate::fault::Fault;
 use crate::state::{CpuState, LinAddr, flags};
+use crate::trace::{TraceContext, TraceEvent, Tracer};
 use hashbrown::HashSet;
 use paravane_memory::{GuestMemory, Mapped, PAGE_SHIFT, PhysAddr, RamOffset};
+use std::sync::Arc;
 
 const SLOTS: usize = 512;
 const CLASSES: usize = 9;
@@ -53,6 +55,8 @@ pub(crate) struct Tlb {
     generation: u64,
     a20: bool,
     pub(crate) misses: u64,
+    /// Who is told of walks.
+    pub(crate) tracer: Option<Arc<dyn Tracer>>,
 }
 
 impl Tlb {
@@ -66,6 +70,7 @@ impl Tlb {
             generation: 0,
             a20: true,
             misses: 0,
+            tracer: None,
         }
     }
 
@@ -110,7 +115,12 @@ impl Tlb {
         slot: usize,
     ) -> Result<Entry, Fault> {
         self.misses += 1;
-        let t: Translation = super::translate(cpu, mem, self.features, lin, access, privilege)?;
+        let found = super::translate(cpu, mem, self.features, lin, access, privilege);
+        if let Some(tracer) = &self.tracer {
+            let physical = found.as_ref().ok().map(|t| t.phys.0);
+            tracer.event(&TraceContext::of(cpu), TraceEvent::Walk { linear: lin.0, access, physical });
+        }
+        let t: Translation = found?;
         let base = match mem.resolve(t.phys.page()) {
             Mapped::Ram(at) => at.0,
             Mapped::Rom(at) if access != Access::Write => at.0,

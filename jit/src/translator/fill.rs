@@ -14,8 +14,8 @@ use crate::spaces::Switch;
 use crate::stubs::{JMP_BYTES, MissInfo};
 use iced_x86::{Instruction, OpAccess, Register};
 use paravane_cpu::{
-    Access, Attention, CpuState, Flushes, LinAddr, Privilege, SegReg, flags, inspect, operand_alignment,
-    translate,
+    Access, Attention, CpuState, Flushes, LinAddr, Privilege, SegReg, TraceEvent, flags, inspect,
+    operand_alignment, translate,
 };
 use paravane_memory::{Mapped, Notice, PAGE_SHIFT, RamOffset};
 
@@ -65,6 +65,11 @@ impl Translator {
             self.stats.miss_fault += 1;
             return false;
         };
+        if !soft {
+            let access = if write { Access::Write } else { Access::Read };
+            let walk = TraceEvent::Walk { linear: ea, access, physical: Some(t.phys.0) };
+            self.core.trace(cpu, walk);
+        }
         let view = self.view(cpu);
         let (ram, rom) = match self.mem.resolve(t.phys.page()) {
             Mapped::Ram(o) => (o, false),

@@ -34,7 +34,7 @@ use crate::vectors::LiveVectors;
 use fill::{Writers, miss_helper};
 use paravane_cpu::{
     Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Flushes, HostCode,
-    PostMortem, Shadow, Step, flags,
+    PostMortem, Shadow, Step, Tracer, flags,
 };
 use paravane_memory::{Claims, CodeWatcher, GuestMemory, MAX_TRANSLATORS, PAGE_SHIFT, RamOffset, VpIndex};
 use run::Rest;
@@ -124,6 +124,8 @@ pub struct Translator {
     nmi_pending: bool,
     /// Retired instructions at which `run` returns; `u64::MAX` for no limit.
     limit: u64,
+    /// A tracer wants every instruction.
+    interprets_all: bool,
     /// Less is left than the next block needs: the interpreter runs the rest.
     budget_short: bool,
     perf_map: Option<PerfMap>,
@@ -187,6 +189,7 @@ impl Translator {
             segments: CodeSegments::new(),
             spaces,
             flushes: Flushes::default(),
+            interprets_all: false,
             writers: vec![[0; 2]; (mem.backing_len() >> PAGE_SHIFT) as usize],
             options,
             stats: Stats::default(),
@@ -314,6 +317,12 @@ impl Engine for Translator {
         let begins = live().find(|b| b.key.linear() == lin);
         let block = begins.or_else(|| live().find(|b| self.blocks.has_instruction(b, lin)));
         block.map(|block| self.listing(block)).unwrap_or_default()
+    }
+
+    /// A page that was filled before is accessed without a walk: walks are told where translations are remembered anew.
+    fn set_tracer(&mut self, tracer: Option<Arc<dyn Tracer>>) {
+        self.interprets_all = tracer.as_ref().is_some_and(|t| t.every_instruction());
+        self.core.set_tracer(tracer);
     }
 
     fn start_over(&mut self, cpu: &CpuState) {

@@ -172,6 +172,7 @@ impl Translator {
             || cpu.dr[7] & 0xFF != 0
             || cpu.shadow != Shadow::None
             || !cpu.a20
+            || self.interprets_all
             || cpu.ignne
             || virtual_interrupt_due(cpu)
             || (cpu.cr0 & cr0::AM != 0 && cpu.rflags & flags::AC != 0 && cpu.cpl == 3)

@@ -13,7 +13,7 @@ mod spec;
 mod tests;
 
 pub use blk::VirtioBlk;
-pub use pci::{VirtioPci, VirtioPciOptions, VirtioWiring};
+pub use pci::{DoorbellWatch, VirtioPci, VirtioPciOptions, VirtioWiring};
 pub use rings::{Chain, Piece, Rings, VirtioCounters};
 pub use rng::{EntropySource, HostEntropy, VirtioRng};
 

@@ -58,7 +58,12 @@ pub struct VirtioWiring<'a> {
     pub msi: Arc<dyn MsiSink>,
     /// Where it counts.
     pub counters: &'a Counters,
+    /// Who hears of doorbells, by queue.
+    pub doorbell: Option<DoorbellWatch>,
 }
+
+/// Hears the number of the queue that was rung.
+pub type DoorbellWatch = Box<dyn Fn(u64) + Send>;
 
 /// A virtio device as a PCI function.
 pub struct VirtioPci {
@@ -70,6 +75,7 @@ pub struct VirtioPci {
     legacy: bool,
     pci_capability: u8,
     reset_waits: bool,
+    doorbell_watch: Option<DoorbellWatch>,
     // guest-visible selectors
     device_feature_select: u32,
     driver_feature_select: u32,
@@ -101,7 +107,7 @@ impl VirtioPci {
         let rings = Rings::new(sizes, wiring.memory, wiring.intx, msix, wiring.counters, wiring.label);
         let generic = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC | feature::ANY_LAYOUT;
         let features = device.features() | generic;
-        let label = wiring.label.to_owned();
+        let (label, doorbell_watch) = (wiring.label.to_owned(), wiring.doorbell);
         Arc::new_cyclic(|me: &Weak<Mutex<VirtioPci>>| {
             device.connect(Arc::new(Done(Weak::clone(me))));
             Mutex::new(VirtioPci {
@@ -113,6 +119,7 @@ impl VirtioPci {
                 legacy: !options.modern_only,
                 pci_capability,
                 reset_waits: false,
+                doorbell_watch,
                 device_feature_select: 0,
                 driver_feature_select: 0,
                 queue_select: 0,
@@ -134,6 +141,9 @@ impl VirtioPci {
 
     fn doorbell(&mut self, queue: u64) {
         self.rings.counters().doorbells.add(1);
+        if let Some(heard) = &self.doorbell_watch {
+            heard(queue);
+        }
         if self.rings.running() && queue < self.rings.rings.len() as u64 {
             self.device.doorbell(&mut self.rings, queue as usize);
         }
@@ -482,6 +492,7 @@ impl Snapshot for VirtioPci {
             features: _,
             legacy: _,
             pci_capability: _,
+            doorbell_watch: _,
             reset_waits,
             device_feature_select,
             driver_feature_select,

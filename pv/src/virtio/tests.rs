@@ -59,7 +59,14 @@ struct Driver {
 
 fn wiring<'a>(memory: &'a GuestMemory, wires: &Arc<Wires>, counters: &'a Counters) -> VirtioWiring<'a> {
     let intx = IrqLine::new(Arc::clone(wires) as Arc<dyn IrqSink>, 0, counters.counter("virtio", "intx"));
-    VirtioWiring { label: "virtio-test", memory, intx, msi: Arc::clone(wires) as Arc<dyn MsiSink>, counters }
+    VirtioWiring {
+        label: "virtio-test",
+        memory,
+        intx,
+        msi: Arc::clone(wires) as Arc<dyn MsiSink>,
+        counters,
+        doorbell: None,
+    }
 }
 
 fn disk_with(name: &str, faults: Option<Arc<dyn FaultInjector>>, modern_only: bool) -> Driver {

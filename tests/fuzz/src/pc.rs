@@ -249,6 +249,7 @@ impl Pc {
                 intx: router.intx(slot, 0, Counter::detached()),
                 msi: self.fabric.clone() as Arc<dyn MsiSink>,
                 counters: &self.counters,
+                doorbell: None,
             };
             let options = VirtioPciOptions { modern_only: slot == VIRTIO_SLOTS[2] };
             pci.insert(slot, 0, VirtioPci::new(device, wiring, options)).expect("free slot");

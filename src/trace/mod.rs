@@ -1,0 +1,162 @@
+//! `--trace`: events of processors and devices as JSON lines.
+//!
+//! A vCPU or a worker filters, copies what counts into a record, and puts that into a bounded channel; a thread of its own writes. Where the
+//! channel is full the record is dropped and counted, or with `wait` the guest waits. Nothing traces until somebody asks for it: the
+//! processors have no tracer then, and devices look at one flag.
+
+mod lines;
+mod spec;
+
+pub use spec::{Filter, KINDS, parse};
+
+use crate::machine::MachineBus;
+use lines::{DeviceEvent, Record};
+use paravane_cpu::{TraceContext, TraceEvent, Tracer, VpIndex};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, Weak};
+use std::thread::JoinHandle;
+
+/// Records that may wait for the writer.
+const CAPACITY: usize = 1 << 16;
+
+/// One trace.
+pub struct Trace {
+    filter: Filter,
+    records: Mutex<Option<SyncSender<Record>>>,
+    bus: Weak<MachineBus>,
+    dropped: Arc<AtomicU64>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Trace {
+    /// Begins to write `file`, in place of what it held.
+    pub fn begin(file: &Path, filter: Filter, bus: &Arc<MachineBus>) -> io::Result<Arc<Trace>> {
+        let sink = BufWriter::new(File::create(file)?);
+        let (sender, receiver) = mpsc::sync_channel(CAPACITY);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let writer = Writer {
+            file: file.to_owned(),
+            sink,
+            dropped: Arc::clone(&dropped),
+            bus: Arc::downgrade(bus),
+            written: 0,
+        };
+        let thread = std::thread::Builder::new().name("trace".into()).spawn(move || writer.run(&receiver))?;
+        Ok(Arc::new(Trace {
+            filter,
+            records: Mutex::new(Some(sender)),
+            bus: Arc::downgrade(bus),
+            dropped,
+            writer: Mutex::new(Some(thread)),
+        }))
+    }
+
+    fn put(&self, record: Record) {
+        let sender = self.records.lock().expect("trace").clone();
+        let Some(sender) = sender else { return };
+        if self.filter.wait {
+            // Nobody writes any more: the trace has ended, as was told.
+            let _ended = sender.send(record);
+        } else if let Err(TrySendError::Full(_)) = sender.try_send(record) {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Writes what waits, and how much was dropped.
+    pub fn end(&self) {
+        drop(self.records.lock().expect("trace").take());
+        if let Some(thread) = self.writer.lock().expect("trace").take() {
+            let _panicked = thread.join();
+        }
+    }
+}
+
+impl Tracer for Trace {
+    fn event(&self, at: &TraceContext, event: TraceEvent<'_>) {
+        let owner = |port, address| self.bus.upgrade()?.owner(VpIndex(at.vp), port, address);
+        if self.filter.takes(at, &event, owner) {
+            Record::of(at, &event, &mut |record| self.put(record));
+        }
+    }
+
+    fn every_instruction(&self) -> bool {
+        self.filter.every_instruction()
+    }
+}
+
+struct Writer {
+    file: PathBuf,
+    sink: BufWriter<File>,
+    dropped: Arc<AtomicU64>,
+    bus: Weak<MachineBus>,
+    written: u64,
+}
+
+impl Writer {
+    fn run(mut self, records: &Receiver<Record>) {
+        if let Err(e) = self.all(records) {
+            eprintln!(
+                "paravane: trace {}: {e}: it ends after {} events, the guest runs on",
+                self.file.display(),
+                self.written
+            );
+        }
+    }
+
+    fn all(&mut self, records: &Receiver<Record>) -> io::Result<()> {
+        while let Ok(record) = records.recv() {
+            let bus = self.bus.upgrade();
+            let owner = |vp, port, at| bus.as_ref()?.owner(VpIndex(vp), port, at);
+            serde_json::to_writer(&mut self.sink, &record.line(owner))?;
+            self.sink.write_all(b"\n")?;
+            self.written += 1;
+        }
+        let (written, dropped) = (self.written, self.dropped.load(Ordering::Relaxed));
+        writeln!(self.sink, "{{\"kind\":\"end\",\"written\":{written},\"dropped\":{dropped}}}")?;
+        self.sink.flush()?;
+        if dropped > 0 {
+            eprintln!("paravane: trace {}: {dropped} events were dropped", self.file.display());
+        }
+        Ok(())
+    }
+}
+
+/// Where devices find the trace, if there is one.
+#[derive(Default)]
+pub struct Switch {
+    on: AtomicBool,
+    trace: Mutex<Option<Arc<Trace>>>,
+}
+
+impl Switch {
+    /// `trace` from now on; the one before, which is to be ended.
+    pub fn set(&self, trace: Option<Arc<Trace>>) -> Option<Arc<Trace>> {
+        let mut now = self.trace.lock().expect("trace");
+        self.on.store(trace.is_some(), Ordering::Release);
+        std::mem::replace(&mut *now, trace)
+    }
+
+    fn device(&self, kind: usize, device: &str, at: u64, event: impl FnOnce() -> DeviceEvent) {
+        if !self.on.load(Ordering::Acquire) {
+            return;
+        }
+        let trace = self.trace.lock().expect("trace").clone();
+        if let Some(trace) = trace.filter(|t| t.filter.takes_device(kind, device, at)) {
+            trace.put(Record::device(device, event()));
+        }
+    }
+
+    /// `device` moves `len` bytes at physical address `at`; `write`: into guest memory.
+    pub fn dma(&self, device: &str, at: u64, len: u64, write: bool) {
+        self.device(spec::DMA, device, at, || DeviceEvent::Dma { at, len, write });
+    }
+
+    /// The guest rang `queue` of `device`.
+    pub fn doorbell(&self, device: &str, queue: u64) {
+        self.device(spec::DOORBELL, device, queue, || DeviceEvent::Doorbell { queue });
+    }
+}
