@@ -169,7 +169,8 @@ pub struct RunArgs {
     /// Bytes of host code that a vCPU keeps; when they are full it starts over.
     #[arg(long, value_name = "SIZE", default_value = "32M")]
     pub code_cache: String,
-    /// Write /tmp/perf-PID.map, so that `perf report` names translated code: by guest address, and by --symbols.
+    /// Write /tmp/perf-PID.map, so that `perf report` names translated code: by guest address, and by --symbols. What ran before the
+    /// code cache started over (code_cache_flushes in --stats) gets wrong names; --code-cache 1G makes that rare.
     #[arg(long)]
     pub perf_map: bool,
     /// Tell the hash of all the machine's state once N instructions have retired (at the end of that slice).
