@@ -109,7 +109,7 @@ pub(crate) struct DeltaTables {
 impl DeltaTables {
     /// Tables for one of `vcpus` translators in this process; no memory yet.
     pub(crate) fn for_one_of(vcpus: usize) -> io::Result<DeltaTables> {
-        DeltaTables::new(spaces::slots(vcpus), tables::share_of_mappings(vcpus))
+        DeltaTables::new(spaces::slots(vcpus, tables::address_space()), tables::share_of_mappings(vcpus))
     }
 
     /// Reserves address space for `spaces` spaces, or for fewer if the host allows no more; `pages` of it may be in use.

@@ -3,13 +3,10 @@
 
 /// Slots there are at most. Linux uses PCIDs 0 to 6.
 const SPACES: usize = 8;
-/// TiB of address space that all translators of a process may reserve; the host has 128.
-const RESERVED: usize = 112;
-
-/// Slots that each of `vcpus` translators in a process should have.
-pub(crate) fn slots(vcpus: usize) -> usize {
+/// Slots that each of `vcpus` translators should have in a process that may reserve `room` TiB of address space.
+pub(crate) fn slots(vcpus: usize, room: usize) -> usize {
     let (shared, each) = (1, 2);
-    ((RESERVED / vcpus.max(1)).saturating_sub(shared) / each).clamp(1, SPACES)
+    ((room / vcpus.max(1)).saturating_sub(shared) / each).clamp(1, SPACES)
 }
 
 /// A slot: what is in its tables and lists belongs to `tag`, or is nothing.
@@ -85,9 +82,10 @@ mod tests {
     }
 
     #[test]
-    fn all_translators_fit_into_the_hosts_address_space() {
-        assert_eq!([1, 4, 6, 8, 16, 31].map(slots), [8, 8, 8, 6, 3, 1]);
-        assert!((1..=31).all(|n| n * (1 + 2 * slots(n)) <= RESERVED));
+    fn all_translators_fit_into_the_room_there_is() {
+        assert_eq!([1, 4, 6, 8, 16, 31].map(|n| slots(n, 112)), [8, 8, 8, 6, 3, 1]);
+        assert!((1..=31).all(|n| n * (1 + 2 * slots(n, 112)) <= 112));
+        assert_eq!([20, 4, 0].map(|room| slots(2, room)), [4, 1, 1]);
     }
 
     #[test]

@@ -29,6 +29,14 @@ pub(crate) fn share_of_mappings(vcpus: usize) -> usize {
     (ALL_READY / vcpus.max(1)).min(MAX_READY)
 }
 
+/// TiB of address space that the tables of all translators may reserve: the host has 128, if it is not limited.
+pub(crate) fn address_space() -> usize {
+    let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: a query with a valid out-pointer, which is left alone should it fail.
+    unsafe { libc::getrlimit(libc::RLIMIT_AS, &mut limit) };
+    (limit.rlim_cur >> 40).min(112) as usize
+}
+
 /// A set of page numbers in memory that was allocated before: the host-fault path must not allocate.
 struct PageSet {
     /// Open addressing; page number + 1, or 0. A power of two.
