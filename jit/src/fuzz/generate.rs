@@ -36,6 +36,30 @@ pub struct Case {
     pub end: Option<TraceEnd>,
 }
 
+impl Case {
+    /// A case of one instruction.
+    pub(super) fn alone(
+        code: Vec<u8>,
+        instruction: Instruction,
+        state: NativeState,
+        arena: Arc<[u8]>,
+    ) -> Case {
+        let open = super::compare::undefined_flags(&instruction, state.gpr[1]);
+        Case {
+            code,
+            instruction,
+            state,
+            arena,
+            open_before: 0,
+            open,
+            open_memory: Vec::new(),
+            followed: false,
+            executed: vec![instruction.code()],
+            end: None,
+        }
+    }
+}
+
 /// Where a trace ended.
 #[derive(Clone, Debug)]
 pub struct TraceEnd {
@@ -77,20 +101,7 @@ impl Generator {
             self.favour(drawn, &mut state, Arc::make_mut(&mut arena), random);
         }
         let (bytes, instruction) = self.finish(code, drawn, OFFSET, random)?;
-        let open = super::compare::undefined_flags(&instruction, state.gpr[1]);
-        let executed = vec![instruction.code()];
-        let case = Case {
-            code: bytes,
-            instruction,
-            state,
-            arena,
-            open_before: 0,
-            open,
-            open_memory: Vec::new(),
-            followed: false,
-            executed,
-            end: None,
-        };
+        let case = Case::alone(bytes, instruction, state, arena);
         self.is_acceptable(&case).then_some(case)
     }
 

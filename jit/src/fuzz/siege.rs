@@ -122,20 +122,7 @@ impl Siege {
             state.gpr.iter_mut().for_each(|r| *r &= 0xFFFF_FFFF);
         }
         let (code, instruction) = self.generator.finish(form, drawn, OFFSET, random)?;
-        let open = compare::undefined_flags(&instruction, state.gpr[1]);
-        let executed = vec![instruction.code()];
-        let case = Case {
-            code,
-            instruction,
-            state,
-            arena,
-            open_before: 0,
-            open,
-            open_memory: Vec::new(),
-            followed: false,
-            executed,
-            end: None,
-        };
+        let case = Case::alone(code, instruction, state, arena);
         // The translator leaves alignment checks to the host.
         (!super::vendor::differs(&self.generator.situation(&case))).then_some(case)
     }
