@@ -62,7 +62,9 @@ fn proc_value(file: &str, key: &str) -> Option<String> {
 fn processor() -> Finding {
     let name = proc_value("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown".into());
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let text = format!("{name}, {threads} threads for us");
+    let text = format!(
+        "{name}, {threads} threads for us: as many of a guest's processors (--cpus) run side by side"
+    );
     finding(if threads > 1 { Verdict::Good } else { Verdict::Note }, "processor", text)
 }
 

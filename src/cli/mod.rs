@@ -163,7 +163,7 @@ pub struct RunArgs {
     /// An ELF file with symbols, for names in the dossier of a triple fault.
     #[arg(long, value_name = "ELF")]
     pub symbols: Option<PathBuf>,
-    /// Write every counter to this file at exit.
+    /// Write every counter to this file at exit: by device, by processor (cpu0, cpu1, …), the engines' summed up.
     #[arg(long, value_name = "F.json")]
     pub stats: Option<PathBuf>,
     /// Bytes of host code that a vCPU keeps; when they are full it starts over.
