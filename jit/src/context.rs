@@ -47,8 +47,8 @@ pub(crate) struct JitContext {
     /// Base of the current jump cache.
     pub(crate) jump_cache: u64,
     pub(crate) rip: u64,
-    /// Deltas of the base groups beyond the one in r13.
-    pub(crate) group_deltas: [u64; crate::groups::SLOTS],
+    /// Host addresses of the base groups beyond the one in r13.
+    pub(crate) group_slots: [u64; crate::groups::SLOTS],
     /// Linear bases of ES, CS, SS, DS, FS, GS.
     pub(crate) seg_base: [u64; 6],
     /// Guest status flags on entry and exit (host layout).

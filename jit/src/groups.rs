@@ -1,8 +1,9 @@
-//! Base groups: one check for all accesses of a block off one base register.
+//! Base groups: one check for all accesses of a block whose addresses differ by constants.
 //!
-//! Struct fields, pushes, pops and stack slots use small displacements off a register that does not change in
-//! between. A group checks once that `[base + lo, base + hi)` lies on one page that the view allows, keeps the page's
-//! delta in r13, and each member becomes a single instruction with `[base + r13 + disp]`. Where the check
+//! Struct fields, pushes, pops, stack slots and neighbours in arrays use small displacements off registers that do not change in
+//! between, or by constants; so do variables at fixed addresses. A group checks once that the range of its members lies on one
+//! page that the view allows, keeps the host address of its beginning in r13, and each member becomes a single instruction with
+//! `[r13 + disp]`. Where the check
 //! fails the block goes on in its ungrouped copy; a group check never raises the guest's fault.
 
 use crate::classify::{Class, Form, stack_word};
@@ -18,12 +19,52 @@ const SLOT_MEMBERS: u32 = 3;
 /// Bytes a group may span.
 const MAX_SPAN: i32 = 2048;
 
+/// What the addresses of a group have in common, without a constant: `base + index * scale`, or nothing at all.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Key {
+    /// Guest register numbers.
+    pub(crate) base: Option<u8>,
+    pub(crate) index: Option<u8>,
+    pub(crate) scale: u8,
+}
+
+impl Key {
+    const STACK: Key = Key { base: Some(RSP), index: None, scale: 1 };
+
+    /// By how much addresses move if `register` does by `n`.
+    pub(crate) fn step(self, register: u8, n: i32) -> i32 {
+        let by_index = if self.index == Some(register) { i32::from(self.scale) } else { 0 };
+        n.saturating_mul(i32::from(self.base == Some(register)) + by_index)
+    }
+
+    fn names(self, register: u8) -> bool {
+        self.base == Some(register) || self.index == Some(register)
+    }
+}
+
+/// A memory operand that can be a member.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operand {
+    pub(crate) key: Key,
+    pub(crate) disp: u64,
+}
+
+impl Operand {
+    /// How far behind `anchor` it is. Constant addresses belong together only where they are close.
+    pub(crate) fn behind(self, key: Key, anchor: u64) -> Option<i32> {
+        let disp = i32::try_from(self.disp.wrapping_sub(anchor) as i64).ok()?;
+        let close = key.base.is_some() || key.index.is_some() || disp.unsigned_abs() < MAX_SPAN as u32;
+        (self.key == key && close).then_some(disp)
+    }
+}
+
 /// The group of a block.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Plan {
-    /// Guest register number.
-    pub(crate) base: u8,
-    /// Range of displacements relative to the base's value at the check.
+    pub(crate) key: Key,
+    /// What displacements count from.
+    pub(crate) anchor: u64,
+    /// Range of displacements, with the registers as they are at the check.
     pub(crate) lo: i32,
     pub(crate) hi: i32,
     /// Some member writes.
@@ -32,15 +73,16 @@ pub(crate) struct Plan {
     pub(crate) check: usize,
     /// The last member.
     pub(crate) last: usize,
-    /// Where the delta is kept: in r13, or in this slot of the context.
+    /// Where the host address of `lo` is kept: in r13, or in this slot of the context.
     pub(crate) slot: Option<usize>,
 }
 
-/// A run of instructions over which one base register is unchanged or moved by known amounts.
-/// Displacements count from the base's value at its start.
+/// A run of instructions over which the registers of an address are unchanged or moved by known amounts.
+/// Displacements count from their values at its start.
 struct Region {
-    base: u8,
-    /// How far the base moved since the region's start.
+    key: Key,
+    anchor: u64,
+    /// How far the address moved since the region's start.
     moved: i32,
     /// The first member, or as far as the region went without one, and `moved` before it.
     first: (usize, i32),
@@ -56,10 +98,11 @@ struct Region {
 }
 
 impl Region {
-    fn new(base: u8, start: usize, upto: usize, live: &[FlagSet]) -> Region {
+    fn new(key: Key, anchor: u64, start: usize, upto: usize, live: &[FlagSet]) -> Region {
         let free = (start..=upto).rev().find(|&i| live[i].is_empty());
         Region {
-            base,
+            key,
+            anchor,
             moved: 0,
             first: (upto, 0),
             free: free.map(|i| (i, 0)),
@@ -100,7 +143,8 @@ impl Region {
     fn plan(&self) -> Plan {
         let (check, moved) = self.free.unwrap_or(self.first);
         Plan {
-            base: self.base,
+            key: self.key,
+            anchor: self.anchor,
             lo: self.lo - moved,
             hi: self.hi - moved,
             write: self.write,
@@ -123,29 +167,44 @@ pub(crate) struct Planner {
 }
 
 impl Planner {
-    fn region(&mut self, base: u8, at: usize, live: &[FlagSet]) -> &mut Region {
-        if let Some(k) = self.open.iter().position(|r| r.base == base) {
-            return &mut self.open[k];
+    /// The region that `operand` belongs to, and its displacement there.
+    fn region(&mut self, operand: Operand, at: usize, live: &[FlagSet]) -> (&mut Region, i32) {
+        let known = |r: &Region| operand.behind(r.key, r.anchor);
+        if let Some((k, disp)) = self.open.iter().enumerate().find_map(|(k, r)| Some((k, known(r)?))) {
+            return (&mut self.open[k], disp);
         }
-        self.open.push(Region::new(base, self.since[base as usize], at, live));
-        self.open.last_mut().expect("just pushed")
+        let Operand { key, disp } = operand;
+        let registers = [key.base, key.index].into_iter().flatten();
+        let since = registers.map(|r| self.since[r as usize]).max();
+        let (anchor, disp) = if since.is_some() { (0, disp as i32) } else { (disp, 0) };
+        self.open.push(Region::new(key, anchor, since.unwrap_or(0), at, live));
+        (self.open.last_mut().expect("just pushed"), disp)
     }
 
-    fn close(&mut self, base: u8, at: usize) {
-        self.since[base as usize] = at + 1;
-        if let Some(k) = self.open.iter().position(|r| r.base == base) {
+    fn stack(&mut self, at: usize, live: &[FlagSet]) -> &mut Region {
+        self.region(Operand { key: Key::STACK, disp: 0 }, at, live).0
+    }
+
+    fn close(&mut self, register: u8, at: usize) {
+        self.since[register as usize] = at + 1;
+        while let Some(k) = self.open.iter().position(|r| r.key.names(register)) {
             let r = self.open.swap_remove(k);
             self.consider(r);
         }
     }
 
-    /// `base` moves by `n` at `at`: whether a region goes on. Only that of RSP does before its first member.
-    fn follow(&mut self, base: u8, at: usize, n: i32, live: &[FlagSet]) -> bool {
-        let known = base == RSP || self.open.iter().any(|r| r.base == base);
-        if known {
-            let r = self.region(base, at, live);
-            r.moved = r.moved.saturating_add(n);
+    /// `register` moves by `n` at `at`: whether regions go on. Only that of RSP does before its first member.
+    fn follow(&mut self, register: u8, at: usize, n: i32, live: &[FlagSet]) -> bool {
+        if register == RSP {
+            self.stack(at, live);
         }
+        let mut known = false;
+        for r in self.open.iter_mut().filter(|r| r.key.names(register)) {
+            r.moved = r.moved.saturating_add(r.key.step(register, n));
+            known = true;
+        }
+        // Regions that begin later count from the new value.
+        self.since[register as usize] = at + 1;
         known
     }
 
@@ -191,23 +250,22 @@ impl Planner {
                 break;
             }
             self.open.iter_mut().for_each(|r| r.reach(i, live));
-            if let Some(base) = grouped_base(instr, &form.class, code64) {
+            if let Some(operand) = grouped_operand(instr, &form.class, code64) {
                 let size = instr.memory_size().size() as i32;
                 let write = memory_written(instr, &form.access);
-                self.region(base, i, live).add(i, instr.memory_displacement64() as i32, size, write);
+                let (region, disp) = self.region(operand, i, live);
+                region.add(i, disp, size, write);
             }
             match form.class {
                 Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => {
                     let word = stack_word(instr) as i32;
-                    let r = self.region(RSP, i, live);
-                    r.add(i, -word, word, true);
-                    r.moved -= word;
+                    self.stack(i, live).add(i, -word, word, true);
+                    self.follow(RSP, i, -word, live);
                 }
                 Class::Pop | Class::Ret | Class::Popf => {
                     let word = stack_word(instr) as i32;
-                    let r = self.region(RSP, i, live);
-                    r.add(i, 0, word, false);
-                    r.moved += word;
+                    self.stack(i, live).add(i, 0, word, false);
+                    self.follow(RSP, i, word, live);
                 }
                 _ => {}
             }
@@ -240,34 +298,48 @@ fn place(region: &Region, plans: &[Plan]) -> Option<Plan> {
 fn candidates(instrs: &[Instruction], forms: &[Form]) -> usize {
     let stack =
         |c: Class| matches!(c, Class::Push | Class::Pop | Class::Call | Class::CallIndirect | Class::Ret);
-    let memory = |i: &Instruction| i.memory_base() != Register::None;
+    let memory = |i: &Instruction| (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory);
     instrs.iter().zip(forms).filter(|(i, f)| memory(i) || stack(f.class)).count()
 }
 
-/// The base register of a memory operand that can be a member.
-fn grouped_base(instr: &Instruction, class: &Class, code64: bool) -> Option<u8> {
+/// The memory operand, if it can be a member.
+fn grouped_operand(instr: &Instruction, class: &Class, code64: bool) -> Option<Operand> {
     match class {
         Class::Identity(_) | Class::Push | Class::CallIndirect | Class::JmpIndirect => {}
         _ => return None,
     }
-    operand_base(instr, code64)
+    operand(instr, code64)
 }
 
-/// The base register of a memory operand of the form `[base + disp]` in a flat segment.
-pub(crate) fn operand_base(instr: &Instruction, code64: bool) -> Option<u8> {
+/// The memory operand of an instruction, in a flat segment and by registers of the code's size.
+pub(crate) fn operand(instr: &Instruction, code64: bool) -> Option<Operand> {
     if !(0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory) {
         return None;
     }
-    let base = instr.memory_base();
     let flat = match instr.memory_segment() {
         Register::FS | Register::GS => false,
         Register::CS => code64,
         _ => true,
     };
-    let wide = base.size() == if code64 { 8 } else { 4 };
-    let plain = base.is_gpr() && wide && instr.memory_index() == Register::None && flat;
     let high = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));
-    (plain && !high && instr.memory_size().size() > 0).then(|| regs::number(base))
+    if !flat || high || instr.memory_size().size() == 0 {
+        return None;
+    }
+    let disp = instr.memory_displacement64();
+    let (base, index) = (instr.memory_base(), instr.memory_index());
+    if base == Register::RIP || base == Register::None && index == Register::None {
+        let wide = code64 || instr.memory_displ_size() == 4;
+        return wide.then_some(Operand { key: Key { base: None, index: None, scale: 1 }, disp });
+    }
+    let wide = |r: Register| r.is_gpr() && r.size() == if code64 { 8 } else { 4 };
+    let number = |r: Register| (r != Register::None).then(|| regs::number(r));
+    if [base, index].into_iter().any(|r| r != Register::None && !wide(r)) {
+        return None;
+    }
+    let (base, index) = (number(base), number(index));
+    let scale = if index.is_some() { instr.memory_index_scale() as u8 } else { 1 };
+    let disp = i64::from(disp as i32) as u64;
+    Some(Operand { key: Key { base, index, scale }, disp })
 }
 
 fn memory_written(instr: &Instruction, access: &[OpAccess; 5]) -> bool {

@@ -281,6 +281,21 @@ impl Emitter {
                 self.hot_jcc(8, cold);
                 self.cold_miss(ea, access, retry);
             }
+            // Misaligned ones of these raise #GP, which is the interpreter's.
+            16.. if info & MissInfo::ALIGNED != 0 => {
+                let mask = size as i8 - 1;
+                dynasm!(self.hot ; .arch x64 ; test r11b, mask);
+                let cold = self.cold_here();
+                self.hot_jcc(5, cold);
+                dynasm!(self.cold ; .arch x64 ; test r11, r11);
+                let miss = self.cold_js(false);
+                Self::restore(&mut self.cold, keep, self.r13_busy);
+                self.cold_interpret(self.rip);
+                if let Err(site) = miss {
+                    self.cold_land(site);
+                }
+                self.cold_miss(ea, access, retry);
+            }
             2..=10 => {
                 let mask = size.next_power_of_two() as i8 - 1;
                 dynasm!(self.hot ; .arch x64 ; test r11b, mask);

@@ -1,4 +1,4 @@
-//! Base groups: one check, and the page's delta at hand for all accesses off one base register (planned by
+//! Base groups: one check, and the host address of its beginning at hand for all accesses (planned by
 //! [`crate::groups`]): in r13 for the most useful group of a block, in the context for others. Where the check fails the block goes on in its ungrouped copy.
 
 use super::access::Keep;
@@ -6,8 +6,8 @@ use super::flow::give_back;
 use super::{Emitter, PendingLink, Pos, Target, load, store};
 use crate::context::ctx;
 use crate::flags::FlagSet;
-use crate::groups::{self, Plan};
-use crate::regs::{self, Place, R10, R11, R13};
+use crate::groups::{self, Key, Plan};
+use crate::regs::{R10, R11, R13};
 use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Register};
@@ -15,13 +15,14 @@ use iced_x86::{Instruction, Register};
 /// A base group in force.
 #[derive(Clone, Copy)]
 pub(super) struct Group {
-    base: u8,
+    key: Key,
+    anchor: u64,
     lo: i32,
     hi: i32,
     write: bool,
-    /// How far the base moved since the check.
+    /// How far the address moved since the check.
     moved: i32,
-    /// Where the page's delta is: r13, or a slot of the context.
+    /// Where the host address of `lo` is: r13, or a slot of the context.
     slot: Option<usize>,
     last: usize,
 }
@@ -29,16 +30,16 @@ pub(super) struct Group {
 /// A memory operand that a group covers.
 #[derive(Clone, Copy)]
 pub(super) struct Member {
-    /// Guest register number.
-    pub(super) base: u8,
-    pub(super) disp: i32,
-    pub(super) slot: Option<usize>,
+    slot: Option<usize>,
+    /// Behind the host address in the slot.
+    pub(super) offset: i32,
 }
 
 impl Group {
-    fn covers(&self, disp: i32, size: i32, write: bool) -> bool {
+    fn member(&self, disp: i32, size: i32, write: bool) -> Option<Member> {
         let lo = self.moved.wrapping_add(disp);
-        lo >= self.lo && lo.saturating_add(size) <= self.hi && (self.write || !write)
+        let covers = lo >= self.lo && lo.saturating_add(size) <= self.hi && (self.write || !write);
+        covers.then_some(Member { slot: self.slot, offset: lo - self.lo })
     }
 }
 
@@ -47,10 +48,15 @@ impl Emitter {
     pub(crate) fn group(&mut self, plan: &Plan, live: FlagSet) {
         let keep = Self::keep(live);
         let retry = self.hot_here();
-        let base = self.guest(plan.base, R10);
-        let lo = plan.lo;
         let delta = if plan.slot.is_some() { R11 } else { R13 };
-        self.lea(R10, Some(base), None, 1, lo, false);
+        let Key { base, index, scale } = plan.key;
+        if base.is_none() && index.is_none() {
+            Self::constant(&mut self.hot, R10, plan.anchor.wrapping_add(i64::from(plan.lo) as u64));
+        } else {
+            let base = base.map(|r| self.guest(r, R10));
+            let index = index.map(|r| self.guest(r, R11));
+            self.lea(R10, base, index, u32::from(scale), plan.lo, !self.code64);
+        }
         self.look_up(delta, R10, plan.write, keep == Keep::Nothing);
         Self::save(&mut self.hot, keep, true);
         dynasm!(self.hot ; .arch x64 ; test Rb(delta), 1);
@@ -67,8 +73,9 @@ impl Emitter {
         self.cold_jmp(Target::Here(retry));
         debug_assert_eq!(leave, self.cold_here());
         let ungrouped = self.ungrouped_exit();
+        dynasm!(self.hot ; .arch x64 ; lea Rq(delta), [Rq(delta) + r10]);
         if let Some(slot) = plan.slot {
-            store(&mut self.hot, delta_offset(slot), R11);
+            store(&mut self.hot, slot_offset(slot), R11);
         }
         let last = plan.hi - plan.lo - 1;
         dynasm!(self.hot ; .arch x64 ; lea r11, [r10 + last] ; xor r11, r10 ; test r11, !0xFFF);
@@ -79,7 +86,8 @@ impl Emitter {
         Self::restore(&mut self.hot, keep, true);
         self.r13_busy |= plan.slot.is_none();
         self.groups.push(Group {
-            base: plan.base,
+            key: plan.key,
+            anchor: plan.anchor,
             lo: plan.lo,
             hi: plan.hi,
             write: plan.write,
@@ -117,43 +125,34 @@ impl Emitter {
         self.r13_busy &= plan.slot.is_some();
     }
 
-    /// The host register that holds the delta: r13, or r11, loaded here.
-    pub(super) fn delta(&mut self, slot: Option<usize>) -> u8 {
-        let Some(slot) = slot else { return R13 };
-        load(&mut self.hot, R11, delta_offset(slot));
+    /// The host register that holds the address a member counts from: r13, or r11, loaded here.
+    pub(super) fn pointer(&mut self, m: Member) -> u8 {
+        let Some(slot) = m.slot else { return R13 };
+        load(&mut self.hot, R11, slot_offset(slot));
         R11
     }
 
     /// The memory operand, if a group covers it.
     pub(super) fn member(&self, instr: &Instruction, size: u32, write: bool) -> Option<Member> {
-        let base = groups::operand_base(instr, self.code64)?;
-        let disp = instr.memory_displacement64() as i32;
-        let g = self.groups.iter().find(|g| g.base == base && g.covers(disp, size as i32, write))?;
-        Some(Member { base, disp, slot: g.slot })
+        let operand = groups::operand(instr, self.code64)?;
+        let covered = |g: &Group| g.member(operand.behind(g.key, g.anchor)?, size as i32, write);
+        self.groups.iter().find_map(covered)
     }
 
-    /// Where the delta for the word at RSP + `disp` is, if a group covers it.
-    pub(super) fn stack_member(&self, disp: i32, size: i32, write: bool) -> Option<Option<usize>> {
-        self.groups.iter().find(|g| g.base == 4 && g.covers(disp, size, write)).map(|g| g.slot)
+    /// The word at RSP + `disp`, if a group covers it.
+    pub(super) fn stack_member(&self, disp: i32, size: i32, write: bool) -> Option<Member> {
+        let stack = |g: &&Group| g.key.base == Some(4) && g.key.index.is_none();
+        self.groups.iter().filter(stack).find_map(|g| g.member(disp, size, write))
     }
 
-    /// Makes the memory operand `[base + delta + disp]`; uses r11 at most.
+    /// Makes the memory operand the member; uses r11 at most.
     pub(super) fn address_member(&mut self, instr: &mut Instruction, m: Member) {
-        let host = |n: u8| Register::RAX + u32::from(n);
-        let (base, index) = match (regs::place(m.base), m.slot) {
-            (Place::Host(h), _) => (h, Some(self.delta(m.slot))),
-            (Place::Home(_), None) => (self.guest(m.base, R11), Some(R13)),
-            (Place::Home(_), Some(_)) => {
-                let (b, d) = (self.guest(m.base, R10), self.delta(m.slot));
-                dynasm!(self.hot ; .arch x64 ; lea r11, [Rq(b) + Rq(d)]);
-                (R11, None)
-            }
-        };
-        instr.set_memory_base(host(base));
-        instr.set_memory_index(index.map_or(Register::None, host));
+        let pointer = self.pointer(m);
+        instr.set_memory_base(Register::RAX + u32::from(pointer));
+        instr.set_memory_index(Register::None);
         instr.set_memory_index_scale(1);
-        instr.set_memory_displacement64(i64::from(m.disp) as u64);
-        instr.set_memory_displ_size(if m.disp == 0 { 0 } else { 1 });
+        instr.set_memory_displacement64(m.offset as u64);
+        instr.set_memory_displ_size(1);
     }
 
     /// RSP changed by `n` with an instruction of the block.
@@ -161,15 +160,15 @@ impl Emitter {
         self.adjusted(4, n);
     }
 
-    /// Guest register `base` changed by `n` with an instruction of the block.
-    pub(crate) fn adjusted(&mut self, base: u8, n: i32) {
-        for g in self.groups.iter_mut().filter(|g| g.base == base) {
-            g.moved += n;
+    /// Guest register `register` changed by `n` with an instruction of the block.
+    pub(crate) fn adjusted(&mut self, register: u8, n: i32) {
+        for g in &mut self.groups {
+            g.moved += g.key.step(register, n);
         }
     }
 }
 
-/// Offset of a delta slot from host RSP.
-fn delta_offset(slot: usize) -> i32 {
-    ctx!(group_deltas) + slot as i32 * 8
+/// Offset of a slot from host RSP.
+fn slot_offset(slot: usize) -> i32 {
+    ctx!(group_slots) + slot as i32 * 8
 }

@@ -273,7 +273,7 @@ impl Emitter {
             new.set_segment_prefix(Register::None);
             if let Some(m) = self.member(instr, size, write).filter(|_| !high_byte) {
                 self.address_member(&mut new, m);
-                free = &[R10];
+                free = if new.memory_base() == Register::R13 { &[R10, R11] } else { &[R10] };
             } else {
                 let mut info = MissInfo::of(size, write);
                 info |= if operand_alignment(instr) > 1 { MissInfo::ALIGNED } else { 0 };

@@ -41,13 +41,12 @@ impl Emitter {
     /// Pushes `n` bytes of what `value` puts into the register it returns; it may use `scratch` only.
     pub(super) fn push_word(&mut self, n: i32, live: FlagSet, value: impl FnOnce(&mut Emitter, u8) -> u8) {
         if let Some(m) = self.stack_member(-n, n, true) {
-            let at = self.rsp_pending - n;
             let r = value(self, R10);
-            let d = self.delta(m);
+            let (p, at) = (self.pointer(m), m.offset);
             match n {
-                2 => dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rw(r)),
-                4 => dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rd(r)),
-                _ => dynasm!(self.hot ; .arch x64 ; mov [r12 + Rq(d) + at], Rq(r)),
+                2 => dynasm!(self.hot ; .arch x64 ; mov [Rq(p) + at], Rw(r)),
+                4 => dynasm!(self.hot ; .arch x64 ; mov [Rq(p) + at], Rd(r)),
+                _ => dynasm!(self.hot ; .arch x64 ; mov [Rq(p) + at], Rq(r)),
             }
             self.rsp_pending -= n;
         } else {
@@ -68,13 +67,12 @@ impl Emitter {
     /// in r11 and leaves the rest of other registers alone.
     pub(super) fn load_top(&mut self, r: u8, n: i32, live: FlagSet) {
         if let Some(m) = self.stack_member(0, n, false) {
-            let at = self.rsp_pending;
-            let d = self.delta(m);
+            let (p, at) = (self.pointer(m), m.offset);
             match n {
-                2 if r == R11 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [r12 + Rq(d) + at]),
-                2 => dynasm!(self.hot ; .arch x64 ; mov Rw(r), [r12 + Rq(d) + at]),
-                4 => dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r12 + Rq(d) + at]),
-                _ => dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r12 + Rq(d) + at]),
+                2 if r == R11 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [Rq(p) + at]),
+                2 => dynasm!(self.hot ; .arch x64 ; mov Rw(r), [Rq(p) + at]),
+                4 => dynasm!(self.hot ; .arch x64 ; mov Rd(r), [Rq(p) + at]),
+                _ => dynasm!(self.hot ; .arch x64 ; mov Rq(r), [Rq(p) + at]),
             }
         } else {
             self.sync_rsp();
@@ -95,11 +93,11 @@ impl Emitter {
     /// Loads the `n` bytes of the memory operand of PUSH, CALL or JMP into r11.
     pub(super) fn load_operand(&mut self, instr: &Instruction, n: i32, live: FlagSet) -> Result<(), Unfit> {
         if let Some(m) = self.member(instr, n as u32, false) {
-            let (b, d, disp) = (self.guest(m.base, R10), self.delta(m.slot), m.disp);
+            let (p, at) = (self.pointer(m), m.offset);
             match n {
-                2 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [Rq(b) + Rq(d) + disp]),
-                4 => dynasm!(self.hot ; .arch x64 ; mov r11d, [Rq(b) + Rq(d) + disp]),
-                _ => dynasm!(self.hot ; .arch x64 ; mov r11, [Rq(b) + Rq(d) + disp]),
+                2 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [Rq(p) + at]),
+                4 => dynasm!(self.hot ; .arch x64 ; mov r11d, [Rq(p) + at]),
+                _ => dynasm!(self.hot ; .arch x64 ; mov r11, [Rq(p) + at]),
             }
         } else {
             self.address(instr, MissInfo::of(n as u32, false), live)?;
