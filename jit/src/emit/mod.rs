@@ -360,7 +360,8 @@ impl Emitter {
                 _ => continue,
             };
             let read = matches!(form.access[i as usize], OpAccess::Read);
-            if !read && width == 4 {
+            // A part written would have to be joined with the rest when all of it is read: no store is forwarded then.
+            if !read && width < 8 {
                 continue;
             }
             let mut changed = *new;
