@@ -147,6 +147,36 @@ fn watchpoints_of_every_kind_stop_after_the_access() {
     }
 }
 
+/// The guest reads its time-stamp counter on both sides of a breakpoint.
+///
+/// ```text
+/// 7C00 rdtsc            7C09 rdtsc           7C10 mov al, 5
+/// 7C02 mov ebx, eax     7C0B sub eax, ebx    7C12 out F4h, al
+/// 7C05 mov ecx, edx     7C0E sbb edx, ecx    7C14 jmp $
+/// 7C08 nop
+/// ```
+const STOPWATCH: [u8; 24] = [
+    0x0F, 0x31, 0x66, 0x89, 0xC3, 0x66, 0x89, 0xD1, 0x90, 0x0F, 0x31, 0x66, 0x29, 0xD8, 0x66, 0x19, 0xCA,
+    0x90, 0xB0, 0x05, 0xE6, 0xF4, 0xEB, 0xFE,
+];
+
+#[test]
+fn time_stands_still_while_the_debugger_holds_the_guest() {
+    for engine in ENGINES {
+        let dir = Scratch::new(&format!("gdb-time-{engine}"));
+        let kernel = sector(&dir, &STOPWATCH);
+        let (running, socket) = small(&dir, &kernel, engine, &["--wait"]);
+        let stop_and_wait = ["break *0x7c08", "continue", "shell sleep 4", "break *0x7c11", "continue"];
+        let ticks = "printf \"%lu ticks\\n\", ((unsigned long)$rdx << 32) | ($rax & 0xffffffff)";
+        let said = gdb(&socket, &[&stop_and_wait[..], &[ticks, "detach"]].concat());
+        let before = &said[..said.find(" ticks").expect("ticks")];
+        let ticks: u64 = before.rsplit('\n').next().and_then(|n| n.parse().ok()).expect("a number");
+        // The slowest counters run at a GHz.
+        assert!(ticks < 4_000_000_000, "{engine}: {said}");
+        assert_eq!(running.finish(SOON).0, Some(11), "{engine}");
+    }
+}
+
 #[test]
 fn conditions_are_evaluated_without_the_debugger() {
     for engine in ENGINES {

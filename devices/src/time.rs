@@ -94,6 +94,13 @@ impl TimerQueue {
         let _already_set = self.wake.set(wake);
     }
 
+    /// Machine time moves otherwise than it did: whoever sleeps looks again.
+    pub fn look_again(&self) {
+        if let Some(wake) = self.wake.get() {
+            wake();
+        }
+    }
+
     /// The earliest armed time.
     pub fn next_deadline(&self) -> Option<VmTime> {
         self.pending.lock().expect("timer queue").armed.first().map(|&(t, _)| t)

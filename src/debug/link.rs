@@ -107,6 +107,8 @@ struct State {
     told: Option<(VpIndex, Stop)>,
     session: Option<Sender<Event>>,
     ended: Option<u8>,
+    /// Machine time stands still.
+    still: bool,
 }
 
 impl State {
@@ -131,14 +133,18 @@ impl State {
 pub struct Link {
     vcpus: Vec<Arc<Vcpu>>,
     state: Mutex<State>,
+    time: StandStill,
 }
+
+/// Makes machine time stand still (true), or go on.
+pub type StandStill = Box<dyn Fn(bool) + Send + Sync>;
 
 impl Link {
     /// A link nobody uses yet. `wait`: the vCPUs stop before their first instruction.
-    pub fn new(vcpus: &[Arc<Vcpu>], wait: bool) -> Arc<Link> {
+    pub fn new(vcpus: &[Arc<Vcpu>], wait: bool, time: StandStill) -> Arc<Link> {
         let seat = |_| Seat { wanted: wait, ..Seat::default() };
         let state = State { seats: vcpus.iter().map(seat).collect(), ..State::default() };
-        Arc::new(Link { vcpus: vcpus.to_vec(), state: Mutex::new(state) })
+        Arc::new(Link { vcpus: vcpus.to_vec(), state: Mutex::new(state), time })
     }
 
     /// How many vCPUs there are.
@@ -149,6 +155,15 @@ impl Link {
     fn state(&self) -> MutexGuard<'_, State> {
         // A command that panicked leaves the queue whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// While all vCPUs stand still, so does time. Called with the lock held, so that none goes on before time does.
+    fn follow(&self, state: &mut State) {
+        let still = state.all_stopped();
+        if still != state.still {
+            state.still = still;
+            (self.time)(still);
+        }
     }
 
     fn call_all(&self) {
@@ -241,6 +256,7 @@ impl Link {
                 seat.stopped = None;
             }
         }
+        self.follow(&mut state);
         drop(state);
         self.call_all();
     }
@@ -275,6 +291,7 @@ impl Link {
             state.told = Some((vp, stop));
         }
         state.want_all();
+        self.follow(&mut state);
         if state.all_stopped() {
             let told = state.told.clone();
             if let (Some(events), Some((vp, stop))) = (&state.session, told) {
@@ -310,6 +327,7 @@ impl Link {
                         // Asked for behind the command, and the flag was just taken.
                         runner.vcpu.stop();
                     }
+                    self.follow(&mut state);
                     return Some(resume);
                 }
             }
@@ -317,6 +335,7 @@ impl Link {
                 let mut state = self.state();
                 state.told = None;
                 *state.seat(vp) = Seat::default();
+                self.follow(&mut state);
                 return None;
             }
             runner.vcpu.park(Attention::STOP, None);
@@ -337,7 +356,7 @@ mod tests {
 
     fn link(count: usize, wait: bool) -> Arc<Link> {
         let vcpus: Vec<Arc<Vcpu>> = (0..count).map(|_| Arc::default()).collect();
-        Link::new(&vcpus, wait)
+        Link::new(&vcpus, wait, Box::new(|_| {}))
     }
 
     #[test]
@@ -373,6 +392,23 @@ mod tests {
         assert!(!link.wants_stop(VP0));
         link.stopped(VP1, Stop::Stepped);
         assert!(matches!(events.try_recv(), Ok(Event::Stopped(VP1, Stop::Stepped))));
+    }
+
+    #[test]
+    fn time_stands_still_while_all_do() {
+        let (tell, told) = mpsc::channel();
+        let vcpus: Vec<Arc<Vcpu>> = (0..2).map(|_| Arc::default()).collect();
+        let link = Link::new(&vcpus, false, Box::new(move |still| tell.send(still).expect("told")));
+        link.stopped(VP1, Stop::Paused);
+        assert!(told.try_recv().is_err(), "one still runs");
+        link.stopped(VP0, Stop::Paused);
+        assert_eq!(told.try_recv(), Ok(true));
+        // One steps, the other is held back.
+        link.go(&Arc::default(), &[Some(Resume::Continue), None]);
+        assert_eq!(told.try_recv(), Ok(false));
+        link.stopped(VP0, Stop::Stepped);
+        assert_eq!(told.try_recv(), Ok(true));
+        assert!(told.try_recv().is_err());
     }
 
     #[test]

@@ -2,66 +2,105 @@
 
 use super::tsc;
 use paravane_devices::{Clock, VmTime};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Time that passes as the host's does, from the making of this clock.
+/// Time that passes as the host's does, from the making of this clock, and stands still while a debugger holds the guest.
 ///
 /// Where the host's time-stamp counter is invariant it *is* the clock, so that the guest's counter is the host's minus
-/// a constant and translated code can read it in place; elsewhere the monotonic clock serves.
+/// a base that changes only while no vCPU runs, and translated code can read it in place; elsewhere the monotonic clock
+/// serves.
 #[derive(Debug)]
 pub struct HostClock {
     source: Source,
-    hz: u64,
+    /// Ticks of the source per second.
+    source_hz: u64,
+    tsc_hz: u64,
+    /// What the source reads at machine time zero.
+    base: Arc<AtomicU64>,
+    /// The ticks since then at which the clock stands still, or `RUNNING`.
+    still: AtomicU64,
 }
 
 #[derive(Debug)]
 enum Source {
-    /// The counter's value at time zero.
-    Tsc(u64),
+    Tsc,
     Monotonic(Instant),
 }
+
+impl Source {
+    fn read(&self) -> u64 {
+        match self {
+            Source::Tsc => tsc::read(),
+            Source::Monotonic(start) => start.elapsed().as_nanos() as u64,
+        }
+    }
+}
+
+const RUNNING: u64 = u64::MAX;
+const NANOSECONDS: u64 = 1_000_000_000;
+/// A deadline centuries ahead is as good as none: the sleeper looks again after a day.
+const FAR: Duration = Duration::from_secs(86_400);
 
 impl HostClock {
     /// A clock that starts now.
     pub fn start() -> HostClock {
-        let hz = tsc::host_hz();
-        let source =
-            if tsc::is_invariant() { Source::Tsc(tsc::read()) } else { Source::Monotonic(Instant::now()) };
-        HostClock { source, hz }
+        let tsc_hz = tsc::host_hz();
+        let (source, source_hz) = if tsc::is_invariant() {
+            (Source::Tsc, tsc_hz)
+        } else {
+            (Source::Monotonic(Instant::now()), NANOSECONDS)
+        };
+        let base = Arc::new(AtomicU64::new(source.read()));
+        HostClock { source, source_hz, tsc_hz, base, still: AtomicU64::new(RUNNING) }
     }
 
     /// Ticks per second of the guest's time-stamp counter.
     pub fn tsc_hz(&self) -> u64 {
-        self.hz
+        self.tsc_hz
     }
 
-    /// What the host's counter read when the guest's was zero, if the one is the other minus a constant.
-    pub fn tsc_base(&self) -> Option<u64> {
-        match self.source {
-            Source::Tsc(base) => Some(base),
-            Source::Monotonic(_) => None,
+    /// What the host's counter read when the guest's was zero, if the one is the other minus that; it changes only while
+    /// the clock stands still.
+    pub fn tsc_base(&self) -> Option<Arc<AtomicU64>> {
+        matches!(self.source, Source::Tsc).then(|| Arc::clone(&self.base))
+    }
+
+    /// Time stands still. No vCPU runs.
+    pub fn stop(&self) {
+        self.still.store(self.ticks(), Ordering::SeqCst);
+    }
+
+    /// Time goes on from where it stood. No vCPU runs yet.
+    pub fn go_on(&self) {
+        let ticks = self.ticks();
+        self.base.store(self.source.read().wrapping_sub(ticks), Ordering::SeqCst);
+        self.still.store(RUNNING, Ordering::SeqCst);
+    }
+
+    fn ticks(&self) -> u64 {
+        match self.still.load(Ordering::Relaxed) {
+            RUNNING => self.source.read().wrapping_sub(self.base.load(Ordering::Relaxed)),
+            still => still,
         }
     }
 
-    /// The host's time at machine time `at`.
-    pub fn instant(&self, at: VmTime) -> Instant {
-        // A deadline centuries ahead is as good as none: one day, and the sleeper looks again.
+    /// The host's time at machine time `at`; `None` while the clock stands still.
+    pub fn instant(&self, at: VmTime) -> Option<Instant> {
+        if self.still.load(Ordering::SeqCst) != RUNNING {
+            return None;
+        }
         let now = Instant::now();
-        now.checked_add(Duration::from_nanos(at.since(self.now())))
-            .unwrap_or_else(|| now + Duration::from_secs(86_400))
+        let left = Duration::from_nanos(at.since(self.now()));
+        Some(now.checked_add(left).unwrap_or_else(|| now + FAR))
     }
 }
 
 impl Clock for HostClock {
     fn now(&self) -> VmTime {
-        match self.source {
-            Source::Tsc(base) => {
-                let ticks = u128::from(tsc::read().wrapping_sub(base));
-                VmTime((ticks * 1_000_000_000 / u128::from(self.hz)) as u64)
-            }
-            Source::Monotonic(start) => VmTime(u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX)),
-        }
+        let ticks = u128::from(self.ticks());
+        VmTime((ticks * u128::from(NANOSECONDS) / u128::from(self.source_hz)) as u64)
     }
 }
 
@@ -110,7 +149,21 @@ mod tests {
     #[test]
     fn host_deadlines_lie_where_time_will_be() {
         let c = HostClock::start();
-        assert!(c.instant(c.now().plus(1_000_000_000)) > Instant::now());
+        assert!(c.instant(c.now().plus(1_000_000_000)).is_some_and(|at| at > Instant::now()));
         let _no_overflow = c.instant(VmTime(u64::MAX));
+    }
+
+    #[test]
+    fn host_time_stands_still_and_goes_on_from_there() {
+        let c = HostClock::start();
+        c.stop();
+        let (then, base) = (c.now(), c.base.load(Ordering::Relaxed));
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(c.now(), then);
+        assert_eq!(c.instant(then.plus(1)), None);
+        c.go_on();
+        let slept = 20_000_000 * u128::from(c.source_hz) / u128::from(NANOSECONDS);
+        assert!(u128::from(c.base.load(Ordering::Relaxed) - base) >= slept);
+        assert!(c.now() >= then);
     }
 }

@@ -39,6 +39,7 @@ use paravane_devices::{ByteSink, Clock, Counters, TimerQueue, TscClock};
 use paravane_jit::JitOptions;
 use paravane_memory::{GuestMemory, MemoryConfig, VpIndex};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// The least RAM in which anything of ours starts.
@@ -85,7 +86,7 @@ impl Time {
     }
 
     /// See [`HostClock::tsc_base`].
-    fn tsc_base(&self) -> Option<u64> {
+    fn tsc_base(&self) -> Option<Arc<AtomicU64>> {
         match self {
             Time::Host(clock) => clock.tsc_base(),
             Time::Instructions(_) => None,
@@ -184,7 +185,7 @@ impl Machine {
 
     /// How engines made from now on keep translated code, and whether `perf` is told about it.
     pub fn tune(&mut self, code_cache: usize, perf_map: bool) {
-        self.tuning = JitOptions { code_cache, perf_map, ..self.tuning };
+        self.tuning = JitOptions { code_cache, perf_map, ..self.tuning.clone() };
     }
 
     /// A fresh engine for processor `vp`.
@@ -196,7 +197,7 @@ impl Machine {
             tsc_base: self.time.tsc_base(),
             single_blocks: self.single_blocks,
             vcpus: self.vcpus.len(),
-            ..self.tuning
+            ..self.tuning.clone()
         };
         engine::build(self.config.engine, self.model.clone(), &self.mem, vp, attention, options)
     }
@@ -259,6 +260,20 @@ impl Machine {
     /// All timers.
     pub fn timers(&self) -> &Arc<TimerQueue> {
         &self.timers
+    }
+
+    /// Makes machine time stand still (true) or go on, while no vCPU runs. Retired instructions stand still by themselves.
+    pub fn stand_still(&self) -> Box<dyn Fn(bool) + Send + Sync> {
+        let Time::Host(clock) = &self.time else { return Box::new(|_| {}) };
+        let (clock, timers) = (Arc::clone(clock), Arc::clone(&self.timers));
+        Box::new(move |still| {
+            if still {
+                clock.stop();
+            } else {
+                clock.go_on();
+                timers.look_again();
+            }
+        })
     }
 
     /// Machine time.

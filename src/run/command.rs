@@ -59,7 +59,7 @@ pub fn command(args: &RunArgs) -> Result<ExitCode, Box<dyn Error>> {
     let symbols = Arc::new(symbols);
     let (debugger, debug) = match args.gdb_address()? {
         Some(address) => {
-            let link = Link::new(machine.vcpus(), args.wait);
+            let link = Link::new(machine.vcpus(), args.wait, machine.stand_still());
             let inspector = Arc::new(machine.inspector());
             let opened =
                 Debugger::listen(&address, Arc::clone(&link), machine.lifecycle().clone(), inspector);

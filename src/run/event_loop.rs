@@ -94,11 +94,12 @@ impl Shared {
             if sleep.woken {
                 continue;
             }
-            let Some(next) = next else {
+            // Nothing is armed, or time stands still.
+            let Some((next, at)) = next.and_then(|next| Some((next, self.clock.instant(next)?))) else {
                 sleep = self.bell.wait(sleep).expect("event loop");
                 continue;
             };
-            let left = self.clock.instant(next).saturating_duration_since(Instant::now());
+            let left = at.saturating_duration_since(Instant::now());
             if left < Duration::from_micros(1) {
                 sleep.until = VmTime(0);
                 return !sleep.stop;
@@ -115,6 +116,20 @@ impl Shared {
 mod tests {
     use super::*;
     use std::sync::mpsc::channel;
+
+    #[test]
+    fn timers_wait_while_time_stands_still() {
+        let (timers, clock) = (TimerQueue::new(), Arc::new(HostClock::start()));
+        let _running = EventLoop::start(Arc::clone(&timers), Arc::clone(&clock)).expect("thread");
+        let (timer, (fired, fires)) = (timers.timer(), channel());
+        timers.bind(timer.key(), move |now| fired.send(now).expect("receiver"));
+        clock.stop();
+        timer.arm(clock.now().plus(1_000_000));
+        assert!(fires.recv_timeout(Duration::from_millis(50)).is_err());
+        clock.go_on();
+        timers.look_again();
+        assert!(fires.recv_timeout(Duration::from_secs(60)).is_ok());
+    }
 
     #[test]
     fn timers_fire_when_due_and_an_earlier_one_is_not_overslept() {

@@ -41,17 +41,18 @@ use run::Rest;
 use stats::Stats;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use traces::Recorder;
 
 /// What the user may choose about the translator.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct JitOptions {
     /// Bytes of code cache.
     pub code_cache: usize,
     /// Count retired instructions in translated code.
     pub count_instructions: bool,
     /// The guest's time-stamp counter is the host's minus this (before IA32_TSC_ADJUST), so that RDTSC can be translated.
-    pub tsc_base: Option<u64>,
+    pub tsc_base: Option<Arc<AtomicU64>>,
     /// Return from every block: for comparing engines block by block.
     pub single_blocks: bool,
     /// How often a loop is closed before it is translated once more, as a trace.
@@ -191,6 +192,7 @@ impl Translator {
             flushes: Flushes::default(),
             interprets_all: false,
             writers: vec![[0; 2]; (mem.backing_len() >> PAGE_SHIFT) as usize],
+            perf_map: options.perf_map.then(PerfMap::open).transpose()?,
             options,
             stats: Stats::default(),
             interpreted: vec![0; iced_x86::Mnemonic::values().len()].into(),
@@ -201,7 +203,6 @@ impl Translator {
             nmi_pending: false,
             limit: u64::MAX,
             budget_short: false,
-            perf_map: options.perf_map.then(PerfMap::open).transpose()?,
             code: Vec::new(),
             taken: Vec::new(),
             recorder: None,

@@ -21,6 +21,7 @@ use paravane_cpu::{
 };
 use paravane_memory::RamOffset;
 use std::io;
+use std::sync::atomic::Ordering;
 
 /// What is left to do about the instruction at RIP after translated code was left.
 pub(super) enum Rest {
@@ -268,7 +269,8 @@ impl Translator {
         let views = [View::Supervisor, View::SupervisorAc]
             .map(|v| [self.delta.read_base(v), self.delta.write_base(v)]);
         let pending = u32::from(self.interrupt_pending);
-        let tsc_offset = cpu.msr.tsc_adjust.wrapping_sub(self.options.tsc_base.unwrap_or(0));
+        let tsc_base = self.options.tsc_base.as_ref().map_or(0, |base| base.load(Ordering::Relaxed));
+        let tsc_offset = cpu.msr.tsc_adjust.wrapping_sub(tsc_base);
         let budget = if self.budgeted() { self.limit.saturating_sub(cpu.instructions) } else { u64::MAX };
         let c = self.context();
         c.views = views;
