@@ -201,6 +201,11 @@ fn a_page_fault() {
 }
 
 #[test]
+fn who_overwrote_this_variable() {
+    with_gdb("corrupted", 1);
+}
+
+#[test]
 fn what_the_translator_makes() {
     with_gdb("hot-loop", 1);
 }

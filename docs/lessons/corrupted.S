@@ -5,8 +5,11 @@ main:
         mov     ebx, 50
 month:  add     dword ptr balance, 10
         call    report
-        cmp     dword ptr balance, 10
-        jb      lost
+        mov     eax, 51
+        sub     eax, ebx
+        imul    eax, 10                                 # what it should be
+        cmp     dword ptr balance, eax
+        jne     lost
         dec     ebx
         jnz     month
 lost:   ret
