@@ -112,7 +112,6 @@ fn what_is_not_there_yet_is_refused_by_name() {
         (&["--display", "vnc=127.0.0.1:5900"], "--display vnc"),
         (&["--screenshot", "x.png"], "--screenshot"),
         (&["--control", "unix=x"], "--control"),
-        (&["--trace", "x"], "--trace"),
         (&["--personality", "kvm"], "--personality kvm"),
         (&["--cpus", "2", "--clock", "instructions", "--gdb", "unix=x"], "--gdb with more than one"),
         (&["--disk", "a,bus=pvscsi"], "bus=pvscsi"),

@@ -9,7 +9,7 @@ use super::alu::{mask, sub};
 use super::operand::{memory_segment, set_status, write_sized};
 use crate::exec::Exec;
 use crate::fault::Fault;
-use crate::state::{CpuState, SegReg, flags, gpr};
+use crate::state::{CpuState, LinAddr, SegReg, flags, gpr};
 use iced_x86::{Instruction, OpKind};
 
 /// Bytes of work after which a repetition lets interrupts in.
@@ -155,8 +155,8 @@ fn move_span(ex: &mut Exec<'_>, shape: &Shape, count: u64) -> Result<u64, Fault>
     else {
         return Ok(0);
     };
-    // Elements that straddle a page are left to the single iteration: its faults come in the right order.
-    if in_page(from.0, bytes) < size || in_page(to.0, bytes) < size {
+    // Elements that straddle a page or fault are left to the single iteration: its faults come in the right order.
+    if !begins_well(ex, from, bytes, size) || !begins_well(ex, to, bytes, size) {
         return Ok(0);
     }
     let Some((from, from_len)) = ex.span(from, false)? else { return Ok(0) };
@@ -174,9 +174,9 @@ fn move_span(ex: &mut Exec<'_>, shape: &Shape, count: u64) -> Result<u64, Fault>
     Ok(n / size)
 }
 
-/// Bytes of the range that lie in the first page.
-fn in_page(at: u64, bytes: u64) -> u64 {
-    bytes.min(4096 - (at & 4095))
+/// Whether the first element of the range lies in one page and is aligned where that is checked.
+fn begins_well(ex: &Exec<'_>, at: LinAddr, bytes: u64, size: u64) -> bool {
+    bytes.min(4096 - (at.0 & 4095)) >= size && ex.check_alignment(at, size).is_ok()
 }
 
 /// STOS.
@@ -204,7 +204,7 @@ fn store_span(ex: &mut Exec<'_>, shape: &Shape, count: u64, v: u64) -> Result<u6
     let Ok(to) = ex.linear(SegReg::Es, shape.get(ex.cpu, gpr::RDI), bytes as usize, true) else {
         return Ok(0);
     };
-    if in_page(to.0, bytes) < size {
+    if !begins_well(ex, to, bytes, size) {
         return Ok(0);
     }
     let Some((to, len)) = ex.span(to, true)? else { return Ok(0) };

@@ -192,7 +192,7 @@ impl Bench {
         };
         let differences = self.differences(program.case());
         if differences.is_empty() {
-            program.expect(&self.host);
+            program.expect(&self.host, seed);
             return Verdict::Same(program.case().executed.clone());
         }
         let program = if is_hang(&differences) { program } else { program.shorten(self) };
@@ -379,7 +379,7 @@ mod tests {
                 let program = Program::draw(&mut bench, &pools, 20, &mut random).unwrap();
                 let case = program.case();
                 compare_twice(&mut bench, case);
-                program.expect(&bench.on_host(case));
+                program.expect(&bench.on_host(case), seed);
                 steps += program.steps.len();
                 executed += case.executed.len();
                 through += usize::from(bench.on_host(case).stop.vector == 3);

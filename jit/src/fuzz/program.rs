@@ -234,9 +234,12 @@ impl Program {
     }
 
     /// Panics if `whole` is not where the trace ended: the host would not do the same thing twice.
-    pub(super) fn expect(&self, whole: &super::Outcome) {
+    pub(super) fn expect(&self, whole: &super::Outcome, seed: u64) {
         let case = self.case();
-        assert_eq!(case.end.as_ref().map(|end| &end.state), Some(&whole.state), "{:x?}", case.code);
+        let Some(traced) = case.end.as_ref().map(|end| &end.state) else { return };
+        let fpu = traced.fpu.0.iter().zip(&whole.state.fpu.0).enumerate();
+        let fpu: Vec<_> = fpu.filter(|(_, (a, b))| a != b).map(|(at, (a, b))| (at, *a, *b)).collect();
+        assert_eq!(Some(traced), Some(&whole.state), "seed {seed}, FPU {fpu:x?}, {:x?}", case.code);
     }
 
     /// Leaves out every step that the disagreement does not need: NOPs take its place.

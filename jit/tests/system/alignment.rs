@@ -152,5 +152,17 @@ fn when_it_is_in_force() {
         bed.faults(&program!(32: "sub esp, 2"; "push eax"), 17, 0);
         checking(bed);
         bed.faults(&program!(32: "sub esp, 2"; "pushad"), 17, 0);
+        // Each side of a repetition, from its first element.
+        for (from, to) in [(1, 64), (0, 65)] {
+            checking(bed);
+            bed.cpu.gpr[gpr::RSI] += from;
+            bed.cpu.gpr[gpr::RDI] = bed.cpu.gpr[gpr::RSI] - from + to;
+            bed.faults(&program!(32: "mov ecx, 8"; "rep movsd"), 17, 0);
+            assert_eq!(bed.cpu.gpr[gpr::RCX], 8);
+        }
+        checking(bed);
+        bed.cpu.gpr[gpr::RDI] = bed.cpu.gpr[gpr::RSI] + 1;
+        bed.faults(&program!(32: "mov ecx, 8"; "rep stosd"), 17, 0);
+        assert_eq!(bed.cpu.gpr[gpr::RCX], 8);
     });
 }
