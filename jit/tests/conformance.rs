@@ -134,6 +134,28 @@ fn collision() -> Vec<u8> {
     code
 }
 
+/// Code that is not there yet while a program grows reads otherwise than in the end.
+#[test]
+fn programs_that_read_their_own_code_are_refused() {
+    let _guard = ONE_AT_A_TIME.lock();
+    let Some(mut bench) = bench(NativeMode::Long) else { return };
+    let down = -0x1000_0400_i64; // from the arena to the code
+    let mut gpr = [0; 16];
+    gpr[0] = 0x5000_0800;
+    gpr[4] = 0x5000_0800;
+    gpr[1] = ((down as u64) & 0xFFFF_FFFF) << 32;
+    gpr[3] = (down * 8) as u64;
+    // bt [rsp], rbx; vmovq xmm1, rcx; vpcmpeqd xmm2, xmm2, xmm2; vpgatherdd xmm0, [rax + xmm1], xmm2
+    let bit_test = [0x48, 0x0F, 0xA3, 0x1C, 0x24];
+    let second_element =
+        [0xC4, 0xE1, 0xF9, 0x6E, 0xC9, 0xC5, 0xE9, 0x76, 0xD2, 0xC4, 0xE2, 0x69, 0x90, 0x04, 0x08];
+    assert!(Program::of(&mut bench, &bit_test, gpr).is_none());
+    assert!(Program::of(&mut bench, &second_element, gpr).is_none());
+    (gpr[1], gpr[3]) = (0, 0);
+    assert!(Program::of(&mut bench, &bit_test, gpr).is_some());
+    assert!(Program::of(&mut bench, &second_element, gpr).is_some());
+}
+
 /// What campaigns found: each of these once ended differently in an engine.
 #[test]
 fn findings_stay_fixed() {

@@ -67,6 +67,11 @@ pub struct Accesses {
     pub faults: bool,
 }
 
+/// Of a gather there may be eight.
+fn elements(memory: &UsedMemory) -> usize {
+    if memory.index().is_vector_register() { 8 } else { 1 }
+}
+
 impl Situation<'_> {
     /// Whether it can do no harm to the process, and what else its accesses are. The bytes at `open` (addresses) depend on the
     /// processor.
@@ -87,19 +92,21 @@ impl Situation<'_> {
             all.open |= memory.access() != OpAccess::Write && self.meets(memory, open);
             if !kept_in {
                 all.harmless &= self.is_harmless(memory);
-                all.code |= self.used(memory, 0).is_none_or(|a| self.is_near_code(a));
+                let near = |n| self.used(memory, n).is_none_or(|a| self.is_near_code(a));
+                all.code |= (0..elements(memory)).any(near);
             }
         }
+        all.code |=
+            !kept_in && self.has_far_bit_offset() && self.far_bit().is_none_or(|a| self.is_near_code(a));
         all
     }
 
     fn is_harmless(&self, memory: &UsedMemory) -> bool {
-        let elements = if memory.index().is_vector_register() { 8 } else { 1 };
         let size = match memory.memory_size().size() as u64 {
             0 => 1024,
             n => n,
         };
-        (0..elements).all(|n| self.used(memory, n).is_some_and(|a| is_reachable(a, size, self.bits)))
+        (0..elements(memory)).all(|n| self.used(memory, n).is_some_and(|a| is_reachable(a, size, self.bits)))
     }
 
     /// Whether `memory` may lie in one of `ranges`.
@@ -183,22 +190,21 @@ impl Situation<'_> {
             && i.op1_kind() == OpKind::Register
     }
 
-    /// BT and its kin with a register bit offset reach up to 2^60 bytes away from their operand.
-    fn bit_offset_is_harmless(&self) -> bool {
+    /// About where BT and its kin with a register bit offset access memory, up to 2^60 bytes away from their operand.
+    fn far_bit(&self) -> Option<u64> {
         let i = self.instruction;
-        if !self.has_far_bit_offset() {
-            return true;
-        }
         let value = self.state.gpr[i.op1_register().full_register().number()];
         let offset = match i.op1_register().size() {
             2 => i64::from(value as i16),
             4 => i64::from(value as i32),
             _ => value as i64,
         };
-        self.address(0).is_some_and(|a| {
-            let a = a.wrapping_add((offset >> 3) as u64 & !7);
-            is_reachable(a.wrapping_sub(8), 24, self.bits)
-        })
+        Some(self.address(0)?.wrapping_add((offset >> 3) as u64 & !7))
+    }
+
+    fn bit_offset_is_harmless(&self) -> bool {
+        !self.has_far_bit_offset()
+            || self.far_bit().is_some_and(|a| is_reachable(a.wrapping_sub(8), 24, self.bits))
     }
 
     /// Branches must not land in this process's code, nor on themselves or on the way in.
