@@ -310,9 +310,14 @@ impl Machine {
     /// What happens between the slices of this machine's run; `None` where the host's time decides about it, or several processors
     /// take turns.
     pub fn timeline(&self, wishes: Wishes) -> Option<Timeline> {
+        Some(Timeline::new(self.parts()?, Arc::clone(&self.outside), &self.mem, wishes))
+    }
+
+    /// What has state, where there is a [`Self::timeline`].
+    pub(crate) fn parts(&self) -> Option<Parts> {
         let (Time::Instructions(clock), [vcpu]) = (&self.time, self.vcpus.as_slice()) else { return None };
         let board = &self.board;
-        let parts = Parts {
+        Some(Parts {
             clock: Arc::clone(clock),
             fabric: Arc::clone(&board.fabric),
             bus: Arc::clone(&board.cpu_bus),
@@ -321,8 +326,7 @@ impl Machine {
             wires: board.wires.clone(),
             ports: board.gates.clone(),
             disks: board.lockstep.clone(),
-        };
-        Some(Timeline::new(parts, Arc::clone(&self.outside), &self.mem, wishes))
+        })
     }
 }
 

@@ -160,3 +160,121 @@ impl History {
         self.kept = self.pages.len() * PAGE_SIZE as usize;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::{
+        Boot, ClockKind, DiskBus, DiskConfig, EngineKind, HostEnds, LockstepDisk, Machine, MachineConfig,
+    };
+    use crate::run::Lifecycle;
+    use paravane_devices::block::{BlockBackend, BlockData, BlockError, BlockOp, BlockRequest, Completion};
+    use paravane_memory::PhysAddr;
+    use std::sync::Mutex;
+
+    /// Pages and places on the disk that are written in turn.
+    const PAGES: u64 = 7;
+    const PLACES: u64 = 5;
+    const RAM_AT: u64 = 2 << 20;
+    const APART: u64 = 64 << 10;
+
+    fn machine() -> Machine {
+        let here = std::env::temp_dir();
+        let name = |what: &str| here.join(format!("paravane-history-{}-{what}", std::process::id()));
+        let (kernel, disk) = (name("kernel"), name("disk"));
+        let mut sector = vec![0; 510];
+        sector.extend([0x55, 0xAA]);
+        std::fs::write(&kernel, sector).expect("kernel");
+        std::fs::write(&disk, vec![0; 1 << 20]).expect("disk");
+        let config = MachineConfig {
+            memory: 16 << 20,
+            cpus: 1,
+            model: "max".into(),
+            engine: EngineKind::Interp,
+            clock: ClockKind::Instructions,
+            boot: Boot::Kernel { kernel: kernel.clone(), initrd: None, append: String::new() },
+            disks: vec![DiskConfig {
+                file: disk.clone(),
+                bus: DiskBus::Ide,
+                readonly: false,
+                snapshot: true,
+            }],
+            serial: Vec::new(),
+            debug_exit: None,
+            reboot: false,
+        };
+        let ends = HostEnds {
+            serial: Vec::new(),
+            lab_port: None,
+            count_instructions: true,
+            single_blocks: false,
+            debug_console: Box::new(|_| ()),
+        };
+        let machine = Machine::new(&config, Lifecycle::new(), ends).expect("machine");
+        [kernel, disk].into_iter().for_each(|file| std::fs::remove_file(file).expect("file"));
+        machine
+    }
+
+    #[derive(Default)]
+    struct Done(Mutex<Vec<u8>>);
+
+    impl Completion for Done {
+        fn complete(&self, request: BlockRequest, result: Result<(), BlockError>) {
+            result.expect("done");
+            *self.0.lock().expect("buffer") = request.buffer;
+        }
+    }
+
+    /// Eight bytes at the place `n`, written or read.
+    fn disk(disk: &LockstepDisk, op: BlockOp, n: u64, value: u64) -> u64 {
+        let done = Arc::new(Done::default());
+        let mut request = BlockRequest::new(op, 0, Arc::clone(&done) as Arc<dyn Completion>);
+        let mut sector = vec![0; 512];
+        sector[..8].copy_from_slice(&value.to_le_bytes());
+        (request.data, request.offset, request.buffer) = (BlockData::Owned, n * APART, sector);
+        disk.submit(request);
+        disk.settle();
+        let buffer = done.0.lock().expect("buffer");
+        u64::from_le_bytes(buffer[..8].try_into().expect("eight bytes"))
+    }
+
+    /// The last of 1, 2, ... `now` that has remainder `n` by `of`; zero if none has.
+    fn last(now: u64, n: u64, of: u64) -> u64 {
+        (1..=now).rev().find(|k| k % of == n).unwrap_or(0)
+    }
+
+    #[test]
+    fn points_that_thinning_leaves_hold_what_was() {
+        const TAKEN: u64 = 3 * POINTS as u64;
+        let machine = machine();
+        let (mut cpu, parts) = (machine.start().expect("started"), machine.parts().expect("parts"));
+        let (mem, image) = (machine.memory(), Arc::clone(&parts.disks[0]));
+        image.keep_undo();
+        let (mut ram, mut history) = (Ram::new(mem), History::default());
+        for k in 1..=TAKEN {
+            mem.write(PhysAddr(RAM_AT + k % PAGES * PAGE_SIZE), &k.to_le_bytes()).expect("RAM");
+            disk(&image, BlockOp::Write, k % PLACES, k);
+            let at = Stamp { ns: k * 1000, instructions: k };
+            history.take(at, &cpu, &parts, &mut ram).expect("a point");
+        }
+        let kept: Vec<Stamp> = history.stamps().collect();
+        assert_eq!(kept.len(), POINTS);
+        assert_eq!((kept[0].instructions, kept[POINTS - 1].instructions), (1, TAKEN));
+        // The later, the closer together.
+        let gap = |i: usize| kept[i + 1].instructions - kept[i].instructions;
+        assert!(gap(0) > 4 * gap(POINTS - 2), "{kept:?}");
+        let mut now = kept[POINTS - 1];
+        for i in (0..POINTS).rev() {
+            now = history.restore(i, now, &mut cpu, &parts, &mut ram).expect("back");
+            assert_eq!(now, kept[i]);
+            for n in 0..PAGES {
+                let page = mem.read_u64(PhysAddr(RAM_AT + n * PAGE_SIZE));
+                assert_eq!(page, Ok(last(now.instructions, n, PAGES)), "page {n} at {now:?}");
+            }
+            for n in 0..PLACES {
+                let place = disk(&image, BlockOp::Read, n, 0);
+                assert_eq!(place, last(now.instructions, n, PLACES), "place {n} at {now:?}");
+            }
+        }
+    }
+}
