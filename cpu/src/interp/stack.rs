@@ -208,7 +208,9 @@ pub(super) fn enter(ex: &mut Exec<'_>, i: &Instruction) -> Result<(), Fault> {
             ex.push(size, frame & mask(size))?;
         }
         let sp = ex.cpu.gpr[gpr::RSP].wrapping_sub(alloc);
-        // The manual has ENTER fault where a later push at the new stack top would.
+        // ENTER faults where a write at the new stack top would, alignment included.
+        let top = ex.linear(SegReg::Ss, sp & stack, size, true)?;
+        ex.check_alignment(top, size as u64)?;
         ex.probe_write(SegReg::Ss, sp & stack, size)?;
         set_sp(ex, sp);
         write_sized(ex.cpu, gpr::RBP, size, frame & mask(size));

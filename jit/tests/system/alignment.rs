@@ -152,6 +152,9 @@ fn when_it_is_in_force() {
         bed.faults(&program!(32: "sub esp, 2"; "push eax"), 17, 0);
         checking(bed);
         bed.faults(&program!(32: "sub esp, 2"; "pushad"), 17, 0);
+        // The top of the stack that ENTER leaves.
+        checking(bed);
+        bed.faults(&program!(32: ; "enter 1, 0"), 17, 0);
         // Each side of a repetition, from its first element.
         for (from, to) in [(1, 64), (0, 65)] {
             checking(bed);
