@@ -274,7 +274,9 @@ impl Native {
         match end {
             End::Stop(stop) => stop,
             End::Exit(number) => {
-                let rip = mode.seen(self.layout).code + exits[number] as u64 + 1;
+                // To a stub that is no exit now the code went by itself.
+                let at = exits.get(number).copied().unwrap_or(CODE_ROOM.end + number * STUB);
+                let rip = mode.seen(self.layout).code + at as u64 + 1;
                 NativeStop { vector: 3, rip, ..NativeStop::default() }
             }
         }
