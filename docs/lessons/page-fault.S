@@ -10,7 +10,7 @@ main:
         mov     qword ptr window_pt, offset page + 1    # present, read-only
         mov     eax, offset page_fault
         mov     word ptr idt + 14 * 16, ax
-        shr     eax, 16
+        ror     eax, 16                                 # unlike SHR, leaves AF alone, which the flags below show
         mov     word ptr idt + 14 * 16 + 6, ax
         lidt    idt_pointer
         mov     ebx, WINDOW

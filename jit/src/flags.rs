@@ -31,6 +31,14 @@ pub(crate) fn killed(instr: &Instruction) -> u32 {
     // what came before.
     let kept = instr.rflags_undefined();
     match instr.mnemonic() {
+        Mnemonic::Shl | Mnemonic::Sal | Mnemonic::Shr | Mnemonic::Sar | Mnemonic::Shld | Mnemonic::Shrd
+            if counts_something(instr) =>
+        {
+            modified
+        }
+        Mnemonic::Rol | Mnemonic::Ror | Mnemonic::Rcl | Mnemonic::Rcr if counts_something(instr) => {
+            if instr.immediate8() == 1 { modified } else { modified & !RflagsBits::OF }
+        }
         Mnemonic::Shl
         | Mnemonic::Sal
         | Mnemonic::Shr
@@ -40,13 +48,7 @@ pub(crate) fn killed(instr: &Instruction) -> u32 {
         | Mnemonic::Rcl
         | Mnemonic::Rcr
         | Mnemonic::Shld
-        | Mnemonic::Shrd => {
-            let last = instr.op_count() - 1;
-            match instr.op_kind(last) {
-                OpKind::Immediate8 if instr.immediate8() & 0x1F != 0 => modified,
-                _ => 0,
-            }
-        }
+        | Mnemonic::Shrd => 0,
         // A count of zero compares nothing and leaves the flags as they are (SDM 2B, REP).
         Mnemonic::Cmpsb
         | Mnemonic::Cmpsw
@@ -72,6 +74,11 @@ pub(crate) fn killed(instr: &Instruction) -> u32 {
         | Mnemonic::Lzcnt => modified & !kept,
         _ => modified,
     }
+}
+
+/// Whether a shift or rotate surely is by more than nothing.
+fn counts_something(instr: &Instruction) -> bool {
+    instr.op_kind(instr.op_count() - 1) == OpKind::Immediate8 && instr.immediate8() & 0x1F != 0
 }
 
 /// Flags live before `instr`, given those live after it.

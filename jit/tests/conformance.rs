@@ -110,6 +110,10 @@ fn conform(mode: NativeMode) {
     let complete = names("PARAVANE_FUZZ_ONLY").is_empty() && setting("PARAVANE_FUZZ_ROUNDS", 6) >= 6;
     assert!(!complete || whole.missing().is_empty(), "never drawn: {:?}", whole.missing());
     assert!(!complete || whole.mends > 0, "no fault was mended");
+    // 16-bit loops become no traces.
+    let traced = complete && mode != NativeMode::Protected16 && whole.programs > 200;
+    let interpreted = std::env::var("PARAVANE_FUZZ_ENGINE").is_ok_and(|engine| engine == "interpreter");
+    assert!(!traced || interpreted || whole.traces > 0, "no loop became a trace");
 }
 
 /// lock sub dword ptr [eax + eax * 4 + disp32], imm32 in 16-bit code.

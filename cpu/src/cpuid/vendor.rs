@@ -18,10 +18,15 @@ impl HostVendor {
         if name.as_flattened() == b"AuthenticAMD" { HostVendor::Amd } else { HostVendor::Intel }
     }
 
-    /// Whether the interpreter is known to leave undefined flags just as the host does: it was measured on AMD's family 1AH.
+    /// Whether the interpreter is known to leave undefined flags just as the host does: it was measured on AMD's family 1AH
+    /// (Zen 5) and on Intel's family 6, model CFH (Emerald Rapids).
     pub fn undefined_flags_are_measured() -> bool {
         let signature = std::arch::x86_64::__cpuid(1).eax;
         let family = (signature >> 8 & 15) + (signature >> 20 & 0xFF);
-        HostVendor::detect() == HostVendor::Amd && family == 0x1A
+        let model = (signature >> 4 & 15) | (signature >> 12 & 0xF0);
+        match HostVendor::detect() {
+            HostVendor::Amd => family == 0x1A,
+            HostVendor::Intel => (family, model) == (6, 0xCF),
+        }
     }
 }

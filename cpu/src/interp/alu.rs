@@ -1,7 +1,7 @@
 //! Arithmetic and logic with exact status flags (SDM 1, section 3.4.3.1; SDM 2, each instruction's page).
 //!
 //! Pure functions: operands of `size` bytes in, result (truncated to `size`) and the six status flags out. Where
-//! the manual leaves a flag undefined, the choice is what Intel cores since Haswell do and is noted.
+//! the manual leaves a flag undefined, [`undefined`](super::undefined) has the last word.
 
 use crate::state::flags::{AF, CF, OF, PF, SF, ZF};
 
@@ -188,7 +188,7 @@ pub(super) const fn aam(al: u8, base: u8) -> Option<(u16, u64)> {
     Some((r, szp((r & 0xFF) as u64, 1)))
 }
 
-/// AAD: (AX, flags); CF, OF, AF are undefined and cleared.
+/// AAD: (AX, flags); CF, OF, AF are undefined and left to [`undefined`](super::undefined).
 pub(super) const fn aad(ax: u16, base: u8) -> (u16, u64) {
     let al = ((ax >> 8) as u8).wrapping_mul(base).wrapping_add(ax as u8);
     (al as u16, szp(al as u64, 1))

@@ -5,8 +5,9 @@ use super::operand::{
     address, address_mask, gpr_size, operand_size, read, read_gpr, set_status, update, write, write_gpr,
     write_sized,
 };
+use super::undefined::{self, Shifted};
 use super::vector::misaligned;
-use super::{alu, bits, shift, undefined};
+use super::{alu, bits, shift};
 use crate::cpuid::HostVendor;
 use crate::exec::Exec;
 use crate::fault::{Fault, Vector};
@@ -67,14 +68,16 @@ pub(super) fn shift(
     ex: &mut Exec<'_>,
     i: &Instruction,
     f: impl Fn(u64, u32, u64, usize) -> (u64, u64),
-    open: impl Fn(HostVendor, u64, u64, u32, usize) -> u64,
+    open: impl Fn(HostVendor, Shifted) -> u64,
 ) -> Executed {
     let size = operand_size(i, 0);
     let n = shift::count(read(ex, i, 1, 1)?, size);
     let (old, host) = (ex.cpu.rflags & STATUS, ex.model.host());
+    let constant = i.op0_kind() == OpKind::Register && i.op1_kind() == OpKind::Immediate8;
     update(ex, i, size, |a| {
         let (r, status) = f(a, n, old, size);
-        (r, open(host, r, status, n, size))
+        let once = f(a, 1, old, size).1;
+        (r, open(host, Shifted { r, f: status, once, old, n, size, constant }))
     })
 }
 

@@ -1,6 +1,6 @@
 //! Bit counting, extraction and scattering, CRC32 (SDM 2, BSF, BSR, TZCNT, LZCNT, POPCNT, BMI1, BMI2, CRC32).
 //!
-//! Pure functions; status flags out, undefined ones as Intel cores since Haswell leave them.
+//! Pure functions; status flags out, undefined ones as Intel's cores leave them.
 
 use super::alu::{mask, parity, top};
 use crate::state::flags::{CF, PF, SF, ZF};

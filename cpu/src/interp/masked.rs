@@ -6,6 +6,7 @@
 use super::alu::sign_extend;
 use super::operand::{address, address_mask, memory_segment};
 use super::vector::enter_mmx;
+use crate::cpuid::HostVendor;
 use crate::exec::Exec;
 use crate::fault::Fault;
 use crate::state::{FpuState, SegReg, gpr};
@@ -195,7 +196,9 @@ fn store_bytes_by_mask(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Resul
     };
     let (seg, base): (SegReg, u64) = (memory_segment(i), ex.cpu.gpr[gpr::RDI] & wrap);
     if let Ok(lin) = ex.linear(seg, base, size, true) {
-        ex.check_alignment(lin, size as u64)?;
+        // Of all 16 bytes on Zen 5, of 8 on Emerald Rapids.
+        let checked = if ex.model.host() == HostVendor::Amd { size } else { 8 };
+        ex.check_alignment(lin, checked as u64)?;
     }
     let wanted = (0..size).filter(|&k| mask[k] & 0x80 != 0);
     // The whole operand is probed, whatever the mask (SDM 2B leaves that to the implementation), its upper half first.

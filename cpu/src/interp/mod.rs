@@ -91,8 +91,8 @@ fn less_common(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8]) -> Result<(), F
     match i.mnemonic() {
         Rol => arith::shift(ex, i, shift::rol, undefined::rotate),
         Ror => arith::shift(ex, i, shift::ror, undefined::rotate),
-        Rcl => arith::shift(ex, i, shift::rcl, undefined::rotate),
-        Rcr => arith::shift(ex, i, shift::rcr, undefined::rotate),
+        Rcl => arith::shift(ex, i, shift::rcl, undefined::rotate_through_carry),
+        Rcr => arith::shift(ex, i, shift::rcr, undefined::rotate_through_carry),
         Shld => arith::double_shift(ex, i, shift::shld, undefined::shld),
         Shrd => arith::double_shift(ex, i, shift::shrd, undefined::shrd),
         Mul => arith::mul(ex, i, alu::mul),

@@ -1,8 +1,8 @@
 //! Shifts and rotates (SDM 2B, RCL/RCR/ROL/ROR, SAL/SAR/SHL/SHR, SHLD, SHRD).
 //!
 //! Pure functions of the operand, the count already masked to 5 or 6 bits and the old status flags. A masked count
-//! of zero changes nothing, flags included. OF for counts above one and AF are undefined; they are chosen as
-//! Intel cores since Haswell leave them.
+//! of zero changes nothing, flags included. OF for counts above one and AF are undefined;
+//! [`undefined`](super::undefined) has the last word.
 
 use super::alu::{mask, sign_extend, szp, top, when};
 use crate::cpuid::HostVendor;

@@ -1,13 +1,24 @@
-//! Status flags that the manual leaves undefined, as processors of AMD's leave them.
+//! Status flags that the manual leaves undefined, as the host's processor leaves them.
 //!
-//! [`alu`](super::alu), [`shift`](super::shift) and [`bits`](super::bits) give what Intel's leave. Translated code has the
-//! host's own flags, so on an AMD host the interpreter must leave these for both engines to agree bit for bit. Measured on
-//! family 1AH (Zen 5) over all operand sizes and counts; `cargo xtask fuzz cpu` compares them there.
+//! Translated code has the host's own flags, so the interpreter must leave the same for both engines to agree bit for bit.
+//! [`alu`](super::alu), [`shift`](super::shift) and [`bits`](super::bits) give what most processors leave, here is the
+//! rest. Measured over all operand sizes and counts on Intel's family 6, model CFH (Emerald Rapids), and on AMD's family
+//! 1AH (Zen 5); `cargo xtask fuzz cpu` compares them there.
+//!
+//! Intel:
+//!
+//! | instruction              | what                                                                        |
+//! |--------------------------|-----------------------------------------------------------------------------|
+//! | SHL, SHR, SAR, ROL, ROR  | OF is that of the same shift by one; rotates of registers by constants keep it |
+//! | RCL, RCR                 | OF is that of the same shift by one; by all bits and CF, or that again, kept |
+//! | AAD                      | OF, AF, CF of the addition it makes                                         |
+//!
+//! AMD:
 //!
 //! | instruction              | OF                | SF, ZF          | AF       | PF       | CF           |
 //! |--------------------------|-------------------|-----------------|----------|----------|--------------|
-//! | SHL, SAR                 | as Intel          | defined         | set      | defined  | as Intel     |
-//! | SHR                      | bit below the top | defined         | set      | defined  | as Intel     |
+//! | SHL, SAR                 | top bit ^ CF, 0   | defined         | set      | defined  | defined      |
+//! | SHR                      | bit below the top | defined         | set      | defined  | defined      |
 //! | SHLD, SHRD               | see [`shld`]      | defined         | set      | defined  | see [`shld`] |
 //! | MUL, IMUL                | defined           | kept            | kept     | kept     | defined      |
 //! | DIV, IDIV                | kept              | cleared         | set      | cleared  | kept         |
@@ -16,7 +27,7 @@
 //! | DAA, DAS, AAA, AAS, AAD  | see [`decimal`]   |                 |          |          |              |
 //! | BEXTR                    | defined           | cleared/defined | set      | result's | defined      |
 //!
-//! Each function takes the result and the flags an Intel processor leaves, and returns the flags.
+//! Each function takes the result and the flags that the general functions leave, and returns the flags.
 
 use super::alu::{self, parity, top};
 use crate::cpuid::HostVendor;
@@ -25,22 +36,70 @@ use iced_x86::Code;
 
 const AMD: HostVendor = HostVendor::Amd;
 
-/// SHL, SAR by `n`.
-#[inline(always)]
-pub(super) const fn shift(host: HostVendor, _r: u64, f: u64, n: u32, _size: usize) -> u64 {
-    if matches!(host, AMD) && n != 0 { f | AF } else { f }
+/// A shift or rotate that was made.
+#[derive(Clone, Copy)]
+pub(super) struct Shifted {
+    /// The result.
+    pub r: u64,
+    /// Its flags.
+    pub f: u64,
+    /// The flags of the same shift by one.
+    pub once: u64,
+    /// The flags before.
+    pub old: u64,
+    /// The count, masked.
+    pub n: u32,
+    /// Bytes of the operand.
+    pub size: usize,
+    /// Whether it is of a register, by a constant in the instruction.
+    pub constant: bool,
 }
 
-/// SHR by `n`.
-#[inline(always)]
-pub(super) const fn shr(host: HostVendor, r: u64, f: u64, n: u32, size: usize) -> u64 {
-    if matches!(host, AMD) && n != 0 { (f & !OF) | ((r >> (top(size) - 1)) & 1) << 11 | AF } else { f }
+impl Shifted {
+    /// With OF as in `from`.
+    #[inline(always)]
+    const fn overflow_of(self, from: u64) -> u64 {
+        if self.n == 0 { self.f } else { (self.f & !OF) | (from & OF) }
+    }
 }
 
-/// Rotates leave what Intel's do.
+/// SHL, SAR.
 #[inline(always)]
-pub(super) const fn rotate(_host: HostVendor, _r: u64, f: u64, _n: u32, _size: usize) -> u64 {
-    f
+pub(super) const fn shift(host: HostVendor, s: Shifted) -> u64 {
+    match host {
+        HostVendor::Intel => s.overflow_of(s.once),
+        HostVendor::Amd if s.n != 0 => s.f | AF,
+        HostVendor::Amd => s.f,
+    }
+}
+
+/// SHR.
+#[inline(always)]
+pub(super) const fn shr(host: HostVendor, s: Shifted) -> u64 {
+    match host {
+        HostVendor::Amd if s.n != 0 => (s.f & !OF) | ((s.r >> (top(s.size) - 1)) & 1) << 11 | AF,
+        _ => s.f,
+    }
+}
+
+/// ROL, ROR.
+#[inline(always)]
+pub(super) const fn rotate(host: HostVendor, s: Shifted) -> u64 {
+    match host {
+        HostVendor::Intel if s.constant && s.n != 1 => s.overflow_of(s.old),
+        HostVendor::Intel => s.overflow_of(s.once),
+        HostVendor::Amd => s.f,
+    }
+}
+
+/// RCL, RCR.
+#[inline(always)]
+pub(super) const fn rotate_through_carry(host: HostVendor, s: Shifted) -> u64 {
+    match host {
+        HostVendor::Intel if s.n.is_multiple_of(8 * s.size as u32 + 1) => s.overflow_of(s.old),
+        HostVendor::Intel => s.overflow_of(s.once),
+        HostVendor::Amd => s.f,
+    }
 }
 
 /// SHLD by `n`. OF compares the top bit with CF; of 16 bits by 16 and more it is CF, and by more CF is cleared.
@@ -88,21 +147,18 @@ pub(super) const fn extract(host: HostVendor, r: u64, f: u64, _old: u64) -> u64 
     if matches!(host, AMD) { (f & !SF) | parity(r) | AF } else { f }
 }
 
-/// DAA, DAS, AAA, AAS and AAD of `ax` to `r`: the flags of the addition or subtraction they make, of 16 bits for AAA and
-/// AAS. AAM leaves what Intel's do.
+/// DAA, DAS, AAA, AAS and AAD of `ax` to `r`. AAD leaves the flags of the addition it makes; on AMD's the others too, of
+/// 16 bits for AAA and AAS. AAM leaves what it leaves everywhere.
 pub(super) fn decimal(host: HostVendor, code: Code, ax: u16, r: u16, f: u64) -> u64 {
-    if host != AMD {
-        return f;
-    }
     let (ax, r) = (u64::from(ax), u64::from(r));
     let (al, adjusted) = (ax & 0xFF, r & 0xFF);
     let step = if f & AF != 0 { 0x106 } else { 0 };
-    match code {
-        Code::Daa => f | alu::add(al, adjusted.wrapping_sub(al) & 0xFF, 0, 1).1 & OF,
-        Code::Das => f | alu::sub(al, al.wrapping_sub(adjusted) & 0xFF, 0, 1).1 & OF,
-        Code::Aaa => (f & (AF | CF)) | alu::add(ax, step, 0, 2).1 & !(AF | CF),
-        Code::Aas => (f & (AF | CF)) | alu::sub(ax, step, 0, 2).1 & !(AF | CF),
-        Code::Aad_imm8 => alu::add(al, adjusted.wrapping_sub(al) & 0xFF, 0, 1).1,
+    match (host, code) {
+        (_, Code::Aad_imm8) => alu::add(al, adjusted.wrapping_sub(al) & 0xFF, 0, 1).1,
+        (AMD, Code::Daa) => f | alu::add(al, adjusted.wrapping_sub(al) & 0xFF, 0, 1).1 & OF,
+        (AMD, Code::Das) => f | alu::sub(al, al.wrapping_sub(adjusted) & 0xFF, 0, 1).1 & OF,
+        (AMD, Code::Aaa) => (f & (AF | CF)) | alu::add(ax, step, 0, 2).1 & !(AF | CF),
+        (AMD, Code::Aas) => (f & (AF | CF)) | alu::sub(ax, step, 0, 2).1 & !(AF | CF),
         _ => f,
     }
 }

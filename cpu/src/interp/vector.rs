@@ -25,6 +25,7 @@ use super::masked;
 use super::operand::{address, address_mask, gpr_number};
 use super::x87;
 use super::xsave;
+use crate::cpuid::HostVendor;
 use crate::exec::Exec;
 use crate::fault::{Fault, Vector};
 use crate::state::{FpuPointers, FpuState, SegReg, cr0, cr4, gpr};
@@ -292,14 +293,18 @@ pub fn operand_alignment(i: &Instruction) -> u64 {
     classify(i).map_or(1, |class| alignment(i, class, memory_bytes(i)) as u64)
 }
 
-/// Alignment that a memory operand of `size` bytes needs under alignment checking (SDM 3A, table 6-7); of 32 bytes that of
-/// 16 (Zen 5).
-fn checked_alignment(size: usize) -> u64 {
+/// Alignment that the memory operand of `i`, of `size` bytes, needs under alignment checking (SDM 3A, table 6-7). Whether 16
+/// and 32 bytes need any is left to the processor: Emerald Rapids checks none, Zen 5 that of 16 bytes for both. Half-precision
+/// conversions are exempt (SDM 2A, table 2-28), on processors of AMD's they are not.
+fn checked_alignment(ex: &Exec<'_>, i: &Instruction, size: usize) -> u64 {
+    let amd = ex.model.host() == HostVendor::Amd;
     match size {
+        _ if !amd && i.cpuid_features() == [CpuidFeature::F16C] => 1,
         10 => 8,
         14 | 94 => 2,
         28 | 108 => 4,
-        _ if size.is_power_of_two() => size.min(16) as u64,
+        ..16 if size.is_power_of_two() => size as u64,
+        _ if size.is_power_of_two() && amd => 16,
         _ => 1,
     }
 }
@@ -347,12 +352,10 @@ fn on_host(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8], class: Class) -> Re
         return Err(Fault::GP0);
     }
     let lin = ex.linear(seg, at, size, direction != Use::Load);
-    if let Ok(lin) = lin {
-        ex.check_alignment(lin, checked_alignment(size))?;
-    }
-    if direction != Use::Load
-        && let Err(fault) = ex.probe_write(seg, at, size)
-    {
+    let aligned = lin.map_or(Ok(()), |lin| ex.check_alignment(lin, checked_alignment(ex, i, size)));
+    if direction == Use::Load {
+        aligned?;
+    } else if let Err(fault) = aligned.and_then(|()| ex.probe_write(seg, at, size)) {
         return store_fault(ex, i, class, &code, size, fault);
     }
     if direction != Use::Store {
@@ -483,7 +486,7 @@ fn run_renamed(ex: &mut Exec<'_>, code: &Encoded, operand: &mut Operand) -> Resu
 fn compare_strings(ex: &mut Exec<'_>, i: &Instruction, bytes: &[u8]) -> Result<(), Fault> {
     let (seg, at) = address(ex.cpu, i);
     let lin = ex.linear(seg, at, 16, false)?;
-    ex.check_alignment(lin, 16)?;
+    ex.check_alignment(lin, checked_alignment(ex, i, 16))?;
     let mut value = [0; 16];
     ex.load_bytes(seg, at, &mut value)?;
     let first = i.op0_register().number();

@@ -345,6 +345,10 @@ impl Emitter {
         if matches!(new.mnemonic(), M::Xchg | M::Xadd | M::Bt | M::Bts | M::Btr | M::Btc) {
             return;
         }
+        // Rotates by constants leave another (undefined) OF on processors of Intel's.
+        if matches!(new.mnemonic(), M::Rol | M::Ror) && new.op1_kind() == OpKind::Immediate8 {
+            return;
+        }
         for i in 0..new.op_count() {
             let r = new.op_register(i);
             if new.op_kind(i) != OpKind::Register || !r.is_gpr() {

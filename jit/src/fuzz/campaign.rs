@@ -39,6 +39,8 @@ pub struct Report {
     pub programs: u64,
     /// Page faults that were mended, and the instruction resumed.
     pub mends: u64,
+    /// Hot loops that the engines made traces of.
+    pub traces: u64,
     /// At most one failure for each form, and a few of programs.
     pub failures: Vec<Failure>,
     /// Failing cases, by form.
@@ -65,7 +67,7 @@ impl Campaign {
             admitted.push(Code::INVALID);
         }
         let mut report = Report::new(admitted.clone());
-        let mends = bench.mends;
+        let (mends, traces) = (bench.mends, bench.counter("traces"));
         let start = Instant::now();
         for seed in (self.seed..).take(self.rounds as usize) {
             if start.elapsed() > self.time {
@@ -104,6 +106,7 @@ impl Campaign {
         }
         report.time = start.elapsed();
         report.mends = bench.mends - mends;
+        report.traces = bench.counter("traces") - traces;
         report
     }
 }
@@ -116,6 +119,7 @@ impl Report {
             cases: 0,
             programs: 0,
             mends: 0,
+            traces: 0,
             failures: Vec::new(),
             failing: BTreeMap::new(),
             time: Duration::ZERO,
@@ -176,14 +180,17 @@ impl Report {
         for (sum, n) in self.exercised.iter_mut().zip(&other.exercised) {
             *sum += n;
         }
+        self.cases += other.cases;
+        self.programs += other.programs;
         self.mends += other.mends;
+        self.traces += other.traces;
     }
 
     /// Forms, cases and what was not covered, in a few lines.
     pub fn summary(&self) -> String {
         let seconds = self.time.as_secs_f64();
         format!(
-            "{} instructions of {} forms in {seconds:.1} s ({:.0}/s): {} alone, {} faults mended, {} programs; \
+            "{} instructions of {} forms in {seconds:.1} s ({:.0}/s): {} alone, {} faults mended, {} programs, {} traces; \
              {} forms fail; never drawn: {:?}",
             self.instructions(),
             self.exercised.iter().filter(|&&n| n > 0).count(),
@@ -191,6 +198,7 @@ impl Report {
             self.cases,
             self.mends,
             self.programs,
+            self.traces,
             self.failing.len(),
             self.missing(),
         )

@@ -41,7 +41,7 @@ pub fn differences(case: &Case, bits: u32, leave: Leave, host: &Outcome, engine:
             return Vec::new();
         }
     }
-    let access = matches!(host.stop.vector, 12..=14);
+    let access = matches!(host.stop.vector, 12..=14 | 17);
     if access && vendor::accesses_come_first(&case.instruction) && has_numeric_exception(engine) {
         return Vec::new();
     }
@@ -94,6 +94,8 @@ struct Latitude {
     mxcsr: bool,
     /// A call to a non-canonical address may have written its return address below the stack pointer.
     return_slot: bool,
+    /// A store that faulted on its second page may have been made in part on its first.
+    torn: bool,
     /// Which of several accesses or checks is the one that faults.
     order: bool,
     /// The upper halves of the registers that a string instruction with 32-bit addresses counts with.
@@ -118,6 +120,7 @@ impl Latitude {
             mmx,
             mxcsr: i.mnemonic() == M::Vcvtps2ph,
             return_slot: i.mnemonic() == M::Call,
+            torn: host.stop.vector == 14 && vendor::tears_stores(i),
             order: matches!(
                 i.mnemonic(),
                 M::Call | M::Enter | M::Bound | M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq
@@ -181,11 +184,16 @@ fn memory(case: &Case, host: &Outcome, engine: &Outcome, latitude: Latitude, lin
         let below = host.state.gpr[4].wrapping_sub(n as u64) & 0xFFF;
         latitude.return_slot && (1..=8).contains(&below)
     };
+    // The fault is at the beginning of the second page.
+    let torn = |n: usize| {
+        let below = host.stop.address.wrapping_sub(n as u64) & 0xFFF;
+        latitude.torn && (1..=9).contains(&below)
+    };
     if host.arena == engine.arena {
         return;
     }
     let open = |n: usize| case.open_memory.iter().any(|range| range.contains(&n));
-    let different = |n: &usize| host.arena[*n] != engine.arena[*n] && !slot(*n) && !open(*n);
+    let different = |n: &usize| host.arena[*n] != engine.arena[*n] && !slot(*n) && !torn(*n) && !open(*n);
     let Some(first) = (0..host.arena.len()).find(different) else { return };
     let last = (0..host.arena.len()).rfind(different).unwrap_or(first);
     let shown = first..(last + 1).min(first + 32);

@@ -45,6 +45,15 @@ fn store(bits: u32, slot: u64, value: u64) -> Vec<u8> {
     }
 }
 
+/// How often a loop turns: mostly a few times, now and then so often that a translator takes it for hot.
+fn turns(random: &mut Random) -> u64 {
+    match random.below(8) {
+        0 => 16 + random.below(32),
+        1 | 2 => 6 + random.below(10),
+        _ => 1 + random.below(5),
+    }
+}
+
 impl Program {
     /// Where something new may begin behind everything else.
     fn landing(&self, at: u64, random: &mut Random) -> Option<u64> {
@@ -152,19 +161,20 @@ impl Program {
         back.to < END && self.write_with(tracer, at, moves, &bytes)
     }
 
-    /// Begins a loop, or ends one that is open.
+    /// Begins a loop, at most one in another, or ends the inner one that is open.
     pub(super) fn begin_or_end_loop(&mut self, tracer: &Tracer<'_>, random: &mut Random) -> bool {
-        match self.loops.pop() {
-            Some(open) => self.end_loop(tracer, open, random),
-            None => {
-                let counter = random.pick(&[1usize, 1, 1, 0, 2, 3, 6]);
-                let turns = 1 + random.below(5);
-                self.write_with(tracer, tracer.rip, vec![(counter, turns)], &[0x90]);
-                let Some(head) = self.steps.last().map(|s| s.end()) else { return false };
-                self.loops.push(Loop { counter, head });
-                true
-            }
+        let open = self.loops.len();
+        if open == 2 || (open == 1 && !random.one_in(4)) {
+            return self.loops.pop().is_some_and(|open| self.end_loop(tracer, open, random));
         }
+        let counter = random.pick(&[1usize, 1, 1, 0, 2, 3, 6]);
+        if self.loops.iter().any(|l| l.counter == counter) {
+            return false;
+        }
+        self.write_with(tracer, tracer.rip, vec![(counter, turns(random))], &[0x90]);
+        let Some(head) = self.steps.last().map(|s| s.end()) else { return false };
+        self.loops.push(Loop { counter, head });
+        true
     }
 
     fn end_loop(&mut self, tracer: &Tracer<'_>, open: Loop, random: &mut Random) -> bool {

@@ -165,6 +165,12 @@ impl Bench {
         self.generator.bits
     }
 
+    /// The sum of the engines' counters of this name.
+    pub fn counter(&self, name: &str) -> u64 {
+        let counters = self.subjects.iter().flat_map(|s| s.engine.counters());
+        counters.filter(|(counter, _)| counter == name).map(|(_, value)| value).sum()
+    }
+
     /// Draws the case of `form` and `seed` and runs it on all sides.
     pub fn check(&mut self, form: Code, seed: u64) -> Verdict {
         let mut random = Random::new(seed ^ ((form as u64) << 40));
@@ -180,7 +186,7 @@ impl Bench {
             return Verdict::Different(Box::new(Failure { seed, form, case, differences }));
         }
         let case = self.reduce(case);
-        let differences = self.differences(&case);
+        let differences = self.again(&case, differences);
         Verdict::Different(Box::new(Failure { seed, form, case, differences }))
     }
 
@@ -197,8 +203,18 @@ impl Bench {
         }
         let program = if is_hang(&differences) { program } else { program.shorten(self) };
         let case = program.case().clone();
-        let differences = self.differences(&case);
+        let differences = self.again(&case, differences);
         Verdict::Different(Box::new(Failure { seed, form: case.instruction.code(), case, differences }))
+    }
+
+    /// What differs when `case` is repeated; `first`, what did before, if nothing does.
+    fn again(&mut self, case: &Case, first: Vec<String>) -> Vec<String> {
+        let again = self.differences(case);
+        if again.is_empty() {
+            first.into_iter().map(|line| format!("not again: {line}")).collect()
+        } else {
+            again
+        }
     }
 
     /// What differs between host and engines; empty if nothing does.

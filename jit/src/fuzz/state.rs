@@ -16,6 +16,9 @@ pub(super) fn random_state(bits: u32, pool: &[u8], random: &mut Random) -> Nativ
     if random.one_in(4) {
         rflags |= flags::DF;
     }
+    if random.one_in(48) {
+        rflags |= flags::AC;
+    }
     NativeState { gpr, rflags, fpu: random_fpu(pool, random) }
 }
 

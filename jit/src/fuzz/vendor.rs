@@ -1,5 +1,7 @@
-//! What AMD's processors do differently from Intel's manual (SDM), which the engines follow. On such hosts, and only there,
-//! these cases are left out, or the difference is allowed:
+//! What the host's processor does differently from Intel's manual (SDM), which the engines follow, or where that leaves a
+//! choice. On such hosts, and only there, these cases are left out, or the difference is allowed.
+//!
+//! Everywhere POPA that faults may have loaded some registers; ours are as before.
 //!
 //! | instruction                             | SDM, engines                       | AMD                                |
 //! |-----------------------------------------|------------------------------------|------------------------------------|
@@ -14,9 +16,12 @@
 //! | LDMXCSR with bit 17                     | `#GP`                              | misaligned exception mask          |
 //! | LOCK MOV with CR0                       | `#UD`                              | MOV with CR8: `#GP` at CPL 3       |
 //! | UD0, UD1 that their ModRM makes too long | `#GP`                              | `#UD`: they have no ModRM          |
-//! | POPA that faults                        | registers as before                | some are loaded                    |
 //! | misaligned access with AC, and `#PF`    | open; `#AC`                        | `#PF`                              |
 //! | near branch with 66 in 64-bit mode      | 66 ignored                         | 16-bit operands (APM 3, CALL, JMP) |
+//!
+//! | instruction                             | engines                            | Intel (Emerald Rapids)             |
+//! |-----------------------------------------|------------------------------------|------------------------------------|
+//! | x87 store of 80 bits, second page faults | writes nothing                     | writes the bytes on the first page |
 
 use super::safety::Situation;
 use iced_x86::{Code, CpuidFeature, FlowControl, Instruction, Mnemonic, OpKind};
@@ -111,7 +116,7 @@ pub fn leaves_flags_at_faults(i: &Instruction) -> bool {
 
 /// Whether `i` may have loaded some of its registers when it faults.
 pub fn leaves_registers_at_faults(i: &Instruction) -> bool {
-    is_amd() && matches!(i.mnemonic(), Mnemonic::Popa | Mnemonic::Popad)
+    matches!(i.mnemonic(), Mnemonic::Popa | Mnemonic::Popad)
 }
 
 /// Whether the host's exception `theirs` stands for the engine's `ours` where an access raises both.
@@ -124,4 +129,9 @@ pub fn accesses_come_first(i: &Instruction) -> bool {
     use Mnemonic as M;
     let stores = matches!(i.mnemonic(), M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp);
     is_amd() && (stores || i.mnemonic() == M::Vcvtps2ph)
+}
+
+/// Whether `i` may have written to its first page when its second one faults.
+pub fn tears_stores(i: &Instruction) -> bool {
+    !is_amd() && (i.mnemonic() == Mnemonic::Fbstp || i.code() == Code::Fstp_m80fp)
 }

@@ -1,4 +1,6 @@
 //! Ends a case that an engine does not end by itself, so that a hang is a finding like any other.
+//!
+//! Time is what this process spends on a processor: a busy host is no hang.
 
 use paravane_cpu::Attention;
 use std::sync::Arc;
@@ -6,9 +8,18 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How often the thread looks, and how many looks without progress are a hang. (A case takes microseconds.)
+/// How often the thread looks.
 const LOOK: Duration = Duration::from_millis(50);
-const PATIENCE: u32 = 60;
+/// Processor time without progress that is a hang. (A case takes microseconds.)
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// What this process has used so far.
+fn processor_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: fills in `time`.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
 
 /// A thread that stops the engine when cases stop coming.
 pub(super) struct Watch {
@@ -25,13 +36,14 @@ impl Watch {
         let thread = {
             let (attention, cases, ended) = (attention.clone(), Arc::clone(&cases), Arc::clone(&ended));
             std::thread::spawn(move || {
-                let (mut seen, mut looks) = (0, 0);
+                let (mut seen, mut since) = (0, processor_time());
                 while !ended.load(Ordering::Relaxed) {
                     std::thread::sleep(LOOK);
-                    let now = cases.load(Ordering::Relaxed);
-                    looks = if now == seen { looks + 1 } else { 0 };
-                    seen = now;
-                    if looks >= PATIENCE {
+                    let (now, time) = (cases.load(Ordering::Relaxed), processor_time());
+                    if now != seen {
+                        (seen, since) = (now, time);
+                    }
+                    if time.saturating_sub(since) >= PATIENCE {
                         attention.set(Attention::STOP);
                     }
                 }

@@ -31,7 +31,10 @@ fn pointers_of_an_error_unmasked_later() {
         bed.put16(DATA + 8, 0x37B);
         bed.finish(&program!(64: "mov esi, 0x200000", "fninit", "fld1", "fldz", "fdivp", "fldcw [rsi + 8]", "fnstsw ax", "fnstenv [rsi + 0x100]"));
         assert_ne!(bed.cpu.gpr[gpr::RAX] & 0x80, 0, "the error is pending");
-        assert_eq!([12, 16, 20].map(|i| bed.get32(DATA + 0x100 + i)), [0; 3]);
+        // Translated code has them right where the host's processor has: FDIVP, 6F9H.
+        let pointers = [12, 16, 20].map(|i| bed.get32(DATA + 0x100 + i));
+        let right = [CODE as u32 + 11, 0x6F9 << 16 | u32::from(sel::CODE64), 0];
+        assert!([[0; 3], right].contains(&pointers), "{pointers:x?}");
     });
 }
 
