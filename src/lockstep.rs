@@ -4,7 +4,8 @@
 use crate::cli::LockstepArgs;
 use crate::debug::listing;
 use crate::machine::{ClockKind, EngineKind, HostEnds, Machine, MachineConfig, MachineError, SerialConfig};
-use crate::run::{Lifecycle, VcpuRunner, dossier};
+use crate::replay::Wishes;
+use crate::run::{Lifecycle, Rota, VcpuRunner, dossier};
 use iced_x86::{Decoder, DecoderOptions};
 use indicatif::ProgressBar;
 use paravane_cpu::{Budget, CpuState, HostVendor, LinAddr, SegReg, flags, peek};
@@ -34,7 +35,7 @@ pub fn command(args: &LockstepArgs) -> Result<ExitCode, Box<dyn Error>> {
     let bar = ProgressBar::new(args.instructions);
     let outcome = pair.run(args.instructions, &bar);
     bar.finish_and_clear();
-    let retired = pair.translator.runner.cpu.instructions;
+    let retired = pair.translator.runner().cpu.instructions;
     match outcome {
         Ok(()) => {
             println!(
@@ -53,7 +54,7 @@ pub fn command(args: &LockstepArgs) -> Result<ExitCode, Box<dyn Error>> {
 /// One of the two machines.
 struct Side {
     machine: Machine,
-    runner: VcpuRunner,
+    rota: Rota,
 }
 
 impl Side {
@@ -74,12 +75,22 @@ impl Side {
         };
         let machine = Machine::new(&config, Lifecycle::new(), ends)?;
         let runner = VcpuRunner::new(&machine)?;
-        Ok(Side { machine, runner })
+        let time =
+            machine.lockstep(Wishes::default()).ok_or(MachineError::Wiring("no instruction clock".into()))?;
+        Ok(Side { machine, rota: Rota::new(vec![runner], time) })
+    }
+
+    fn runner(&self) -> &VcpuRunner {
+        &self.rota.vcpus[0]
+    }
+
+    fn runner_mut(&mut self) -> &mut VcpuRunner {
+        &mut self.rota.vcpus[0]
     }
 
     /// The bytes from linear address `lin` to the end of the next page, as far as they are mapped.
     fn code(&self, lin: u64) -> Vec<u8> {
-        let (cpu, mem) = (&self.runner.cpu, self.machine.memory());
+        let (cpu, mem) = (&self.runner().cpu, self.machine.memory());
         let mut code = Vec::new();
         for lin in [lin, (lin | 0xFFF).wrapping_add(1)] {
             let Some(at) = peek(cpu, mem, LinAddr(lin)).phys() else { break };
@@ -107,13 +118,13 @@ impl Pair {
     fn run(&mut self, instructions: u64, bar: &ProgressBar) -> Result<(), String> {
         let mut memory_due = MEMORY_STRIDE;
         let mut ended = false;
-        while !ended && self.translator.runner.cpu.instructions < instructions {
+        while !ended && self.translator.runner().cpu.instructions < instructions {
             let before = self.take_interrupts();
             ended = self.step();
             self.comparisons += 1;
             self.settle_undefined_flags(&before);
             self.same_processor(&before)?;
-            let retired = self.translator.runner.cpu.instructions;
+            let retired = self.translator.runner().cpu.instructions;
             if retired >= memory_due {
                 memory_due = retired + MEMORY_STRIDE;
                 self.same_memory()?;
@@ -128,7 +139,7 @@ impl Pair {
     /// Lets the interpreter's pending interrupt in, as the translator's step begins with it; the state that the step's
     /// instructions start from.
     fn take_interrupts(&mut self) -> CpuState {
-        let b = &mut self.interpreter.runner;
+        let b = self.interpreter.runner_mut();
         b.engine.run(&mut b.cpu, &b.mem, &*b.bus, Budget { instructions: 0 });
         b.cpu.clone()
     }
@@ -136,7 +147,7 @@ impl Pair {
     /// Where the engines differ in flags that the manual leaves undefined, and nobody measured how this host leaves them, the
     /// interpreter gets the translator's.
     fn settle_undefined_flags(&mut self, before: &CpuState) {
-        let (a, b) = (&self.translator.runner.cpu, &self.interpreter.runner.cpu);
+        let (a, b) = (&self.translator.runner().cpu, &self.interpreter.runner().cpu);
         let differing = (a.rflags ^ b.rflags) & flags::STATUS;
         if differing == 0 || self.strict || self.stride != u64::MAX {
             return;
@@ -151,28 +162,28 @@ impl Pair {
             undefined |= instr.rflags_undefined();
         }
         let settled = differing & status(undefined);
-        self.interpreter.runner.cpu.rflags ^= settled;
+        self.interpreter.runner_mut().cpu.rflags ^= settled;
     }
 
     /// The translator goes one step, the interpreter as many instructions; true if the guest ended.
     fn step(&mut self) -> bool {
-        let (a, b) = (&mut self.translator.runner, &mut self.interpreter.runner);
-        let before = a.cpu.instructions;
-        let mut ended = a.slice(self.stride);
+        let (a, b) = (&mut self.translator, &mut self.interpreter);
+        let before = a.runner().cpu.instructions;
+        let mut ended = a.rota.slice(self.stride);
         // Inside a repeated string instruction the engines need not be equally far.
-        while !ended && !a.cpu.halted && a.cpu.rflags & flags::RF != 0 {
-            ended = a.slice(self.stride);
+        while !ended && !a.runner().cpu.halted && a.runner().cpu.rflags & flags::RF != 0 {
+            ended = a.rota.slice(self.stride);
         }
-        ended |= b.slice(a.cpu.instructions.wrapping_sub(before));
+        ended |= b.rota.slice(a.runner().cpu.instructions.wrapping_sub(before));
         // The translator may have gone on into an exception, which retires nothing: both take one instruction more.
-        if !ended && a.cpu.rip != b.cpu.rip {
-            ended = a.slice(1) | b.slice(1);
+        if !ended && a.runner().cpu.rip != b.runner().cpu.rip {
+            ended = a.rota.slice(1) | b.rota.slice(1);
         }
         ended
     }
 
     fn same_processor(&self, before: &CpuState) -> Result<(), String> {
-        let (a, b) = (&self.translator.runner.cpu, &self.interpreter.runner.cpu);
+        let (a, b) = (&self.translator.runner().cpu, &self.interpreter.runner().cpu);
         // After many instructions it is not known which flags the manual leaves undefined.
         let ignored = if self.strict || self.stride == u64::MAX { 0 } else { flags::STATUS };
         let registers = (a.gpr, a.rip) == (b.gpr, b.rip) && (a.rflags ^ b.rflags) & !ignored == 0;
@@ -190,7 +201,7 @@ impl Pair {
 
     /// What differs, and the guest's code from where the step began.
     fn report(&self, before: &CpuState) -> String {
-        let (a, b) = (&self.translator.runner.cpu, &self.interpreter.runner.cpu);
+        let (a, b) = (&self.translator.runner().cpu, &self.interpreter.runner().cpu);
         let mut out = String::new();
         let (ours, theirs) = (dossier::registers(a), dossier::registers(b));
         out.push_str("before the step:\n");
@@ -211,7 +222,7 @@ impl Pair {
         let code = self.interpreter.code(linear(before));
         out.push_str(&listing::disassembly(before.code_bits(), before.rip, &code, SHOWN));
         out.push_str("what the translator made of it (the ways out of the block last):\n");
-        let runner = &self.translator.runner;
+        let runner = self.translator.runner();
         let (mem, engine) = (&runner.mem, &*runner.engine);
         let block = listing::translated(before, mem, engine, &runner.symbols, linear(before));
         out.push_str(&block.unwrap_or_else(|| "  nothing: the interpreter core executed it\n".into()));
@@ -314,9 +325,9 @@ mod tests {
         let mut pair = pair("step");
         pair.run(300, &ProgressBar::hidden()).expect("the same");
         assert!(pair.comparisons >= 100);
-        let before = pair.interpreter.runner.cpu.clone();
+        let before = pair.interpreter.runner().cpu.clone();
         pair.step();
-        pair.translator.runner.cpu.gpr[3] ^= 1;
+        pair.translator.runner_mut().cpu.gpr[3] ^= 1;
         let report = pair.same_processor(&before).expect_err("different");
         let (guest, host) = report.split_once("what the translator made of it").expect("host code");
         for (part, text) in [("where it differs", guest), ("add bx,ax", guest), ("add bx,ax", host)] {

@@ -113,7 +113,6 @@ fn what_is_not_there_yet_is_refused_by_name() {
         (&["--screenshot", "x.png"], "--screenshot"),
         (&["--control", "unix=x"], "--control"),
         (&["--personality", "kvm"], "--personality kvm"),
-        (&["--cpus", "2", "--clock", "instructions", "--gdb", "unix=x"], "--gdb with more than one"),
         (&["--disk", "a,bus=pvscsi"], "bus=pvscsi"),
         (&["--disk", "a,format=qcow2"], "format=qcow2"),
     ] {

@@ -672,10 +672,12 @@ fn several(dir: &Scratch) -> String {
 
 #[test]
 fn every_processor_is_a_thread() {
-    for engine in ENGINES {
-        let dir = Scratch::new(&format!("gdb-smp-{engine}"));
+    for (engine, clock) in
+        [("jit", "host"), ("interp", "host"), ("jit", "instructions"), ("interp", "instructions")]
+    {
+        let dir = Scratch::new(&format!("gdb-smp-{engine}-{clock}"));
         let kernel = several(&dir);
-        let (running, socket) = small(&dir, &kernel, engine, &["--cpus", "3", "--wait"]);
+        let (running, socket) = small(&dir, &kernel, engine, &["--cpus", "3", "--wait", "--clock", clock]);
         let places = smp_guest::places();
         let said = gdb(
             &socket,
@@ -727,7 +729,7 @@ fn every_processor_is_a_thread() {
                 "exited with code 013",
             ],
         );
-        assert_eq!(running.finish(SOON).0, Some(11), "{engine}");
+        assert_eq!(running.finish(SOON).0, Some(11), "{engine}, {clock}");
     }
 }
 

@@ -125,12 +125,19 @@ fn a_replay_is_the_recorded_run_again() {
 
 #[test]
 fn a_boot_with_a_conversation_is_replayed() {
-    let dir = Scratch::new("replay-boot");
+    for cpus in ["1", "2"] {
+        replay_a_conversation(cpus);
+    }
+}
+
+fn replay_a_conversation(cpus: &str) {
+    let dir = Scratch::new(&format!("replay-boot-{cpus}"));
     let image = dir.image("disk", 16 << 20).display().to_string();
     let disk = format!("{image},bus=virtio,snapshot=on");
     let [file, first, second] = ["recording", "first", "second"].map(|n| dir.path(n).display().to_string());
     let guest = guest("cloud");
-    let more = ["--clock", "instructions", "--disk", &disk, "--record", &file, "--stats", &first];
+    let machine = ["--clock", "instructions", "--cpus", cpus, "--disk", &disk];
+    let more = [&machine[..], &["--record", &file, "--stats", &first]].concat();
     let mut running = run(&guest, "console=ttyS0", &more);
     running.expect("/ #", BOOT);
     running.type_in("dd if=/dev/urandom of=/dev/vda bs=4096 count=100; sync; cksum /dev/vda\n");
@@ -138,7 +145,7 @@ fn a_boot_with_a_conversation_is_replayed() {
     running.type_in("poweroff -f\n");
     let (code, said) = running.finish(SOON);
     assert_eq!(code, Some(0), "{said}");
-    let more = ["--clock", "instructions", "--disk", &disk, "--replay", &file, "--stats", &second];
+    let more = [&machine[..], &["--replay", &file, "--stats", &second]].concat();
     let (code, again) = run(&guest, "console=ttyS0", &more).finish(BOOT);
     assert_eq!((code, again), (Some(0), said));
     assert_eq!(state(Path::new(&first)), state(Path::new(&second)));
@@ -159,10 +166,23 @@ fn a_replay_that_differs_says_where() {
     // Another letter: the guest's sum is another one at the next checkpoint.
     let (code, _, told) = replay(&recorded.replacen("6f6e650a", "6f6e640a", 1), &kernel, &[]);
     assert_eq!(code, Some(1), "{told}");
-    for part in ["the replay differs from the recorded run", "expected", "found", "rip 0x7c", "memory"] {
+    // The sum is in the first page.
+    let parts = [
+        "the replay differs from the recorded run",
+        "expected",
+        "found",
+        "rip 0x7c",
+        "memory (RAM page 0x0)",
+    ];
+    for part in parts {
         assert!(told.contains(part), "no '{part}' in: {told}");
     }
     assert!(!told.contains("rtc"), "what agrees is not named: {told}");
+    // A field of the processor's, which the recording holds as it was.
+    let (changed, was, is) = with_another_rax(&recorded);
+    let (code, _, told) = replay(&changed, &kernel, &[]);
+    let expected = format!("what differs: cpu0 (rax was {was:#x}, is {is:#x})");
+    assert!(code == Some(1) && told.contains(&expected), "no '{expected}' in: {told}");
     // Another machine, other files.
     let (code, _, told) = replay(&recorded, &kernel, &["--cpu", "i486"]);
     assert!(code == Some(1) && told.contains("this is another machine: processor was max"), "{told}");
@@ -178,6 +198,19 @@ fn a_replay_that_differs_says_where() {
     // How much of the last line is known depends on when the last checkpoint was.
     assert!(code == Some(0) && said.starts_with("one\ntwo\n"), "{said}: {told}");
     assert!(told.contains("the recording ends after") && told.contains("cut off"), "{told}");
+}
+
+/// The recording with another RAX in its first check; the value it has there now, and before.
+fn with_another_rax(recorded: &str) -> (String, u64, u64) {
+    let line = recorded.lines().find(|l| l.starts_with("{\"check\"")).expect("a check");
+    let mut check: serde_json::Value = serde_json::from_str(line).expect("JSON");
+    check["check"]["parts"]["cpu0"] = "0".into();
+    // The first eight bytes are RAX, little-endian.
+    let bytes = check["check"]["bytes"]["cpu0"].as_str().expect("bytes").to_owned();
+    let rax = u64::from_str_radix(&bytes[..16], 16).expect("a number").swap_bytes();
+    let other = rax ^ 0x1234;
+    check["check"]["bytes"]["cpu0"] = format!("{:016x}{}", other.swap_bytes(), &bytes[16..]).into();
+    (recorded.replacen(line, &check.to_string(), 1), other, rax)
 }
 
 #[test]

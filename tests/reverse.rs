@@ -1,6 +1,8 @@
 //! Going back: reverse-stepi, reverse-continue and reverse watchpoints with the stock gdb, in both engines.
 
 mod common;
+#[path = "smp/guest.rs"]
+mod smp_guest;
 
 use common::debugger::{SOON, gdb, has, sector, start};
 use common::{Running, Scratch, guest};
@@ -205,6 +207,101 @@ fn a_replay_is_kept_at_its_end_and_tells_who_wrote() {
         // What was said before is not said again.
         assert_eq!(running.finish(SOON), (Some(11), "abcq".to_owned()), "{engine}");
     }
+}
+
+/// The guest for several processors as a file.
+fn several(dir: &Scratch) -> String {
+    let path = dir.path("several");
+    std::fs::write(&path, smp_guest::image()).expect("kernel");
+    path.display().to_string()
+}
+
+#[test]
+fn several_processors_go_back_together() {
+    let places = smp_guest::places();
+    let everything = "thread apply all -q printf \"state %lx %lx %lx %lx\\n\", $rip, $rsp, $rcx, $rax";
+    let online = format!("watch *(int *){:#x}", places.online);
+    let writer = format!("printf \"writer %d, up %d\\n\", $_thread, *(int *){:#x}", places.online);
+    for engine in ENGINES {
+        let dir = Scratch::new(&format!("reverse-smp-{engine}"));
+        let kernel = several(&dir);
+        let more = ["--cpus", "3", "--wait", "--serial", "none"];
+        let (running, socket) = small(&dir, &kernel, engine, &more);
+        let handler = format!("hbreak *{:#x}", places.handler);
+        let mut commands = vec![handler.as_str(), "continue", everything];
+        commands.extend(["continue"; 5]);
+        commands.extend([everything, "thread 1", "stepi 7", "reverse-stepi 7", "thread 3", everything]);
+        // The sixth is behind again.
+        commands.extend(["reverse-continue"; 6]);
+        commands.extend([everything, "delete", &online]);
+        for _ in 0..3 {
+            commands.extend(["reverse-continue", &writer, "x/i $pc"]);
+        }
+        commands.extend([
+            "reverse-continue",
+            "delete",
+            &handler,
+            "continue",
+            everything,
+            "delete",
+            "continue",
+        ]);
+        let said = gdb(&socket, &commands);
+        let shown: Vec<&str> = said.lines().filter(|l| l.starts_with("state ")).collect();
+        let [first, sixth, stepped, back, again] = [0, 1, 2, 3, 4].map(|n| shown.get(3 * n..3 * n + 3));
+        assert!(first.is_some() && first != sixth && (back, again) == (first, first), "{engine}: {said}");
+        // Threads are told from the last to the first.
+        assert_eq!(stepped.map(|s| s[2]), sixth.map(|s| s[2]), "{engine}: {said}");
+        has(
+            &said,
+            &["writer ", "up 2", "lock incl", "writer ", "up 1", "lock incl", "writer 1, up 0", "lock incl"],
+        );
+        let mut writers: Vec<&str> = said.lines().filter(|l| l.starts_with("writer ")).collect();
+        writers.sort_unstable();
+        let thread = |line: &str| line.as_bytes().get(7).copied();
+        assert_eq!(writers.iter().filter_map(|l| thread(l)).collect::<Vec<_>>(), *b"123", "{engine}: {said}");
+        has(&said, &["No more reverse-execution history", "exited with code 013"]);
+        assert_eq!(running.finish(SOON).0, Some(11), "{engine}");
+    }
+}
+
+#[test]
+fn a_replayed_boot_of_two_processors_goes_back_and_on_to_the_same_end() {
+    let dir = Scratch::new("reverse-linux-smp");
+    let g = guest("cloud");
+    let (kernel, initrd) = (g.kernel.display().to_string(), g.initrd.display().to_string());
+    let recording = dir.path("recording").display().to_string();
+    let append = "console=ttyS0 nokaslr pv.run=poweroff";
+    let arguments = ["--kernel", &kernel, "--initrd", &initrd, "--append", append, "--cpus", "2"];
+    let arguments = [&arguments[..], &["--clock", "instructions"]].concat();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_paravane"));
+    command.arg("run").args(&arguments).args(["--record", &recording]);
+    let (code, recorded) = Running::start(command).finish(300);
+    assert_eq!(code, Some(0), "{recorded}");
+    let (running, socket) = start(&dir, &[&arguments[..], &["--wait", "--replay", &recording]].concat());
+    let state = "thread apply all -q printf \"state %lx %lx %lx %lx\\n\", $rip, $rsp, $rax, $cr3";
+    let said = gdb(
+        &socket,
+        &[
+            "continue",
+            state,
+            "thread 2",
+            "reverse-stepi 5",
+            "thread 1",
+            "reverse-stepi 3",
+            "continue",
+            state,
+            // All the way, through every comparison again.
+            "reverse-continue",
+            "continue",
+            state,
+            "continue",
+        ],
+    );
+    let shown: Vec<&str> = said.lines().filter(|l| l.starts_with("state ")).collect();
+    assert!(shown.len() == 6 && shown[..2] == shown[2..4] && shown[..2] == shown[4..], "{said}");
+    let (code, said) = running.finish(300);
+    assert_eq!((code, said), (Some(0), recorded));
 }
 
 #[test]

@@ -109,6 +109,8 @@ pub trait Engine: Send {
     fn start_over(&mut self, cpu: &CpuState);
     /// Tells `tracer` what happens from now on; nobody, if that is `None`. Between two instructions only.
     fn set_tracer(&mut self, tracer: Option<Arc<dyn Tracer>>);
+    /// An NMI was received and not taken yet.
+    fn nmi_waits(&self) -> bool;
 }
 
 /// Host code of one guest instruction, or of a block's entry.

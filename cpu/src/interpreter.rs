@@ -133,6 +133,10 @@ impl Engine for Interpreter {
         self.core.set_tracer(tracer);
     }
 
+    fn nmi_waits(&self) -> bool {
+        self.core.attention().get() & Attention::NMI != 0
+    }
+
     fn start_over(&mut self, _cpu: &CpuState) {
         if std::mem::take(&mut self.aside) {
             self.core.attention().set(Attention::INTERRUPT);

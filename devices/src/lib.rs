@@ -38,7 +38,7 @@ pub use irqchip::{FabricConfig, InterruptFabric, IoApicWindow, PicPorts, TscCloc
 pub use paravane_memory::{Port, VpIndex, Width};
 pub use pit::Pit;
 pub use rtc::Rtc;
-pub use snapshot::{Snapshot, StateError, StateStream};
+pub use snapshot::{Named, Snapshot, StateError, StateStream};
 pub use sysports::{ByteSink, CoprocessorError, CoprocessorPins, DebugConsole, DebugExit, SystemPorts};
 pub use time::{Clock, ManualClock, Timer, TimerQueue, VmTime};
 pub use timed::bind_timer;

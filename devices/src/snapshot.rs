@@ -11,6 +11,7 @@ use crate::time::{Timer, VmTime};
 use paravane_memory::{PhysAddr, Port};
 use std::collections::VecDeque;
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Why bytes are not the state of this part.
@@ -48,6 +49,26 @@ pub struct StateStream<'a>(Way<'a>);
 enum Way<'a> {
     Save(&'a mut Vec<u8>),
     Load(&'a [u8]),
+    Name(&'a mut Named),
+}
+
+/// State with the names of its fields.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Named {
+    /// What [`StateStream::save`] writes.
+    pub bytes: Vec<u8>,
+    /// The names of the smallest parts that have one, and where in `bytes` they are.
+    pub fields: Vec<(String, Range<usize>)>,
+    path: String,
+}
+
+impl Named {
+    /// `part` with names.
+    pub fn of(part: &mut dyn Snapshot) -> Result<Named, StateError> {
+        let mut named = Named::default();
+        part.state(&mut StateStream(Way::Name(&mut named)))?;
+        Ok(named)
+    }
 }
 
 impl<'a> StateStream<'a> {
@@ -70,6 +91,7 @@ impl<'a> StateStream<'a> {
     pub fn bytes(&mut self, bytes: &mut [u8]) -> Result<(), StateError> {
         match &mut self.0 {
             Way::Save(to) => to.extend_from_slice(bytes),
+            Way::Name(to) => to.bytes.extend_from_slice(bytes),
             Way::Load(from) => {
                 let (head, rest) = from.split_at_checked(bytes.len()).ok_or(StateError::Short)?;
                 bytes.copy_from_slice(head);
@@ -77,6 +99,33 @@ impl<'a> StateStream<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Walks over `part`, which is called `name`.
+    pub fn field(
+        &mut self,
+        name: impl fmt::Display,
+        part: &mut (impl Snapshot + ?Sized),
+    ) -> Result<(), StateError> {
+        let Way::Name(named) = &mut self.0 else { return part.state(self) };
+        let (above, start, fields) = (named.path.len(), named.bytes.len(), named.fields.len());
+        let dot = if above > 0 { "." } else { "" };
+        named.path.push_str(&format!("{dot}{name}"));
+        part.state(self)?;
+        let Way::Name(named) = &mut self.0 else { return Ok(()) };
+        if named.fields.len() == fields {
+            named.fields.push((named.path.clone(), start..named.bytes.len()));
+        }
+        named.path.truncate(above);
+        Ok(())
+    }
+
+    /// Walks over `items`, which are numbered.
+    fn items<'i, T: Snapshot + 'i>(
+        &mut self,
+        items: impl Iterator<Item = &'i mut T>,
+    ) -> Result<(), StateError> {
+        items.enumerate().try_for_each(|(n, item)| self.field(n, item))
     }
 
     /// The length of a sequence whose items take at least `least` bytes each.
@@ -114,7 +163,7 @@ macro_rules! snapshot {
                 _s: &mut $crate::StateStream<'_>,
             ) -> Result<(), $crate::StateError> {
                 let Self { $($field,)* $($($wiring: _,)*)? } = self;
-                $($crate::Snapshot::state($field, _s)?;)*
+                $(_s.field(stringify!($field), $field)?;)*
                 Ok(())
             }
         }
@@ -207,14 +256,14 @@ impl<A: Snapshot, B: Snapshot> Snapshot for (A, B) {
 
 impl<T: Snapshot, const N: usize> Snapshot for [T; N] {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
-        self.iter_mut().try_for_each(|item| item.state(s))
+        s.items(self.iter_mut())
     }
 }
 
 /// The number of items is not state.
 impl<T: Snapshot> Snapshot for [T] {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
-        self.iter_mut().try_for_each(|item| item.state(s))
+        s.items(self.iter_mut())
     }
 }
 
@@ -250,7 +299,7 @@ impl<T: Snapshot + Default> Snapshot for VecDeque<T> {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
         let n = s.len(self.len(), 1)?;
         self.resize_with(n, T::default);
-        self.iter_mut().try_for_each(|item| item.state(s))
+        s.items(self.iter_mut())
     }
 }
 
@@ -312,6 +361,29 @@ mod tests {
         let mut s = StateStream::load(&bytes);
         other.state(&mut s).and_then(|()| s.end()).expect("loaded");
         assert_eq!(other, Part { label: "b", ..part });
+    }
+
+    #[test]
+    fn fields_have_names() {
+        #[derive(Default)]
+        struct Whole {
+            part: Part,
+            pair: [u16; 2],
+        }
+        snapshot!(Whole { part, pair });
+        let mut whole = Whole { pair: [1, 2], ..Whole::default() };
+        let named = Named::of(&mut whole).expect("named");
+        assert_eq!(named.bytes, saved(&mut whole));
+        let names: Vec<_> = named.fields.iter().map(|(name, at)| (name.as_str(), at.clone())).collect();
+        let expected = [
+            ("part.number", 0..2),
+            ("part.phase", 2..3),
+            ("part.queue", 3..7),
+            ("part.limit", 7..8),
+            ("pair.0", 8..10),
+            ("pair.1", 10..12),
+        ];
+        assert_eq!(names, expected);
     }
 
     #[test]

@@ -56,8 +56,8 @@ impl Snapshot for SystemPorts {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
         let SystemPorts { control: _, a20, post, port_a } = self;
         a20.shared_state(s)?;
-        post.state(s)?;
-        port_a.state(s)
+        s.field("post", post)?;
+        s.field("port_a", port_a)
     }
 }
 

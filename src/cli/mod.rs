@@ -352,9 +352,6 @@ impl RunArgs {
         if self.clock != ClockKind::Instructions {
             return Err(bad(name, "no two runs by the host's clock are the same: add --clock instructions"));
         }
-        if self.cpus != 1 {
-            return Err(CliError::NotYet(format!("{name} with more than one processor")));
-        }
         let written = disks.iter().find(|d| !d.snapshot && !d.readonly);
         if let Some(disk) = written.filter(|_| name != "--hash-at") {
             let file = disk.file.display();
@@ -381,12 +378,7 @@ impl RunArgs {
     /// Checks everything that can be checked without opening a file.
     pub fn config(&self) -> Result<MachineConfig, CliError> {
         self.refuse()?;
-        let together = self.cpus > 1 && self.clock == ClockKind::Instructions;
-        if self.gdb_address()?.is_some() && together {
-            return Err(CliError::NotYet(
-                "--gdb with more than one processor and --clock instructions".into(),
-            ));
-        }
+        self.gdb_address()?;
         let Some(kernel) = self.kernel.clone() else {
             return Err(if self.disk.is_empty() {
                 bad("--kernel", "nothing to run: give --kernel F (and --initrd, --disk)")

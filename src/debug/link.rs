@@ -278,6 +278,11 @@ impl Link {
         self.state().seat(vp).wanted
     }
 
+    /// Whether any vCPU is to stop.
+    pub fn wants_any_stop(&self) -> bool {
+        self.state().seats.iter().any(|seat| seat.wanted)
+    }
+
     /// `vp` stopped, and so do the others; the last of them tells the session.
     pub fn stopped(&self, vp: VpIndex, stop: Stop) {
         let mut state = self.state();
@@ -313,33 +318,71 @@ impl Link {
         self.state().seat(vp).untold.take()
     }
 
-    /// Runs commands until one says how to go on; `None`: the run is to end.
-    pub fn serve(&self, runner: &mut VcpuRunner) -> Option<Resume> {
-        let vp = runner.vp;
+    /// All vCPUs, which share a thread, stopped because of `vp`.
+    pub fn stopped_together(&self, vp: VpIndex, stop: &Stop) {
+        let mut state = self.state();
+        for (n, seat) in state.seats.iter_mut().enumerate() {
+            (seat.wanted, seat.told, seat.untold) = (false, false, None);
+            seat.stopped = Some(if n == vp.0 as usize { stop.clone() } else { Stop::Paused });
+        }
+        state.told = Some((vp, stop.clone()));
+        self.follow(&mut state);
+        if let Some(events) = &state.session {
+            let _gone = events.send(Event::Stopped(vp, stop.clone()));
+        }
+    }
+
+    /// Runs commands for `runners`, which share this thread, until they say how to go on: each, or not at all. `None`: the run is to
+    /// end.
+    pub fn serve(&self, runners: &mut [VcpuRunner]) -> Option<Vec<Option<Resume>>> {
+        let first = runners.first()?.vcpu.clone();
         loop {
-            runner.vcpu.attention().take(Attention::STOP);
-            while let Some(command) = self.next(vp) {
-                if let Some(resume) = command(runner) {
-                    let mut state = self.state();
-                    let seat = state.seat(vp);
-                    seat.stopped = None;
-                    if seat.wanted {
-                        // Asked for behind the command, and the flag was just taken.
-                        runner.vcpu.stop();
-                    }
-                    self.follow(&mut state);
-                    return Some(resume);
-                }
+            for runner in runners.iter() {
+                runner.vcpu.attention().take(Attention::STOP);
             }
-            if runner.lifecycle.requested() {
+            let mut resume = vec![None; runners.len()];
+            self.serve_once(runners, &mut resume);
+            if resume.iter().any(Option::is_some) {
+                // Whoever goes on with it heard of it under the same lock.
+                self.serve_once(runners, &mut resume);
+                self.going_on(runners, &resume);
+                return Some(resume);
+            }
+            if runners.iter().any(|r| r.lifecycle.requested()) {
                 let mut state = self.state();
                 state.told = None;
-                *state.seat(vp) = Seat::default();
+                runners.iter().for_each(|r| *state.seat(r.vp) = Seat::default());
                 self.follow(&mut state);
                 return None;
             }
-            runner.vcpu.park(Attention::STOP, None);
+            let called = |r: &VcpuRunner| r.vcpu.attention().get() & Attention::STOP != 0;
+            first.sleep_until(|| runners.iter().any(called));
         }
+    }
+
+    /// Runs what waits for each of `runners` that does not go on yet.
+    fn serve_once(&self, runners: &mut [VcpuRunner], resume: &mut [Option<Resume>]) {
+        for (runner, resume) in runners.iter_mut().zip(resume) {
+            while resume.is_none()
+                && let Some(command) = self.next(runner.vp)
+            {
+                *resume = command(runner);
+            }
+        }
+    }
+
+    /// Those that `resume` says go on.
+    fn going_on(&self, runners: &[VcpuRunner], resume: &[Option<Resume>]) {
+        let mut state = self.state();
+        for (runner, _) in runners.iter().zip(resume).filter(|(_, resume)| resume.is_some()) {
+            let seat = state.seat(runner.vp);
+            seat.stopped = None;
+            if seat.wanted {
+                // Asked for behind the command, and the flag was just taken.
+                runner.vcpu.stop();
+            }
+        }
+        self.follow(&mut state);
     }
 
     fn next(&self, vp: VpIndex) -> Option<Command> {

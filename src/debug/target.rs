@@ -266,10 +266,9 @@ fn gone<E>(_: Gone) -> TargetError<E> {
 
 /// Writes a register and does what follows from it; false if it is refused.
 fn write_register(runner: &mut VcpuRunner, n: usize, bytes: &[u8]) -> bool {
-    if runner.is_fixed() {
+    if !runner.change() {
         return false;
     }
-    runner.changed();
     match registers::set(&mut runner.cpu, n, bytes) {
         Written::Done => true,
         Written::Paging => {
@@ -364,11 +363,7 @@ impl MultiThreadBase for Target {
     fn write_addrs(&mut self, start: u64, data: &[u8], tid: Tid) -> TargetResult<(), Self> {
         let (data, physical) = (data.to_vec(), self.physical);
         let written = self.ask_thread(tid, move |runner| {
-            let allowed = !runner.is_fixed();
-            if allowed {
-                runner.changed();
-            }
-            allowed && memory::write(&runner.cpu, &runner.mem, start, &data, physical)
+            runner.change() && memory::write(&runner.cpu, &runner.mem, start, &data, physical)
         });
         if written? { Ok(()) } else { Err(TargetError::Errno(NO_MEMORY)) }
     }

@@ -316,7 +316,7 @@ impl Builder<'_> {
 
     /// In a run that can be repeated, input waits for the end of a slice.
     fn gated(&mut self, end: Option<SerialEnd>) -> Option<SerialEnd> {
-        let [vcpu] = self.w.vcpus else { return end };
+        let vcpu = Arc::clone(self.w.vcpus.first()?);
         if self.w.config.clock == ClockKind::Host {
             return end;
         }
@@ -324,8 +324,7 @@ impl Builder<'_> {
         let end = end.unwrap_or_else(|| SerialEnd::sink(|_| ()));
         let gate = SerialGate::new(end.input);
         self.gates.push(Arc::clone(&gate));
-        let vcpu = Arc::clone(vcpu);
-        // It may be parked.
+        // All of them may sleep.
         gate.host().on_ready(move || vcpu.stop());
         Some(SerialEnd {
             output: gate.sink(end.output, self.w.lifecycle.clone()),

@@ -30,7 +30,7 @@ pub use lockstep::{DiskUndo, LockstepDisk};
 pub use serial::{SerialEnd, SerialInput};
 
 use crate::replay::{Outside, Parts, Timeline, Wishes};
-use crate::run::{BOOT_VP, Lifecycle, Lockstep, TimeKeeper, Vcpu};
+use crate::run::{BOOT_VP, Lifecycle, Lockstep, Vcpu};
 use crate::trace::Switch;
 use board::{Board, Wiring};
 use boot::Payload;
@@ -280,20 +280,6 @@ impl Machine {
     pub fn time(&self) -> &Time {
         &self.time
     }
-
-    /// Who moves machine time, for the vCPU.
-    pub fn time_keeper(&self) -> TimeKeeper {
-        match &self.time {
-            Time::Host(_) => TimeKeeper::Elsewhere,
-            Time::Instructions(clock) => TimeKeeper::Instructions(Lockstep {
-                clock: Arc::clone(clock),
-                timers: Arc::clone(&self.timers),
-                disks: self.board.lockstep.clone(),
-                outside: Arc::clone(&self.outside),
-                slice: Arc::default(),
-            }),
-        }
-    }
 }
 
 impl Machine {
@@ -307,21 +293,26 @@ impl Machine {
         xxh3_64(format!("{:?}", self.model).as_bytes())
     }
 
-    /// What happens between the slices of this machine's run; `None` where the host's time decides about it, or several processors
-    /// take turns.
-    pub fn timeline(&self, wishes: Wishes) -> Option<Timeline> {
-        Some(Timeline::new(self.parts()?, Arc::clone(&self.outside), &self.mem, wishes))
+    /// What happens between the slices of this machine's run; `None` where the host's time decides about it.
+    pub fn lockstep(&self, wishes: Wishes) -> Option<Lockstep> {
+        let parts = self.parts()?;
+        Some(Lockstep {
+            clock: Arc::clone(&parts.clock),
+            timers: Arc::clone(&self.timers),
+            disks: parts.disks.clone(),
+            outside: Arc::clone(&self.outside),
+            timeline: Timeline::new(parts, Arc::clone(&self.outside), &self.mem, wishes),
+        })
     }
 
-    /// What has state, where there is a [`Self::timeline`].
+    /// What has state, where there is [`Self::lockstep`].
     pub(crate) fn parts(&self) -> Option<Parts> {
-        let (Time::Instructions(clock), [vcpu]) = (&self.time, self.vcpus.as_slice()) else { return None };
+        let Time::Instructions(clock) = &self.time else { return None };
         let board = &self.board;
         Some(Parts {
             clock: Arc::clone(clock),
             fabric: Arc::clone(&board.fabric),
             bus: Arc::clone(&board.cpu_bus),
-            vcpu: Arc::clone(vcpu),
             devices: board.devices.clone(),
             wires: board.wires.clone(),
             ports: board.gates.clone(),

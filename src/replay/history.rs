@@ -3,15 +3,14 @@
 //! A page is kept once for each point at which it was different from the point before. Points are thinned out, the more the older they
 //! are, so that a long run costs bounded memory, and going back far costs more execution.
 
+use super::cpu::Processor;
 use super::journal::Stamp;
-use super::ram::{Page, Ram};
+use super::ram::{Changed, Page, Ram};
 use super::state::{PartError, Parts, Sections};
 use crate::machine::DiskUndo;
-use paravane_cpu::CpuState;
 use paravane_memory::PAGE_SIZE;
 use std::collections::HashMap;
 use std::sync::Arc;
-use xxhash_rust::xxh3::xxh3_128;
 
 /// Bytes of pages and disk clusters that are kept.
 const BUDGET: usize = 1 << 30;
@@ -56,31 +55,32 @@ impl History {
         (!self.points.is_empty()).then(|| after.saturating_sub(1))
     }
 
-    /// The run is at `at`: takes a point, unless there is one.
+    /// The run is at `at`: takes a point, unless there is one. What changed in RAM since the last look.
     pub(super) fn take(
         &mut self,
         at: Stamp,
-        cpu: &CpuState,
+        processors: &[Processor],
         parts: &Parts,
         ram: &mut Ram,
-    ) -> Result<(), PartError> {
+    ) -> Result<Vec<Changed>, PartError> {
         let undo: Vec<DiskUndo> = parts.disks.iter().map(|disk| disk.take_undo()).collect();
         if self.points.last().is_some_and(|last| at <= last.at) {
-            ram.look(|_, _| ());
-            return Ok(());
+            return Ok(ram.changes());
         }
-        let sections = parts.save(cpu)?;
+        let sections = parts.save(processors)?;
         let id = self.next_id;
         self.next_id += 1;
-        ram.look(|n, page| {
-            let version = Version { since: id, hash: xxh3_128(page), page: Arc::new(*page) };
+        let mut changes = Vec::new();
+        ram.look(|n, page, hash| {
+            let version = Version { since: id, hash, page: Arc::new(*page) };
             self.pages.entry(n).or_default().push(version);
             self.kept += PAGE_SIZE as usize;
+            changes.push((n, hash as u32));
         });
         self.kept += undo.iter().map(DiskUndo::bytes).sum::<usize>();
         self.points.push(Point { id, at, sections, undo });
         self.thin(at);
-        Ok(())
+        Ok(changes)
     }
 
     /// Gives up points until what is left is within bounds.
@@ -119,7 +119,7 @@ impl History {
         &mut self,
         i: usize,
         now: Stamp,
-        cpu: &mut CpuState,
+        processors: &mut [Processor],
         parts: &Parts,
         ram: &mut Ram,
     ) -> Result<Stamp, PartError> {
@@ -128,7 +128,7 @@ impl History {
             parts.disks.iter().zip(&point.undo).for_each(|(disk, undo)| disk.put_back(undo));
         }
         let mut others = Vec::new();
-        ram.look(|n, _| others.push(n));
+        ram.look(|n, _, _| others.push(n));
         // What was zero at every point, and is not now.
         others.retain(|n| !self.pages.contains_key(n));
         others.into_iter().for_each(|n| ram.restore(n, &[0; PAGE_SIZE as usize]));
@@ -141,8 +141,8 @@ impl History {
             }
         }
         let point = &self.points[i];
-        parts.load(cpu, &point.sections)?;
-        ram.look(|_, _| ());
+        parts.load(processors, &point.sections)?;
+        ram.look(|_, _, _| ());
         Ok(point.at)
     }
 
@@ -167,7 +167,7 @@ mod tests {
     use crate::machine::{
         Boot, ClockKind, DiskBus, DiskConfig, EngineKind, HostEnds, LockstepDisk, Machine, MachineConfig,
     };
-    use crate::run::Lifecycle;
+    use crate::run::{Lifecycle, VcpuRunner};
     use paravane_devices::block::{BlockBackend, BlockData, BlockError, BlockOp, BlockRequest, Completion};
     use paravane_memory::PhysAddr;
     use std::sync::Mutex;
@@ -247,7 +247,8 @@ mod tests {
     fn points_that_thinning_leaves_hold_what_was() {
         const TAKEN: u64 = 3 * POINTS as u64;
         let machine = machine();
-        let (mut cpu, parts) = (machine.start().expect("started"), machine.parts().expect("parts"));
+        let runners = VcpuRunner::all(&machine).expect("started");
+        let (mut cpus, parts) = (vec![Processor::of(&runners[0])], machine.parts().expect("parts"));
         let (mem, image) = (machine.memory(), Arc::clone(&parts.disks[0]));
         image.keep_undo();
         let (mut ram, mut history) = (Ram::new(mem), History::default());
@@ -255,7 +256,7 @@ mod tests {
             mem.write(PhysAddr(RAM_AT + k % PAGES * PAGE_SIZE), &k.to_le_bytes()).expect("RAM");
             disk(&image, BlockOp::Write, k % PLACES, k);
             let at = Stamp { ns: k * 1000, instructions: k };
-            history.take(at, &cpu, &parts, &mut ram).expect("a point");
+            history.take(at, &cpus, &parts, &mut ram).expect("a point");
         }
         let kept: Vec<Stamp> = history.stamps().collect();
         assert_eq!(kept.len(), POINTS);
@@ -265,7 +266,7 @@ mod tests {
         assert!(gap(0) > 4 * gap(POINTS - 2), "{kept:?}");
         let mut now = kept[POINTS - 1];
         for i in (0..POINTS).rev() {
-            now = history.restore(i, now, &mut cpu, &parts, &mut ram).expect("back");
+            now = history.restore(i, now, &mut cpus, &parts, &mut ram).expect("back");
             assert_eq!(now, kept[i]);
             for n in 0..PAGES {
                 let page = mem.read_u64(PhysAddr(RAM_AT + n * PAGE_SIZE));

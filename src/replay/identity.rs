@@ -13,6 +13,7 @@ pub fn identity(machine: &Machine, config: &MachineConfig) -> Result<Identity, R
     let mut add = |name: &str, value: String| drop(identity.insert(name.to_owned(), value));
     add("memory", config.memory.to_string());
     add("processor", format!("{}, {:016x}", config.model, machine.model_digest()));
+    add("processors", config.cpus.to_string());
     add("serial ports", config.serial.len().to_string());
     add("debug-exit port", format!("{:?}", config.debug_exit));
     add("resets", if config.reboot { "start again" } else { "end the run" }.to_owned());

@@ -18,10 +18,12 @@
 //! * `state`: all state of a machine, part by part, as bytes; `cpu` and `ram` are parts of it;
 //! * `journal`: what came in, and when; `port`: where it comes in, and where output leaves;
 //! * `record`: the file;
+//! * `difference`: what is different between two states, in words;
 //! * `timeline`: what happens between slices;
 //! * `history`: points to go back to; `backwards`: a debugger going back.
 
 mod cpu;
+mod difference;
 mod history;
 mod identity;
 mod journal;

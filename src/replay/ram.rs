@@ -6,6 +6,9 @@ use xxhash_rust::xxh3::xxh3_128;
 /// The bytes of one page.
 pub(super) type Page = [u8; PAGE_SIZE as usize];
 
+/// A page that changed, and a part of its hash.
+pub(super) type Changed = (u32, u32);
+
 /// Follows RAM by memory's dirty log; it is the log's only reader.
 pub(super) struct Ram {
     mem: GuestMemory,
@@ -20,18 +23,25 @@ impl Ram {
         Ram { mem: mem.clone(), hashes: vec![zero; (mem.ram_size() / PAGE_SIZE) as usize] }
     }
 
-    /// Looks at every page that was written since the last time; `changed` gets those that are different now. The engine
-    /// must have forgotten its translations before it writes again.
-    pub(super) fn look(&mut self, mut changed: impl FnMut(u32, &Page)) {
+    /// Looks at every page that was written since the last time; `changed` gets those that are different now, with their hashes. The
+    /// engines must have forgotten their translations before they write again.
+    pub(super) fn look(&mut self, mut changed: impl FnMut(u32, &Page, u128)) {
         let mut page = [0; PAGE_SIZE as usize];
         for at in self.mem.take_dirty_ram() {
             let n = (at.0 / PAGE_SIZE) as usize;
             self.mem.ram_read(at, &mut page);
             let hash = xxh3_128(&page);
             if std::mem::replace(&mut self.hashes[n], hash) != hash {
-                changed(n as u32, &page);
+                changed(n as u32, &page, hash);
             }
         }
+    }
+
+    /// As [`Self::look`]: what changed.
+    pub(super) fn changes(&mut self) -> Vec<Changed> {
+        let mut changes = Vec::new();
+        self.look(|n, _, hash| changes.push((n, hash as u32)));
+        changes
     }
 
     /// The hash of all pages as of the last look.
@@ -77,17 +87,17 @@ mod tests {
         assert_eq!(x.hash(), y.hash());
         a.write(PhysAddr(0x5432), &[1, 2, 3]).expect("RAM");
         let mut changed = Vec::new();
-        x.look(|n, page| changed.push((n, page[0x432])));
+        x.look(|n, page, _| changed.push((n, page[0x432])));
         assert_eq!(changed, [(5, 1)]);
         assert_ne!(x.hash(), y.hash());
         // The same by another way.
         b.write(PhysAddr(0x5432), &[9, 9, 9]).expect("RAM");
-        y.look(|_, _| ());
+        y.look(|_, _, _| ());
         b.write(PhysAddr(0x5432), &[1, 2, 3]).expect("RAM");
-        y.look(|_, _| ());
+        y.look(|_, _, _| ());
         assert_eq!(x.hash(), y.hash());
         // Written, but not different.
         b.write(PhysAddr(0x5432), &[1]).expect("RAM");
-        y.look(|n, _| panic!("page {n} did not change"));
+        y.look(|n, _, _| panic!("page {n} did not change"));
     }
 }

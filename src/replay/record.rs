@@ -1,16 +1,21 @@
 //! The file of a recorded run: JSON lines.
 //!
 //! ```text
-//! {"paravane-recording":1,"version":"0.1.0","machine":{"memory":"536870912","kernel":"vmlinuz, 8MiB, 6f3c…",…}}
+//! {"paravane-recording":2,"version":"0.1.0","machine":{"memory":"536870912","kernel":"vmlinuz, 8MiB, 6f3c…",…}}
 //! {"input":{"ns":81230000,"instructions":80110000,"port":0,"bytes":"6c730a"}}
-//! {"check":{"ns":16780000,"instructions":16777216,"rip":"ffffffff81000110","parts":{"cpu0":"…","memory":"…"}}}
+//! {"check":{"ns":16780000,"instructions":16777216,"rip":"ffffffff81000110","parts":{"cpu0":"…","memory":"…"},
+//!           "bytes":{"cpu0":"…"},"pages":[[7,3735928559]]}}
 //! {"end":{"ns":912300000,"instructions":900120000,"why":"the guest switched the power off"}}
 //! ```
+//!
+//! `parts` has a hash for each part of the machine. So that a difference can be named, `bytes` holds those parts that changed since the
+//! check before, and `pages` the pages of RAM that did, with 32 bits of their hashes.
 //!
 //! `machine` is everything that decides about the run beside its input: a replay is refused where one of these differs. The
 //! last line is missing, or cut off, where paravane was killed; what is there is replayed.
 
 use super::journal::{Input, Stamp};
+use super::ram::Changed;
 use super::state::Digest;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -20,7 +25,7 @@ use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 /// The format's number: another one is refused.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// What decides about a run, by name.
 pub type Identity = BTreeMap<String, String>;
@@ -55,6 +60,8 @@ struct CheckLine {
     instructions: u64,
     rip: String,
     parts: BTreeMap<String, String>,
+    bytes: BTreeMap<String, String>,
+    pages: Vec<Changed>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -68,14 +75,25 @@ struct EndLine {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Check {
     pub(super) at: Stamp,
+    /// Of the first processor.
     pub(super) rip: u64,
+    /// Hashes.
     pub(super) parts: BTreeMap<String, String>,
+    /// What the parts are made of; in a recording only those that changed.
+    pub(super) bytes: BTreeMap<String, Vec<u8>>,
+    /// Pages of RAM that changed since the check before.
+    pub(super) pages: Vec<Changed>,
 }
 
 impl Check {
     pub(super) fn new(at: Stamp, rip: u64, digest: &Digest) -> Check {
         let parts = digest.iter().map(|(name, hash)| (name.clone(), format!("{hash:016x}"))).collect();
-        Check { at, rip, parts }
+        Check { at, rip, parts, bytes: BTreeMap::new(), pages: Vec::new() }
+    }
+
+    /// Whether both are the same state.
+    pub(super) fn agrees(&self, other: &Check) -> bool {
+        (self.at, self.rip, &self.parts) == (other.at, other.rip, &other.parts)
     }
 }
 
@@ -93,13 +111,16 @@ pub struct Recorder {
     path: PathBuf,
     /// `None`: it could not be written any more.
     file: Option<BufWriter<File>>,
+    /// The hashes of parts that were written last.
+    known: BTreeMap<String, String>,
 }
 
 impl Recorder {
     /// Begins a recording, in place of what `path` held.
     pub fn create(path: &Path, machine: Identity) -> Result<Recorder, RecordError> {
         let file = File::create(path).map_err(|e| RecordError::Host(path.to_owned(), e))?;
-        let mut recorder = Recorder { path: path.to_owned(), file: Some(BufWriter::new(file)) };
+        let file = Some(BufWriter::new(file));
+        let mut recorder = Recorder { path: path.to_owned(), file, known: BTreeMap::new() };
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let header = serde_json::to_string(&Header { format: FORMAT, version, machine });
         let written = header.map_err(io::Error::from).and_then(|header| recorder.write(&header));
@@ -127,7 +148,7 @@ impl Recorder {
     }
 
     pub(super) fn input(&mut self, input: &Input) {
-        let bytes = input.bytes.iter().map(|b| format!("{b:02x}")).collect();
+        let bytes = hex(&input.bytes);
         let Stamp { ns, instructions } = input.at;
         self.line(&Line::Input(InputLine { ns, instructions, port: input.port, bytes }), input.at);
     }
@@ -135,7 +156,11 @@ impl Recorder {
     pub(super) fn check(&mut self, check: &Check) {
         let Stamp { ns, instructions } = check.at;
         let (rip, parts) = (format!("{:x}", check.rip), check.parts.clone());
-        self.line(&Line::Check(CheckLine { ns, instructions, rip, parts }), check.at);
+        let new = |part: &&String| self.known.get(*part) != parts.get(*part);
+        let bytes = check.bytes.keys().filter(new).map(|part| (part.clone(), hex(&check.bytes[part])));
+        let (bytes, pages) = (bytes.collect(), check.pages.clone());
+        self.known = parts.clone();
+        self.line(&Line::Check(CheckLine { ns, instructions, rip, parts, bytes, pages }), check.at);
     }
 
     /// The run is over.
@@ -219,9 +244,11 @@ impl Recording {
                 let bytes = unhex(&bytes)?;
                 self.inputs.push(Input { at: Stamp { ns, instructions }, port, bytes });
             }
-            Line::Check(CheckLine { ns, instructions, rip, parts }) => {
+            Line::Check(CheckLine { ns, instructions, rip, parts, bytes, pages }) => {
                 let rip = u64::from_str_radix(&rip, 16).ok()?;
-                self.checks.push(Check { at: Stamp { ns, instructions }, rip, parts });
+                let bytes =
+                    bytes.into_iter().map(|(part, hex)| Some((part, unhex(&hex)?))).collect::<Option<_>>()?;
+                self.checks.push(Check { at: Stamp { ns, instructions }, rip, parts, bytes, pages });
             }
             Line::End(EndLine { ns, instructions, why }) => {
                 self.end = Some(End { at: Stamp { ns, instructions }, why });
@@ -249,6 +276,10 @@ impl Recording {
         }
         Ok(())
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn unhex(text: &str) -> Option<Vec<u8>> {
@@ -286,13 +317,18 @@ mod tests {
         let mut recorder = Recorder::create(&file.0, identity("64M")).expect("file");
         let at = |n| Stamp { ns: 2 * n, instructions: n };
         let input = Input { at: at(3), port: 1, bytes: vec![0, 0xFF, 0x0A] };
-        let check = Check::new(at(4), 0xFFFF_FFFF_8100_0000, &vec![("cpu0".to_owned(), 5)]);
+        let mut check = Check::new(at(4), 0xFFFF_FFFF_8100_0000, &vec![("cpu0".to_owned(), 5)]);
+        (check.bytes, check.pages) =
+            (BTreeMap::from([("cpu0".to_owned(), vec![1, 0xF2])]), vec![(7, u32::MAX)]);
+        // The same again: its bytes are known.
+        let again = Check { bytes: BTreeMap::new(), ..check.clone() };
         let end = End { at: at(9), why: "power off".into() };
         recorder.input(&input);
         recorder.check(&check);
+        recorder.check(&check);
         recorder.end(&end);
         let read = Recording::read(&file.0).expect("recording");
-        assert_eq!((read.inputs.as_slice(), read.checks.as_slice()), (&[input][..], &[check][..]));
+        assert_eq!((read.inputs.as_slice(), read.checks.as_slice()), (&[input][..], &[check, again][..]));
         assert_eq!((read.end.clone(), read.last()), (Some(end), at(9)));
         assert!(read.belongs_to(&identity("64M")).is_ok());
         let other = read.belongs_to(&identity("65M")).expect_err("another").to_string();
@@ -313,7 +349,7 @@ mod tests {
         assert_eq!(Recording::read(&file.0).expect("recording").inputs.len(), 1);
         std::fs::write(&file.0, whole.replacen("\"ns\":1", "\"ns\":x", 1)).expect("file");
         assert!(matches!(Recording::read(&file.0), Err(RecordError::Damaged(_, 2))));
-        std::fs::write(&file.0, whole.replacen("g\":1", "g\":2", 1)).expect("file");
+        std::fs::write(&file.0, whole.replacen("g\":2", "g\":3", 1)).expect("file");
         assert!(matches!(Recording::read(&file.0), Err(RecordError::Version(..))));
         std::fs::write(&file.0, "hello\n").expect("file");
         assert!(matches!(Recording::read(&file.0), Err(RecordError::NotARecording(_))));

@@ -1,28 +1,24 @@
 //! All state of a machine, part by part: what a snapshot holds and what a state hash covers.
 
-use super::cpu::{Registers, comparable};
+use super::cpu::Processor;
 use super::port::SerialGate;
 use crate::machine::{InstructionClock, LockstepDisk, MachineBus};
-use crate::run::Vcpu;
-use paravane_cpu::{Attention, CpuState};
 use paravane_devices::{
-    Clock, DeviceHandle, InterruptFabric, Snapshot, StateError, StateStream, VmTime, WiredOr,
+    Clock, DeviceHandle, InterruptFabric, Named, Snapshot, StateError, StateStream, VmTime, WiredOr,
 };
 use std::fmt;
 use std::sync::{Arc, PoisonError};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-/// Everything of a machine of one processor that has state, but for the processor itself and RAM.
+/// Everything of a machine that has state, but for the processors and RAM.
 #[derive(Clone)]
 pub struct Parts {
     /// Machine time.
     pub clock: Arc<InstructionClock>,
     /// Interrupt controllers.
     pub fabric: Arc<InterruptFabric>,
-    /// What the processor sees of the machine.
+    /// What the processors see of the machine.
     pub bus: Arc<MachineBus>,
-    /// The processor's mailbox.
-    pub vcpu: Arc<Vcpu>,
     /// All devices.
     pub devices: Vec<DeviceHandle>,
     /// Where serial ports share an interrupt.
@@ -54,8 +50,6 @@ impl fmt::Display for PartError {
 
 impl std::error::Error for PartError {}
 
-const ATTENTION: &str = "attention";
-
 /// A part that is walked over by a function.
 struct Walk<F>(F);
 
@@ -63,18 +57,6 @@ impl<F: FnMut(&mut StateStream<'_>) -> Result<(), StateError>> Snapshot for Walk
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
         (self.0)(s)
     }
-}
-
-/// What is asked of the processor; who wants it to stop is no state.
-fn attention(vcpu: &Vcpu, s: &mut StateStream<'_>) -> Result<(), StateError> {
-    const KEPT: u32 = Attention::INTERRUPT | Attention::NMI;
-    let mut flags = vcpu.attention().get() & KEPT;
-    flags.state(s)?;
-    if s.loads() {
-        vcpu.attention().take(KEPT);
-        vcpu.attention().set(flags & KEPT);
-    }
-    Ok(())
 }
 
 fn time(clock: &InstructionClock, s: &mut StateStream<'_>) -> Result<(), StateError> {
@@ -88,14 +70,15 @@ impl Parts {
     /// Calls `each` with every part, in an order that never changes.
     fn walk(
         &self,
-        cpu: &mut CpuState,
+        processors: &mut [Processor],
         mut each: impl FnMut(&str, &mut dyn Snapshot) -> Result<(), StateError>,
     ) -> Result<(), PartError> {
         let mut each = |name: &str, part: &mut dyn Snapshot| {
             each(name, part).map_err(|why| PartError { part: name.to_owned(), why })
         };
-        each("cpu0", &mut Registers(cpu))?;
-        each(ATTENTION, &mut Walk(|s: &mut StateStream<'_>| attention(&self.vcpu, s)))?;
+        for (n, processor) in processors.iter_mut().enumerate() {
+            each(&format!("cpu{n}"), processor)?;
+        }
         each("time", &mut Walk(|s: &mut StateStream<'_>| time(&self.clock, s)))?;
         each("interrupts", &mut Walk(|s: &mut StateStream<'_>| self.fabric.shared_state(s)))?;
         for device in &self.devices {
@@ -119,9 +102,9 @@ impl Parts {
     }
 
     /// The state of every part. An error while a part is at work; a moment later it may be at rest.
-    pub(super) fn save(&self, cpu: &CpuState) -> Result<Sections, PartError> {
+    pub(super) fn save(&self, processors: &[Processor]) -> Result<Sections, PartError> {
         let mut sections = Sections::new();
-        self.walk(&mut cpu.clone(), |name, part| {
+        self.walk(&mut processors.to_vec(), |name, part| {
             let mut bytes = Vec::new();
             part.state(&mut StateStream::save(&mut bytes))?;
             sections.push((name.to_owned(), bytes));
@@ -130,10 +113,10 @@ impl Parts {
         Ok(sections)
     }
 
-    /// Puts every part and `cpu` into a state that was saved.
-    pub(super) fn load(&self, cpu: &mut CpuState, sections: &Sections) -> Result<(), PartError> {
+    /// Puts every part and `processors` into a state that was saved.
+    pub(super) fn load(&self, processors: &mut [Processor], sections: &Sections) -> Result<(), PartError> {
         let mut left = sections.iter();
-        self.walk(cpu, |name, part| {
+        self.walk(processors, |name, part| {
             let (_, bytes) = left.next().filter(|s| s.0 == name).ok_or(StateError::Short)?;
             let mut s = StateStream::load(bytes);
             part.state(&mut s)?;
@@ -143,14 +126,21 @@ impl Parts {
         Ok(())
     }
 
-    /// A hash of each part, beside that of RAM, which is `ram`.
-    pub(super) fn digest(&self, cpu: &CpuState, ram: u64) -> Result<Digest, PartError> {
-        let sections = self.save(&comparable(cpu))?;
-        // What is asked of the processor follows from the interrupt controllers; when it is looked at is the engine's business.
-        let sections = sections.into_iter().filter(|(name, _)| name != ATTENTION);
-        let mut digest: Digest = sections.map(|(name, bytes)| (name, xxh3_64(&bytes))).collect();
-        digest.push(("memory".to_owned(), ram));
-        Ok(digest)
+    /// The state of every part as far as it counts when two runs are compared.
+    pub(super) fn comparable(&self, processors: &[Processor]) -> Result<Sections, PartError> {
+        let processors: Vec<Processor> = processors.iter().map(Processor::comparable).collect();
+        self.save(&processors)
+    }
+
+    /// As [`Self::comparable`], with the names of all fields.
+    pub(super) fn named(&self, processors: &[Processor]) -> Result<Vec<(String, Named)>, PartError> {
+        let mut processors: Vec<Processor> = processors.iter().map(Processor::comparable).collect();
+        let mut all = Vec::new();
+        self.walk(&mut processors, |name, part| {
+            all.push((name.to_owned(), Named::of(part)?));
+            Ok(())
+        })?;
+        Ok(all)
     }
 
     /// Whether no disk has anything in hand.
@@ -162,6 +152,12 @@ impl Parts {
     pub(super) fn now(&self) -> VmTime {
         self.clock.now()
     }
+}
+
+/// A hash of each section, and of RAM, which is `ram`.
+pub(super) fn digest(sections: &Sections, ram: u64) -> Digest {
+    let hashes = sections.iter().map(|(name, bytes)| (name.clone(), xxh3_64(bytes)));
+    hashes.chain([("memory".to_owned(), ram)]).collect()
 }
 
 /// One hash over all parts.

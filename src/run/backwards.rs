@@ -1,19 +1,23 @@
-//! A vCPU under a debugger that goes back: to a point of the run's history, and forward again to just before where it was.
+//! vCPUs under a debugger that go back: to a point of the run's history, and forward again to just before where they were.
 //!
 //! Time runs forward only. What happened last before a place is found by running from the nearest point before it, stopping where the
-//! debugger would have, and remembering the last time; a second run from the same point ends there.
+//! debugger would have, and remembering the last time; a second run from the same point ends there. There is one order in which the
+//! instructions of all vCPUs were executed, and a place is between two of them.
 
-use super::debugged::Ended;
-use super::vcpu::{TimeKeeper, VcpuRunner};
+use super::held::Met;
+use super::rota::{Ended, Rota};
 use crate::debug::Stop;
-use crate::replay::Stamp;
-use paravane_cpu::{Budget, DebugPlan, DebugStop, Exit, gpr};
+use paravane_cpu::{DebugPlan, DebugStop, Exit, gpr};
 use std::sync::Arc;
 
-/// Where the processor is between two instructions, as far as it takes to know the place again.
+/// Where a run is between two instructions, as far as it takes to know the place again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Place {
+    /// Retired by all.
     instructions: u64,
+    now: u64,
+    /// Whose turn it is, and where he is.
+    turn: usize,
     rip: u64,
     rsp: u64,
     rcx: u64,
@@ -22,8 +26,9 @@ struct Place {
 
 /// Something the debugger would have stopped at.
 struct Event {
+    who: usize,
     stop: Stop,
-    /// Where the processor was then.
+    /// Where the run was then.
     place: Place,
 }
 
@@ -31,26 +36,20 @@ struct Event {
 enum Cut {
     /// The run is to end.
     Ended,
-    /// The processor shut down, as it did at the end of what ran.
-    ShutDown,
+    /// A processor shut down, as it did at the end of what ran.
+    ShutDown(usize),
+    /// The debugger wants no more of it.
+    Paused,
 }
 
-impl From<Ended> for Cut {
-    fn from(_: Ended) -> Cut {
-        Cut::Ended
-    }
-}
-
-impl VcpuRunner {
-    /// Whether what ran can be gone back in.
-    pub fn goes_back(&self) -> bool {
-        self.timeline.as_ref().is_some_and(|t| t.goes_back())
-    }
-
+impl Rota {
     fn place(&self) -> Place {
-        let cpu = &self.cpu;
+        let turn = self.turn();
+        let cpu = &self.vcpus[turn].cpu;
         Place {
-            instructions: cpu.instructions,
+            instructions: self.retired(),
+            now: self.now(),
+            turn,
             rip: cpu.rip,
             rsp: cpu.gpr[gpr::RSP],
             // A repeated string instruction can stop in the middle.
@@ -59,34 +58,42 @@ impl VcpuRunner {
         }
     }
 
-    /// To before the last instruction.
-    pub(super) fn reverse_step(&mut self) -> Result<Stop, Ended> {
+    /// To before the last instruction of `who`.
+    pub(super) fn reverse_step(&mut self, who: usize) -> Result<Met, Ended> {
+        self.held.fill(false);
         let here = self.place();
-        let stop =
-            self.step_before(here).map(|stepped| if stepped { Stop::Stepped } else { Stop::Beginning });
-        self.arrived(stop)
+        let stop = self.step_before(here, who);
+        self.arrived(stop.map(|stepped| (who, if stepped { Stop::Stepped } else { Stop::Beginning })))
     }
 
     /// To the last place at which the debugger would have stopped, or to the beginning.
-    pub(super) fn reverse_continue(&mut self) -> Result<Stop, Ended> {
+    pub(super) fn reverse_continue(&mut self) -> Result<Met, Ended> {
+        self.held.fill(false);
         let stop = self.find_back();
         self.arrived(stop)
     }
 
-    fn arrived(&self, stop: Result<Stop, Cut>) -> Result<Stop, Ended> {
-        match stop {
-            Ok(stop) => Ok(stop),
-            Err(Cut::Ended) => Err(Ended),
-            Err(Cut::ShutDown) => Ok(Stop::TripleFault(self.dossier().into())),
-        }
+    fn arrived(&mut self, met: Result<Met, Cut>) -> Result<Met, Ended> {
+        self.arm_again();
+        met.or_else(|cut| match cut {
+            Cut::Ended => Err(Ended),
+            Cut::Paused => Ok((self.turn(), Stop::Paused)),
+            Cut::ShutDown(who) => Ok((who, Stop::TripleFault(self.vcpus[who].dossier().into()))),
+        })
     }
 
-    fn find_back(&mut self) -> Result<Stop, Cut> {
+    /// When points were taken that lie at or before `instructions`, the latest first.
+    fn points_before(&self, instructions: u64) -> Vec<u64> {
+        let points = self.time.timeline.points().into_iter().rev().map(|at| at.instructions);
+        points.filter(|&at| at <= instructions).collect()
+    }
+
+    fn find_back(&mut self) -> Result<Met, Cut> {
         let here = self.place();
-        let stamps: Vec<Stamp> = self.timeline.as_ref().map(|t| t.points()).unwrap_or_default();
         let mut until = here;
-        for at in stamps.into_iter().rev().filter(|at| at.instructions <= here.instructions) {
-            self.rewind(at.instructions)?;
+        let points = self.points_before(here.instructions);
+        for &at in &points {
+            self.rewind(at)?;
             let beginning = self.place();
             if beginning != until
                 && let Some(event) = self.last_event(until)?
@@ -95,153 +102,194 @@ impl VcpuRunner {
             }
             until = beginning;
         }
-        let Some(oldest) = self.timeline.as_ref().and_then(|t| t.points().first().copied()) else {
-            return Ok(Stop::Beginning);
-        };
-        self.rewind(oldest.instructions)?;
-        Ok(Stop::Beginning)
+        self.go_to_oldest(&points)?;
+        Ok((self.turn(), Stop::Beginning))
     }
 
-    fn go_to(&mut self, event: Event) -> Result<Stop, Cut> {
-        match event.stop {
+    /// To the oldest of `points`; where there is none what ran is not known.
+    fn go_to_oldest(&mut self, points: &[u64]) -> Result<(), Cut> {
+        points.last().map_or(Ok(()), |&oldest| self.rewind(oldest))
+    }
+
+    fn go_to(&mut self, event: Event) -> Result<Met, Cut> {
+        let Event { who, stop, place } = event;
+        match stop {
             // An access is undone: the instruction that makes it is the next.
-            Stop::Watch(_) => drop(self.step_before(event.place)?),
-            _ => drop(self.steps_to(event.place)?),
+            Stop::Watch(_) => drop(self.step_before(place, who)?),
+            _ => self.go_to_place(place)?,
         }
-        self.engine.set_debug(&self.plan);
-        Ok(event.stop)
+        Ok((who, stop))
+    }
+
+    /// Engines stop where the debugger wants them to.
+    fn arm_again(&mut self) {
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.engine.set_debug(&vcpu.plan));
+    }
+
+    /// Nothing stops engines.
+    fn disarm(&mut self) {
+        let nothing = Arc::new(DebugPlan::default());
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.engine.set_debug(&nothing));
     }
 
     /// What the guest asked of the machine at the end of what ran is known; only the user ends the run now.
     fn still_wanted(&self) -> Result<(), Cut> {
-        match self.lifecycle.requested() && self.lifecycle.withdraw().is_none() {
-            true => Err(Cut::Ended),
-            false => Ok(()),
-        }
-    }
-
-    /// One step of what ran before.
-    fn step_again(&mut self) -> Result<Stop, Cut> {
-        match self.step(true) {
-            Ok(Stop::TripleFault(_)) => Err(Cut::ShutDown),
-            Ok(stop) => Ok(stop),
-            Err(Ended) => self.still_wanted().map(|()| Stop::Stepped),
-        }
-    }
-
-    /// Runs from here to `until`; what the debugger would have stopped at last before that.
-    fn last_event(&mut self, until: Place) -> Result<Option<Event>, Cut> {
-        self.engine.set_debug(&self.plan);
-        let mut last = None;
-        loop {
-            let stop = match self.advance(until.instructions) {
-                Err(Cut::ShutDown) => return Ok(last),
-                Err(cut) => return Err(cut),
-                Ok(Some(stop)) => Some(stop),
-                // The last steps one by one: there may be exceptions and interrupts, which retire nothing.
-                Ok(None) if self.place() == until || self.cpu.instructions > until.instructions => {
-                    return Ok(last);
-                }
-                Ok(None) => self.plan.stops_at(&self.cpu, &self.mem).map(DebugStop::Breakpoint),
-            };
-            let place = self.place();
-            if place == until && !matches!(stop, Some(DebugStop::Watch(_))) {
-                return Ok(last);
-            }
-            let watched = matches!(stop, Some(DebugStop::Watch(_)));
-            if let Some(stop) = stop.and_then(|stop| self.relevant(stop)) {
-                last = Some(Event { stop, place });
-            }
-            if watched && place == until {
-                return Ok(last);
-            }
-            if !watched && let stop @ Stop::Watch(_) = self.step_again()? {
-                last = Some(Event { stop, place: self.place() });
-            }
-        }
-    }
-
-    /// Puts everything into the state of the last point at or before `instructions`.
-    fn rewind(&mut self, instructions: u64) -> Result<(), Cut> {
-        let Some(timeline) = &mut self.timeline else { return Err(Cut::Ended) };
-        if !timeline.go_back(instructions, &mut self.cpu, &mut *self.engine, &self.lifecycle) {
+        if self.lifecycle().requested() && self.lifecycle().withdraw().is_none() {
             return Err(Cut::Ended);
         }
-        if let TimeKeeper::Instructions(lockstep) = &self.time {
-            lockstep.jumped(self.cpu.instructions);
-        }
-        Ok(())
+        if self.debugger_wants_stop() { Err(Cut::Paused) } else { Ok(()) }
     }
 
-    /// To the last place before `place`; false if there is none, and the beginning is reached.
-    fn step_before(&mut self, place: Place) -> Result<bool, Cut> {
-        let steps = self.steps_to(place)?;
-        self.near(place)?;
-        self.engine.set_debug(&self.plan);
-        for _ in 1..steps {
-            self.step_again()?;
+    /// One step of what ran before, whoever's turn it is: whose it was, whether it was one, and what was watched and accessed.
+    fn step_again(&mut self) -> Result<(usize, bool, Option<DebugStop>), Cut> {
+        let turn = self.turn();
+        if self.vcpus[turn].waiting {
+            self.ran(u64::MAX)?;
+            return Ok((turn, !self.vcpus[turn].waiting, None));
         }
-        Ok(steps > 0)
+        let (who, exit, retired) = self.step_turn(true);
+        self.still_wanted()?;
+        match exit {
+            Exit::TripleFault => Err(Cut::ShutDown(who)),
+            Exit::Unsupported => Err(Cut::Ended),
+            Exit::Debug(stop) => Ok((who, true, Some(stop))),
+            Exit::Halt => Ok((who, retired > 0, None)),
+            Exit::Budget | Exit::Stop => Ok((who, true, None)),
+        }
     }
 
-    /// To `place`, from an instruction before it; how many steps that took.
-    fn steps_to(&mut self, place: Place) -> Result<u64, Cut> {
-        self.near(place)?;
-        self.engine.set_debug(&self.plan);
-        let mut steps = 0;
-        while self.place() != place && self.cpu.instructions <= place.instructions {
-            match self.step_again() {
-                Err(Cut::ShutDown) => break,
-                stepped => stepped?,
-            };
-            steps += 1;
+    /// Runs on for `limit` instructions at most; who stopped for the debugger.
+    fn ran(&mut self, limit: u64) -> Result<Option<(usize, DebugStop)>, Cut> {
+        let (who, exit) = self.advance(limit);
+        self.still_wanted()?;
+        match exit {
+            Exit::Debug(stop) => Ok(Some((who, stop))),
+            Exit::TripleFault => Err(Cut::ShutDown(who)),
+            Exit::Unsupported => Err(Cut::Ended),
+            Exit::Halt | Exit::Stop | Exit::Budget => Ok(None),
         }
-        Ok(steps)
-    }
-
-    /// To one instruction before `place`, or to the beginning.
-    fn near(&mut self, place: Place) -> Result<(), Cut> {
-        let before = place.instructions.saturating_sub(1);
-        self.rewind(before)?;
-        // Nothing stops it on the way.
-        self.engine.set_debug(&Arc::new(DebugPlan::default()));
-        while self.cpu.instructions < before {
-            self.advance(before)?;
-        }
-        Ok(())
     }
 
     /// Runs until `to` instructions have retired, or something is to be told.
-    fn advance(&mut self, to: u64) -> Result<Option<DebugStop>, Cut> {
-        while self.cpu.instructions < to {
-            let left = to - self.cpu.instructions;
-            let budget = Budget { instructions: self.budget().instructions.min(left) };
-            let before = self.cpu.instructions;
-            let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.bus, budget);
-            self.time_passed(self.cpu.instructions.wrapping_sub(before), exit == Exit::Halt);
-            self.follow_a20();
-            self.still_wanted()?;
-            match exit {
-                Exit::Debug(stop) => return Ok(Some(stop)),
-                Exit::Halt => self.sleep(),
-                Exit::Stop => drop(self.vcpu.attention().take(paravane_cpu::Attention::STOP)),
-                Exit::Budget => {}
-                Exit::TripleFault => return Err(Cut::ShutDown),
-                Exit::Unsupported => return Err(Cut::Ended),
+    fn advance_to(&mut self, to: u64) -> Result<Option<(usize, DebugStop)>, Cut> {
+        while self.retired() < to {
+            if let Some(stop) = self.ran(to - self.retired())? {
+                return Ok(Some(stop));
             }
         }
         Ok(None)
     }
 
-    /// The debugger changed something: what was before leads elsewhere.
-    pub fn changed(&mut self) {
-        if let Some(timeline) = &mut self.timeline {
-            timeline.changed(&self.cpu);
+    /// Runs from here to `until`; what the debugger would have stopped at last before that.
+    fn last_event(&mut self, until: Place) -> Result<Option<Event>, Cut> {
+        self.arm_again();
+        let mut last = None;
+        loop {
+            let met = match self.advance_to(until.instructions) {
+                Err(Cut::ShutDown(_)) => return Ok(last),
+                Err(cut) => return Err(cut),
+                Ok(Some(met)) => Some(met),
+                // The last steps one by one: there may be exceptions and interrupts, which retire nothing.
+                Ok(None) if self.place() == until || self.retired() > until.instructions => return Ok(last),
+                Ok(None) => {
+                    let turn = self.turn();
+                    self.vcpus[turn].at_breakpoint().map(|at| (turn, DebugStop::Breakpoint(at)))
+                }
+            };
+            let place = self.place();
+            let watched = matches!(met, Some((_, DebugStop::Watch(_))));
+            if place == until && !watched {
+                return Ok(last);
+            }
+            last = met.and_then(|(who, stop)| self.event(who, stop)).or(last);
+            if watched && place == until {
+                return Ok(last);
+            }
+            if !watched && let (who, _, Some(stop)) = self.step_again()? {
+                last = self.event(who, stop).or(last);
+            }
         }
     }
 
-    /// Whether what happens must not be changed: the run is recorded, or is a recorded one.
-    pub fn is_fixed(&self) -> bool {
-        self.timeline.as_ref().is_some_and(|t| t.is_fixed())
+    /// `stop` of `who`, here, if the debugger is told of it.
+    fn event(&self, who: usize, stop: DebugStop) -> Option<Event> {
+        let stop = self.vcpus[who].relevant(stop)?;
+        Some(Event { who, stop, place: self.place() })
+    }
+
+    /// Puts everything into the state of the last point at or before `instructions`.
+    fn rewind(&mut self, instructions: u64) -> Result<(), Cut> {
+        let lifecycle = self.lifecycle().clone();
+        if !self.time.timeline.go_back(instructions, &mut self.vcpus, &lifecycle) {
+            return Err(Cut::Ended);
+        }
+        self.jumped();
+        Ok(())
+    }
+
+    /// To before the last step of `who` before `place`; false if there is none, and the beginning is reached.
+    fn step_before(&mut self, place: Place, who: usize) -> Result<bool, Cut> {
+        let retired = self.vcpus[who].cpu.instructions;
+        let points = self.points_before(place.instructions);
+        for &at in &points {
+            self.near(at, place, who, retired)?;
+            let Some(steps) = self.last_step(place, who)? else { continue };
+            self.near(at, place, who, retired)?;
+            self.arm_again();
+            for _ in 0..steps {
+                self.step_again()?;
+            }
+            return Ok(true);
+        }
+        self.go_to_oldest(&points)?;
+        Ok(false)
+    }
+
+    /// From the point at `at` to where `who` has retired all but one of `retired` instructions, but not as far as `place`.
+    fn near(&mut self, at: u64, place: Place, who: usize, retired: u64) -> Result<(), Cut> {
+        self.rewind(at)?;
+        self.disarm();
+        loop {
+            let own = retired.saturating_sub(self.vcpus[who].cpu.instructions + 1);
+            let left = place.instructions.saturating_sub(self.retired() + 1);
+            match (own, left) {
+                (0, _) | (_, 0) => return Ok(()),
+                _ if self.turn() == who => drop(self.ran(own.min(left))?),
+                _ => drop(self.ran(left)?),
+            }
+        }
+    }
+
+    /// Steps from here to `place`; after how many of these steps the last of `who` began.
+    fn last_step(&mut self, place: Place, who: usize) -> Result<Option<u64>, Cut> {
+        self.arm_again();
+        let (mut steps, mut last) = (0, None);
+        while self.place() != place && self.retired() <= place.instructions {
+            match self.step_again() {
+                Ok((stepped, true, _)) if stepped == who => last = Some(steps),
+                Ok(_) => {}
+                Err(Cut::ShutDown(down)) => {
+                    // Nothing was done but what shut it down.
+                    return Ok(if down == who { Some(steps) } else { last });
+                }
+                Err(cut) => return Err(cut),
+            }
+            steps += 1;
+        }
+        Ok(last)
+    }
+
+    /// To `place`, from an instruction before it.
+    fn go_to_place(&mut self, place: Place) -> Result<(), Cut> {
+        self.rewind(place.instructions.saturating_sub(1))?;
+        self.disarm();
+        self.advance_to(place.instructions.saturating_sub(1))?;
+        while self.place() != place && self.retired() <= place.instructions {
+            match self.step_again() {
+                Err(Cut::ShutDown(_)) => break,
+                stepped => drop(stepped?),
+            }
+        }
+        Ok(())
     }
 }

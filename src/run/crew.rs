@@ -1,29 +1,27 @@
 //! The threads of the vCPUs: one each; by the instruction clock one for all.
 
-use super::rounds;
-use super::vcpu::{Lockstep, PanicGuard, TimeKeeper, VcpuRunner};
+use super::rota::{Lockstep, Rota};
+use super::vcpu::{PanicGuard, VcpuRunner};
 use super::{PATIENCE, TICK};
 use crate::machine::MachineError;
 use crate::run::{Lifecycle, Request};
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, RecvTimeoutError};
 
 /// Who shares a thread.
 enum Crew {
     One(Box<VcpuRunner>),
-    All(Vec<VcpuRunner>, Lockstep),
+    All(Box<Rota>),
 }
+
+/// vCPUs, and what they need where they share a thread.
+pub(super) type Crews = (Vec<VcpuRunner>, Option<Lockstep>);
 
 impl Crew {
     /// The threads that `vcpus` need.
-    fn muster(vcpus: Vec<VcpuRunner>) -> Vec<Crew> {
-        match vcpus.first().map(|first| &first.time) {
-            Some(TimeKeeper::Instructions(time)) if vcpus.len() > 1 => {
-                let time = time.clone();
-                let sleeper = vcpus[0].vcpu.clone();
-                vcpus[1..].iter().for_each(|other| other.vcpu.sleep_with(&sleeper));
-                vec![Crew::All(vcpus, time)]
-            }
-            _ => vcpus.into_iter().map(|vcpu| Crew::One(Box::new(vcpu))).collect(),
+    fn muster((vcpus, lockstep): Crews) -> Vec<Crew> {
+        match lockstep {
+            Some(lockstep) => vec![Crew::All(Box::new(Rota::new(vcpus, lockstep)))],
+            None => vcpus.into_iter().map(|vcpu| Crew::One(Box::new(vcpu))).collect(),
         }
     }
 
@@ -35,41 +33,31 @@ impl Crew {
     }
 
     /// Runs to the end and gives the vCPUs back.
-    fn run(self, give_back: &Sender<VcpuRunner>) {
-        let vcpus = match self {
+    fn run(self) -> Crews {
+        match self {
             Crew::One(mut vcpu) => {
                 vcpu.run();
-                vec![*vcpu]
+                (vec![*vcpu], None)
             }
-            Crew::All(mut vcpus, time) => {
-                // Nobody moves time in his own turn.
-                let keeper = std::mem::replace(&mut vcpus[0].time, TimeKeeper::Elsewhere);
-                vcpus.iter_mut().for_each(|vcpu| vcpu.time = TimeKeeper::Elsewhere);
-                rounds::run(&mut vcpus, &time);
-                vcpus.iter_mut().for_each(|vcpu| vcpu.time = keeper.clone());
-                vcpus
+            Crew::All(mut rota) => {
+                rota.run();
+                (rota.vcpus, Some(rota.time))
             }
-        };
-        for vcpu in vcpus {
-            // Nobody waits any more if we were too late.
-            let _late = give_back.send(vcpu);
         }
     }
 }
 
 /// Runs `vcpus` on threads of their own and gives them back in their order; `None` if one does not hear that the user wants
 /// to leave.
-pub(super) fn run(
-    vcpus: Vec<VcpuRunner>,
-    lifecycle: &Lifecycle,
-) -> Result<Option<Vec<VcpuRunner>>, MachineError> {
-    let wanted = vcpus.len();
+pub(super) fn run(crews: Crews, lifecycle: &Lifecycle) -> Result<Option<Crews>, MachineError> {
+    let wanted = crews.0.len();
     let (give_back, given_back) = mpsc::channel();
-    for crew in Crew::muster(vcpus) {
+    for crew in Crew::muster(crews) {
         let (guard, give_back) = (PanicGuard(lifecycle.clone()), give_back.clone());
         let spawned = std::thread::Builder::new().name(crew.name()).spawn(move || {
             let _guard = guard;
-            crew.run(&give_back);
+            // Nobody waits any more if we were too late.
+            let _late = give_back.send(crew.run());
         });
         if let Err(e) = spawned {
             lifecycle.request(Request::Host("there is no thread for every vCPU".into()));
@@ -77,11 +65,14 @@ pub(super) fn run(
         }
     }
     drop(give_back);
-    let mut back: Vec<VcpuRunner> = Vec::with_capacity(wanted);
+    let (mut back, mut lockstep) = (Vec::with_capacity(wanted), None);
     let mut patience = PATIENCE;
     while back.len() < wanted {
         match given_back.recv_timeout(TICK) {
-            Ok(vcpu) => back.push(vcpu),
+            Ok((vcpus, its)) => {
+                back.extend(vcpus);
+                lockstep = its;
+            }
             Err(RecvTimeoutError::Disconnected) => {
                 return Err(MachineError::Wiring("a vCPU's thread panicked: please report this".into()));
             }
@@ -94,6 +85,6 @@ pub(super) fn run(
             Err(RecvTimeoutError::Timeout) => {}
         }
     }
-    back.sort_by_key(|vcpu| vcpu.vp.0);
-    Ok(Some(back))
+    back.sort_by_key(|vcpu: &VcpuRunner| vcpu.vp.0);
+    Ok(Some((back, lockstep)))
 }

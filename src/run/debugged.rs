@@ -1,16 +1,25 @@
-//! A vCPU under a debugger: what it does when it is stopped, and how it goes on.
+//! A vCPU under a debugger, by the host's clock: what it does when it is stopped, and how it goes on.
 
 use super::lifecycle::Request;
+use super::rota::Ended;
 use super::vcpu::VcpuRunner;
 use crate::debug::{Armed, Link, Resume, Stop};
-use paravane_cpu::{DebugStop, Exit, instruction_address};
+use paravane_cpu::{DebugStop, Exit, LinAddr, instruction_address};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// The run is to end.
-pub(super) struct Ended;
-
 impl VcpuRunner {
+    /// Whether what ran can be gone back in.
+    pub fn goes_back(&self) -> bool {
+        self.past.goes_back
+    }
+
+    /// The debugger changes something: what was before leads elsewhere. False: it may not.
+    pub fn change(&mut self) -> bool {
+        self.past.changed |= !self.past.fixed;
+        !self.past.fixed
+    }
+
     /// Stops where `armed` says from now on. The debugger takes its breakpoints out at every stop and puts them back: what did
     /// not change in the end costs nothing.
     fn arm(&mut self, armed: &Arc<Armed>) {
@@ -53,13 +62,9 @@ impl VcpuRunner {
         }
     }
 
-    /// The run is to end. A recorded one is kept for the debugger, who may go back; true if it ends.
-    pub(super) fn ending(&mut self) -> bool {
-        let kept = self.goes_back() && self.timeline.as_ref().is_some_and(|t| t.replays());
-        if !kept {
-            return true;
-        }
-        self.lifecycle.withdraw().is_none_or(|request| self.debugged(Stop::End(request)))
+    /// The breakpoint at the instruction that is next, if the engine has one there.
+    pub(super) fn at_breakpoint(&self) -> Option<LinAddr> {
+        self.plan.stops_at(&self.cpu, &self.mem)
     }
 
     /// Stands still until the debugger lets it go on; true if the run ends.
@@ -73,42 +78,33 @@ impl VcpuRunner {
                 return true;
             }
             link.stopped(self.vp, stop.clone());
-            let Some(resume) = link.serve(self) else { return true };
+            let resume =
+                link.serve(std::slice::from_mut(self)).and_then(|resume| resume.first().copied().flatten());
+            let Some(resume) = resume else { return true };
             if let Some(untold) = link.take_untold(self.vp) {
                 stop = untold;
                 continue;
             }
             let reported = reported.filter(|_| link.was_told(self.vp));
-            let back = matches!(resume, Resume::ReverseStep | Resume::ReverseContinue);
-            match stop {
-                Stop::TripleFault(dossier) if !back => {
-                    self.end_shut_down(dossier.to_string());
-                    return true;
-                }
-                Stop::End(request) if !back => {
-                    self.lifecycle.request(request);
-                    return true;
-                }
-                _ => {}
+            if let Stop::TripleFault(dossier) = stop {
+                self.end_shut_down(dossier.to_string());
+                return true;
             }
             let next = match resume {
                 Resume::Step { start, end, interrupts } => self.steps(&link, start..end, interrupts),
-                Resume::ReverseStep => self.reverse_step(),
-                Resume::ReverseContinue => self.reverse_continue(),
                 // What was reported is executed before it can be reported again.
-                Resume::Continue
-                    if self.plan.stops_at(&self.cpu, &self.mem) == reported && reported.is_some() =>
-                {
+                Resume::Continue if self.at_breakpoint() == reported && reported.is_some() => {
                     match self.step(false) {
                         Ok(Stop::Stepped) => return false,
                         other => other,
                     }
                 }
-                Resume::Continue => return false,
+                // By the host's clock nothing is gone back to, and nobody is told that it could be.
+                Resume::Continue | Resume::ReverseStep | Resume::ReverseContinue => return false,
             };
             match next {
                 Ok(next) => stop = next,
-                Err(Ended) => return self.ending(),
+                Err(Ended) => return true,
             }
         }
     }
@@ -123,7 +119,7 @@ impl VcpuRunner {
             if link.wants_stop(self.vp) {
                 return Ok(Stop::Paused);
             }
-            let here = self.plan.stops_at(&self.cpu, &self.mem).map(DebugStop::Breakpoint);
+            let here = self.at_breakpoint().map(DebugStop::Breakpoint);
             if let Some(stop) = here.and_then(|stop| self.relevant(stop)) {
                 return Ok(stop);
             }
@@ -142,9 +138,8 @@ impl VcpuRunner {
     }
 
     /// One instruction. A halted processor waits for what wakes it, or for the debugger; so does one that waits for a
-    /// start-up IPI, which is the step then. In a run that can be repeated interrupts come when they come.
-    pub(super) fn step(&mut self, interrupts: bool) -> Result<Stop, Ended> {
-        let interrupts = interrupts || self.goes_back() || self.is_fixed();
+    /// start-up IPI, which is the step then.
+    fn step(&mut self, interrupts: bool) -> Result<Stop, Ended> {
         loop {
             if self.waiting {
                 match self.wait_for_startup()? {
@@ -155,7 +150,6 @@ impl VcpuRunner {
             let before = self.cpu.instructions;
             let exit = self.engine.step(&mut self.cpu, &self.mem, &*self.bus, interrupts);
             let passed = self.cpu.instructions.wrapping_sub(before);
-            self.time_passed(passed, exit == Exit::Halt);
             self.follow_a20();
             if self.lifecycle.requested() {
                 return Err(Ended);

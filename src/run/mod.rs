@@ -6,10 +6,11 @@ mod crew;
 mod debugged;
 pub mod dossier;
 mod event_loop;
+mod held;
 mod lifecycle;
 mod output;
 mod park;
-mod rounds;
+mod rota;
 mod serial;
 mod signals;
 pub mod terminal;
@@ -20,9 +21,10 @@ pub use dossier::{general_registers, mode, segment_registers};
 pub use event_loop::EventLoop;
 pub use lifecycle::{Lifecycle, Request};
 pub use output::{Output, OutputHandle};
-pub use park::Vcpu;
+pub use park::{Calls, Vcpu};
+pub use rota::{Lockstep, Rota};
 pub use serial::remove_stale_socket;
-pub use vcpu::{BOOT_VP, Lockstep, PanicGuard, Probe, Slice, TimeKeeper, VcpuRunner};
+pub use vcpu::{BOOT_VP, PanicGuard, Past, Probe, VcpuRunner};
 
 use crate::debug::{Link, Symbols};
 use crate::machine::{Machine, MachineError, Time};
@@ -82,10 +84,10 @@ pub fn drive(machine: &mut Machine, watchers: Watchers) -> Result<Finished, Mach
     for vcpu in &mut vcpus {
         vcpu.trace(watchers.trace.clone());
     }
-    vcpus[0].timeline = machine.timeline(watchers.wishes).map(Box::new);
+    let mut crews = (vcpus, machine.lockstep(watchers.wishes));
     let mut resets = 0;
-    let mut last = Vec::new();
-    while let Some(mut ended) = crew::run(vcpus, machine.lifecycle())? {
+    let mut last = (Vec::new(), None);
+    while let Some(mut ended) = crew::run(crews, machine.lifecycle())? {
         if !machine.reboots() || machine.lifecycle().take_reset().is_none() {
             last = ended;
             break;
@@ -93,21 +95,26 @@ pub fn drive(machine: &mut Machine, watchers: Watchers) -> Result<Finished, Mach
         resets += 1;
         machine.reset();
         let boot = machine.start()?;
-        ended.iter_mut().try_for_each(|vcpu| vcpu.power_on(machine, &boot))?;
-        vcpus = ended;
+        ended.0.iter_mut().try_for_each(|vcpu| vcpu.power_on(machine, &boot))?;
+        crews = ended;
     }
     let request =
         machine.lifecycle().peek().unwrap_or_else(|| Request::Host("the vCPUs stopped by themselves".into()));
-    if let Some(runner) = last.first_mut()
-        && let Some(timeline) = &mut runner.timeline
-    {
-        timeline.end(&runner.cpu, request.to_string());
+    let (vcpus, mut lockstep) = last;
+    if let Some(lockstep) = &mut lockstep {
+        lockstep.timeline.end(&vcpus, request.to_string());
     }
-    Ok(Finished { request, stats: final_stats(machine, &last, resets) })
+    let stats = final_stats(machine, &vcpus, lockstep.as_ref(), resets);
+    Ok(Finished { request, stats })
 }
 
 /// The engines' counters are summed up.
-fn final_stats(machine: &Machine, vcpus: &[VcpuRunner], resets: u64) -> Snapshot {
+fn final_stats(
+    machine: &Machine,
+    vcpus: &[VcpuRunner],
+    lockstep: Option<&Lockstep>,
+    resets: u64,
+) -> Snapshot {
     let one = |name: &str, value| vec![(name.to_owned(), value)];
     let mut more: Vec<(String, Vec<(String, u64)>)> = vec![
         ("cpu0".into(), one("resets", resets)),
@@ -118,7 +125,7 @@ fn final_stats(machine: &Machine, vcpus: &[VcpuRunner], resets: u64) -> Snapshot
         more.push((format!("cpu{}", vcpu.vp.0), one("instructions", vcpu.cpu.instructions)));
     }
     more.push(("engine".into(), stats::sums(vcpus.iter().map(|vcpu| vcpu.engine.counters()))));
-    if let Some(hash) = vcpus.first().and_then(|v| v.timeline.as_ref()?.hash(&v.cpu).ok()) {
+    if let Some(hash) = lockstep.and_then(|lockstep| lockstep.timeline.hash(vcpus).ok()) {
         let halves = [("hash_high".to_owned(), (hash >> 64) as u64), ("hash_low".to_owned(), hash as u64)];
         more.push(("state".into(), halves.into()));
     }

@@ -5,6 +5,7 @@
 //! the futex: a flag set between the look and the sleep keeps the kernel from putting the vCPU to sleep.
 
 use paravane_cpu::Attention;
+use paravane_devices::{Snapshot, StateError, StateStream};
 use rustix::thread::futex;
 use rustix::time::Timespec;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
@@ -22,6 +23,29 @@ pub struct Vcpu {
     /// Who sleeps for both: they run on one thread.
     sleeper: OnceLock<Arc<Vcpu>>,
     parked: AtomicBool,
+}
+
+/// What others ask of a vCPU.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Calls {
+    /// Those of [`Calls::FLAGS`] that are set.
+    pub flags: u32,
+    startup: u8,
+    a20: u8,
+}
+
+impl Calls {
+    /// The attention flags that are state of the machine.
+    pub const FLAGS: u32 = Attention::INTERRUPT | Attention::NMI | Attention::INIT | Attention::STARTUP;
+}
+
+impl Snapshot for Calls {
+    fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
+        let Calls { flags, startup, a20 } = self;
+        s.field("flags", flags)?;
+        s.field("startup", startup)?;
+        s.field("a20", a20)
+    }
 }
 
 impl Vcpu {
@@ -76,6 +100,26 @@ impl Vcpu {
     pub fn start_up(&self, vector: u8) {
         self.startup.store(vector, Ordering::SeqCst);
         self.notify(Attention::STARTUP);
+    }
+
+    /// What is asked of the processor and not done yet, but for who wants it to stop.
+    pub fn calls(&self) -> Calls {
+        Calls {
+            flags: self.attention.get() & Calls::FLAGS,
+            startup: self.startup_vector(),
+            a20: self.a20.load(Ordering::SeqCst),
+        }
+    }
+
+    /// `calls` are asked of the processor, and nothing else.
+    pub fn set_calls(&self, calls: Calls) {
+        self.attention.take(Calls::FLAGS);
+        self.startup.store(calls.startup, Ordering::SeqCst);
+        self.a20.store(calls.a20, Ordering::SeqCst);
+        self.attention.set(calls.flags & Calls::FLAGS);
+        if calls.a20 != 0 {
+            self.stop();
+        }
     }
 
     /// The vector of the start-up IPI that [`Attention::STARTUP`] is about.

@@ -4,111 +4,25 @@ use super::dossier;
 use super::lifecycle::{Lifecycle, Request};
 use super::park::Vcpu;
 use crate::debug::{self, Armed, Link, Stop, Symbols};
-use crate::machine::{InstructionClock, LockstepDisk, Machine, MachineBus, MachineError};
-use crate::replay::{Outside, Stamp, Timeline, Wishes};
+use crate::machine::{Machine, MachineBus, MachineError};
 use crate::trace::Trace;
 use paravane_cpu::{Attention, Budget, CpuState, DebugPlan, Engine, Exit, Tracer, flags};
-use paravane_devices::{Clock, TimerQueue};
 use paravane_memory::{GuestMemory, VpIndex};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// Instructions in one slice under the instruction clock: how far machine time may lag behind inside guest code.
-const SLICE: u64 = 10_000;
-
-/// Who moves machine time.
-#[derive(Clone)]
-pub enum TimeKeeper {
-    /// The host, whose event loop fires timers; or whoever gives the vCPU its turns.
-    Elsewhere,
-    /// This vCPU.
-    Instructions(Lockstep),
-}
-
-/// What a vCPU does between two slices under the instruction clock, so that every run is the same.
-#[derive(Clone)]
-pub struct Lockstep {
-    /// The clock it moves.
-    pub clock: Arc<InstructionClock>,
-    /// The timers it fires.
-    pub timers: Arc<TimerQueue>,
-    /// The disks whose requests it completes.
-    pub disks: Vec<Arc<LockstepDisk>>,
-    /// Where input comes in.
-    pub outside: Arc<Outside>,
-    /// The slice that is under way.
-    pub slice: Arc<Slice>,
-}
-
-/// A slice: where it ends is decided when it begins, whoever interrupts it meanwhile.
-#[derive(Default, Debug)]
-pub struct Slice {
-    /// Instructions it has; 0 between two slices.
-    length: AtomicU64,
-    /// Those of them that have retired.
-    done: AtomicU64,
-    /// All instructions that retired in this run.
-    retired: AtomicU64,
-}
-
-impl Lockstep {
-    /// How many instructions the next slice may have.
-    pub(super) fn budget(&self) -> Budget {
-        let Slice { length, done, .. } = &*self.slice;
-        if length.load(Ordering::Relaxed) == 0 {
-            let left = self.timers.next_deadline().map_or(SLICE, |at| at.since(self.clock.now()));
-            length.store(left.clamp(1, SLICE), Ordering::Relaxed);
-            done.store(0, Ordering::Relaxed);
-        }
-        Budget { instructions: length.load(Ordering::Relaxed) - done.load(Ordering::Relaxed) }
-    }
-
-    /// `instructions` have retired, and the processor `halted` if it did: at the end of the slice what became due happens. Whether
-    /// it was the end.
-    pub(super) fn passed(&self, instructions: u64, halted: bool) -> bool {
-        let Slice { length, done, retired } = &*self.slice;
-        let so_far = done.fetch_add(instructions, Ordering::Relaxed) + instructions;
-        let retired = retired.fetch_add(instructions, Ordering::Relaxed) + instructions;
-        if !halted && so_far < length.load(Ordering::Relaxed) {
-            return false;
-        }
-        length.store(0, Ordering::Relaxed);
-        done.store(0, Ordering::Relaxed);
-        self.clock.retire(so_far);
-        self.disks.iter().for_each(|disk| disk.settle());
-        self.timers.run_expired(self.clock.now());
-        self.outside.deliver(Stamp { ns: self.clock.now().0, instructions: retired });
-        true
-    }
-
-    /// The run goes on elsewhere: between two slices, after `instructions`.
-    pub fn jumped(&self, instructions: u64) {
-        let Slice { length, done, retired } = &*self.slice;
-        length.store(0, Ordering::Relaxed);
-        done.store(0, Ordering::Relaxed);
-        retired.store(instructions, Ordering::Relaxed);
-    }
-
-    /// Jumps to the next deadline; false if there is none.
-    pub(super) fn skip(&self) -> bool {
-        let Some(next) = self.timers.next_deadline() else { return false };
-        self.clock.skip_to(next);
-        self.timers.run_expired(self.clock.now());
-        true
-    }
-}
+use std::sync::atomic::Ordering;
 
 /// Looks at a vCPU between two instructions.
 pub type Probe = Box<dyn FnMut(&CpuState, &dyn Engine) + Send>;
 
-/// How a turn in guest code came to its end.
-pub(super) enum Turn {
-    /// There is more to do.
-    On,
-    /// Nothing is to be done before somebody calls.
-    Idle,
-    /// The run is over.
-    Ended,
+/// How a vCPU's past can be looked at.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Past {
+    /// What ran can be gone back in.
+    pub goes_back: bool,
+    /// What happens must not be changed: the run is recorded, or is a recorded one.
+    pub fixed: bool,
+    /// The debugger changed something: what was before leads elsewhere.
+    pub changed: bool,
 }
 
 /// A virtual processor and everything it needs to run.
@@ -131,8 +45,6 @@ pub struct VcpuRunner {
     pub vcpu: Arc<Vcpu>,
     /// Where the end is told.
     pub lifecycle: Lifecycle,
-    /// Who moves time.
-    pub time: TimeKeeper,
     /// Called when the vCPU was stopped though nobody asked for the end.
     pub probe: Option<Probe>,
     /// Who may debug it.
@@ -145,8 +57,8 @@ pub struct VcpuRunner {
     pub symbols: Arc<Symbols>,
     /// What of it the engine has.
     pub plan: Arc<DebugPlan>,
-    /// What happens between slices by the instruction clock.
-    pub timeline: Option<Box<Timeline>>,
+    /// Its past.
+    pub past: Past,
     /// Who traces.
     tracer: Option<Arc<Trace>>,
 }
@@ -176,14 +88,13 @@ impl VcpuRunner {
             bus: machine.bus(),
             vcpu: Arc::clone(&machine.vcpus()[vp.0 as usize]),
             lifecycle: machine.lifecycle().clone(),
-            time: machine.time_keeper(),
             probe: None,
             debug: None,
             armed: Arc::default(),
             reset_at_shutdown: false,
             symbols: Arc::default(),
             plan: Arc::default(),
-            timeline: machine.timeline(Wishes::default()).map(Box::new),
+            past: Past::default(),
             tracer: None,
         })
     }
@@ -195,7 +106,7 @@ impl VcpuRunner {
         self.cpu.instructions = retired;
         self.engine = machine.engine(self.vp)?;
         self.trace(self.tracer.clone());
-        self.changed();
+        self.past.changed = true;
         Ok(())
     }
 
@@ -205,10 +116,10 @@ impl VcpuRunner {
         self.tracer = trace;
     }
 
-    /// Runs until a lifecycle request is there.
+    /// Runs by the host's clock until a lifecycle request is there.
     pub fn run(&mut self) {
         self.begin();
-        while !self.slice(u64::MAX) {}
+        while !self.turn() {}
     }
 
     /// Before the first turn.
@@ -217,73 +128,35 @@ impl VcpuRunner {
             self.vcpu.stop();
         }
         self.engine.set_debug(&self.plan);
-        if let Some(timeline) = &mut self.timeline {
-            timeline.between(&self.cpu, &mut *self.engine, &self.lifecycle);
-        }
     }
 
-    /// Runs up to the next timer's deadline under the instruction clock, but `limit` instructions at most, or until
-    /// something needs the machine; sleeps if there is nothing to do. True if the run ends.
-    pub fn slice(&mut self, limit: u64) -> bool {
-        let budget = Budget { instructions: self.budget().instructions.min(limit) };
-        match self.turn(budget) {
-            Turn::On => false,
-            Turn::Idle => {
+    /// Runs until something needs the machine; sleeps if there is nothing to do. True if the run ends.
+    fn turn(&mut self) -> bool {
+        if self.waiting {
+            self.sleep();
+            return self.stopped();
+        }
+        match self.engine.run(&mut self.cpu, &self.mem, &*self.bus, Budget::UNLIMITED) {
+            Exit::Halt => {
                 self.sleep();
                 false
             }
-            Turn::Ended => true,
-        }
-    }
-
-    /// Runs for `budget`, or until something needs the machine.
-    pub(super) fn turn(&mut self, budget: Budget) -> Turn {
-        if self.waiting {
-            return if self.called() { self.stopped() } else { Turn::Idle };
-        }
-        let before = self.cpu.instructions;
-        let exit = self.engine.run(&mut self.cpu, &self.mem, &*self.bus, budget);
-        self.time_passed(self.cpu.instructions.wrapping_sub(before), exit == Exit::Halt);
-        match exit {
-            Exit::Halt => Turn::Idle,
-            Exit::Budget => Turn::On,
+            Exit::Budget => false,
             Exit::Stop => self.stopped(),
-            Exit::Debug(stop) if self.debug_event(stop) => Turn::Ended,
-            Exit::Debug(_) => Turn::On,
+            Exit::Debug(stop) => self.debug_event(stop),
             Exit::TripleFault => {
                 self.shut_down();
-                Turn::Ended
+                true
             }
             Exit::Unsupported => {
                 self.lifecycle.request(Request::Host(self.unsupported()));
-                Turn::Ended
+                true
             }
         }
     }
 
-    pub(super) fn budget(&self) -> Budget {
-        match &self.time {
-            TimeKeeper::Elsewhere => Budget::UNLIMITED,
-            TimeKeeper::Instructions(lockstep) => lockstep.budget(),
-        }
-    }
-
-    pub(super) fn time_passed(&mut self, instructions: u64, halted: bool) {
-        if let TimeKeeper::Instructions(lockstep) = &self.time
-            && lockstep.passed(instructions, halted)
-            && let Some(timeline) = &mut self.timeline
-        {
-            timeline.between(&self.cpu, &mut *self.engine, &self.lifecycle);
-        }
-    }
-
-    /// Waits for attention; under the instruction clock time jumps to the next deadline instead.
+    /// Waits for attention.
     pub(super) fn sleep(&self) {
-        if let TimeKeeper::Instructions(lockstep) = &self.time
-            && (self.called() || lockstep.skip())
-        {
-            return;
-        }
         self.vcpu.park(self.awaited(), None);
     }
 
@@ -325,18 +198,20 @@ impl VcpuRunner {
     }
 
     /// Somebody called.
-    fn stopped(&mut self) -> Turn {
+    fn stopped(&mut self) -> bool {
         self.take_calls();
-        if self.lifecycle.requested() {
-            return if self.ending() { Turn::Ended } else { Turn::On };
+        if self.lifecycle.requested() || self.debugger_wants_stop() && self.debugged(Stop::Paused) {
+            return true;
         }
-        if self.debugger_wants_stop() && self.debugged(Stop::Paused) {
-            return Turn::Ended;
-        }
+        self.look();
+        false
+    }
+
+    /// Whoever looks at it does.
+    pub(super) fn look(&mut self) {
         if let Some(probe) = &mut self.probe {
             probe(&self.cpu, &*self.engine);
         }
-        Turn::On
     }
 
     /// INIT: the boot processor would go to the reset vector, where firmware starts the machine again.
@@ -361,8 +236,7 @@ impl VcpuRunner {
     fn shut_down(&mut self) {
         let dossier = self.dossier();
         if self.debug.is_some() {
-            let told = "the guest's processor shut down and is kept for the debugger";
-            eprintln!("paravane: triple fault: {told}\n{}", dossier.trim_end());
+            tell_kept(&dossier);
             self.debugged(Stop::TripleFault(dossier.into()));
         } else {
             self.end_shut_down(dossier);
@@ -396,6 +270,12 @@ impl VcpuRunner {
             dossier::mode(&self.cpu)
         )
     }
+}
+
+/// Says that a processor shut down and can be looked at.
+pub(super) fn tell_kept(dossier: &str) {
+    let told = "the guest's processor shut down and is kept for the debugger";
+    eprintln!("paravane: triple fault: {told}\n{}", dossier.trim_end());
 }
 
 /// A processor after the machine's power-on and firmware, and whether it waits for a start-up IPI.

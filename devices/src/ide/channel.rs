@@ -686,22 +686,22 @@ impl Snapshot for Channel {
         if *phase == Phase::Busy {
             return Err(StateError::Busy("an IDE disk"));
         }
-        irq.state(s)?;
+        s.field("irq", irq)?;
         drives.iter_mut().flatten().try_for_each(|drive| drive.state(s))?;
-        phase.state(s)?;
-        position.state(s)?;
-        block_end.state(s)?;
+        s.field("phase", phase)?;
+        s.field("position", position)?;
+        s.field("block_end", block_end)?;
         buffer_state(*phase, *position, buffer, s)?;
-        job.state(s)?;
-        prd_longer.state(s)?;
-        trims.state(s)?;
-        reset_waits.state(s)?;
-        selected.state(s)?;
-        control.state(s)?;
-        intrq.state(s)?;
-        bm_command.state(s)?;
-        bm_status.state(s)?;
-        bm_table.state(s)?;
+        s.field("job", job)?;
+        s.field("prd_longer", prd_longer)?;
+        s.field("trims", trims)?;
+        s.field("reset_waits", reset_waits)?;
+        s.field("selected", selected)?;
+        s.field("control", control)?;
+        s.field("intrq", intrq)?;
+        s.field("bm_command", bm_command)?;
+        s.field("bm_status", bm_status)?;
+        s.field("bm_table", bm_table)?;
         // What was loaded must be as the registers' code relies on.
         let sound = *position <= *block_end && *block_end <= buffer.len();
         let job_sound = job.is_none_or(|job| job.unit < 2);

@@ -26,7 +26,7 @@ pub use wired_or::WiredOr;
 
 use crate::counters::{Counter, Counters};
 use crate::irq::{IrqSink, MsiSink};
-use crate::snapshot::{Snapshot, StateError, StateStream};
+use crate::snapshot::{StateError, StateStream};
 use crate::time::{Clock, Timer, TimerQueue, VmTime};
 use ioapic::IoApic;
 use lapic::LocalApic;
@@ -303,14 +303,14 @@ impl InterruptFabric {
         if !actions.is_empty() {
             return Err(StateError::Busy("the interrupt controllers"));
         }
-        pic.state(s)?;
-        ioapic.state(s)?;
-        lapics.as_mut_slice().state(s)?;
-        int.state(s)?;
-        armed.as_mut_slice().state(s)?;
+        s.field("pic", pic)?;
+        s.field("ioapic", ioapic)?;
+        s.field("lapic", lapics.as_mut_slice())?;
+        s.field("int", int)?;
+        s.field("armed", armed.as_mut_slice())?;
         for offer in offers {
             let mut value = offer.load(Ordering::Acquire);
-            value.state(s)?;
+            s.field("offer", &mut value)?;
             offer.store(value, Ordering::Release);
         }
         timers.iter().try_for_each(|timer| timer.shared_state(s))

@@ -201,11 +201,12 @@ impl PioDevice for PciBus {
 impl Snapshot for PciBus {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
         let PciBus { bus, control: _, slots, confadd, rc } = self;
-        confadd.state(s)?;
-        rc.state(s)?;
+        s.field("confadd", confadd)?;
+        s.field("rc", rc)?;
         for slot in slots.values_mut() {
             let mut function = slot.function.lock().expect("PCI function");
-            function.as_snapshot().ok_or(StateError::Missing("a PCI function"))?.state(s)?;
+            let state = function.as_snapshot().ok_or(StateError::Missing("a PCI function"))?;
+            s.field(&slot.label, state)?;
             drop(function);
             if s.loads() {
                 slot.refresh(bus);

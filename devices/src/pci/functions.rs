@@ -136,7 +136,7 @@ impl IsaBridge {
 impl Snapshot for IsaBridge {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
         let IsaBridge { config, router } = self;
-        config.state(s)?;
+        s.field("config", config)?;
         router.shared_state(s)
     }
 }

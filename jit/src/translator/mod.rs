@@ -326,6 +326,10 @@ impl Engine for Translator {
         self.core.set_tracer(tracer);
     }
 
+    fn nmi_waits(&self) -> bool {
+        self.nmi_pending || self.attention.get() & Attention::NMI != 0
+    }
+
     fn start_over(&mut self, cpu: &CpuState) {
         if std::mem::take(&mut self.interrupt_pending) {
             self.attention.set(Attention::INTERRUPT);

@@ -79,8 +79,8 @@ impl Snapshot for VirtioBlk {
             slots.clear();
             free.clear();
         }
-        write_through.state(s)?;
-        config.state(s)
+        s.field("write_through", write_through)?;
+        s.field("config", config)
     }
 }
 

@@ -501,13 +501,13 @@ impl Snapshot for VirtioPci {
         if device.in_flight() != 0 {
             return Err(StateError::Busy("a virtio device"));
         }
-        config.state(s)?;
-        rings.state(s)?;
-        device.state(s)?;
-        reset_waits.state(s)?;
-        device_feature_select.state(s)?;
-        driver_feature_select.state(s)?;
-        queue_select.state(s)
+        s.field("config", config)?;
+        s.field("rings", rings)?;
+        s.field("device", device)?;
+        s.field("reset_waits", reset_waits)?;
+        s.field("device_feature_select", device_feature_select)?;
+        s.field("driver_feature_select", driver_feature_select)?;
+        s.field("queue_select", queue_select)
     }
 }
 

@@ -98,18 +98,18 @@ impl Snapshot for Ring {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
         let Ring { queue, vector } = self;
         let mut q = queue.state();
-        q.next_avail.state(s)?;
-        q.next_used.state(s)?;
-        q.event_idx_enabled.state(s)?;
-        q.size.state(s)?;
-        q.ready.state(s)?;
-        q.desc_table.state(s)?;
-        q.avail_ring.state(s)?;
-        q.used_ring.state(s)?;
+        s.field("next_avail", &mut q.next_avail)?;
+        s.field("next_used", &mut q.next_used)?;
+        s.field("event_idx_enabled", &mut q.event_idx_enabled)?;
+        s.field("size", &mut q.size)?;
+        s.field("ready", &mut q.ready)?;
+        s.field("desc_table", &mut q.desc_table)?;
+        s.field("avail_ring", &mut q.avail_ring)?;
+        s.field("used_ring", &mut q.used_ring)?;
         if s.loads() {
             *queue = Queue::try_from(q).map_err(|_| StateError::Value("a virtqueue"))?;
         }
-        vector.state(s)
+        s.field("vector", vector)
     }
 }
 
