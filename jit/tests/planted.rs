@@ -68,6 +68,10 @@ impl Engine for Crooked {
     fn set_tracer(&mut self, tracer: Option<Arc<dyn Tracer>>) {
         self.engine.set_tracer(tracer);
     }
+
+    fn nmi_waits(&self) -> bool {
+        self.engine.nmi_waits()
+    }
     fn start_over(&mut self, cpu: &CpuState) {
         self.engine.start_over(cpu);
     }
