@@ -7,6 +7,7 @@
 //! |------------------------------------------------------------------------------------|-------------------------------|
 //! | every exception: vector, code, CR2, pushed RIP, flags and RF                        | exceptions, `Bed::faults`     |
 //! | invalid opcodes, LOCK, 15 bytes, the first of several faults                        | illegal                       |
+//! | every invalid opcode by mode and model                                              | opcodes                       |
 //! | what older models lack: instructions, control bits, MSRs, paging                    | models                        |
 //! | gates, privilege changes, IST, IRET                                                 | gates                         |
 //! | faults in delivery, double faults, shutdown, inner stacks, order of interrupts      | delivery, post_mortem         |
@@ -61,6 +62,8 @@ mod models;
 mod modes;
 #[path = "system/modified.rs"]
 mod modified;
+#[path = "system/opcodes.rs"]
+mod opcodes;
 #[path = "system/paging.rs"]
 mod paging;
 #[path = "system/plan.rs"]

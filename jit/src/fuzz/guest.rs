@@ -75,7 +75,7 @@ impl Guest {
         self.memory.host_base() as u64 + DATA_PHYS
     }
 
-    /// Runs `case` until the exception that ends it, and puts into `outcome` where that was.
+    /// Runs `case` until the exception that ends it, and puts into `outcome` where that was; RIP and registers if none does.
     pub fn run(
         &self,
         engine: &mut dyn Engine,
@@ -124,7 +124,11 @@ impl Guest {
                 self.outcome(&cpu, outcome);
                 Ok(())
             }
-            other => Err(other),
+            other => {
+                outcome.stop.rip = cpu.rip;
+                outcome.state.gpr = cpu.gpr;
+                Err(other)
+            }
         }
     }
 

@@ -237,14 +237,14 @@ impl Bench {
             let (bits, leave) = (self.generator.bits, subject.leave);
             let mut lines = match &ended {
                 Ok(()) => compare::differences(case, bits, leave, &self.host, &self.guests),
-                Err(exit) => vec![stopped(*exit)],
+                Err(exit) => vec![stopped(*exit, &self.guests)],
             };
             // Not where the engine was allowed to end otherwise.
             if self.is_mended && lines.is_empty() && self.guests.stop.vector == 14 {
                 let ended = self.guest.mend(&mut *subject.engine, self.mode, &mut self.guests);
                 let after = match ended {
                     Ok(()) => compare::differences(case, bits, leave, &self.mended, &self.guests),
-                    Err(exit) => vec![stopped(exit)],
+                    Err(exit) => vec![stopped(exit, &self.guests)],
                 };
                 lines.extend(after.into_iter().map(|line| format!("the fault mended: {line}")));
             }
@@ -332,9 +332,9 @@ impl Bench {
 }
 
 /// Why an engine did not come to the exception that ends a case.
-fn stopped(exit: Exit) -> String {
+fn stopped(exit: Exit, at: &Outcome) -> String {
     match exit {
-        Exit::Stop => HANG.into(),
+        Exit::Stop => format!("{HANG}: at {:#x}, registers {:x?}", at.stop.rip, at.state.gpr),
         Exit::Unsupported => "the engine does not support it".into(),
         exit => format!("the engine stopped with {exit:?}"),
     }
@@ -342,7 +342,7 @@ fn stopped(exit: Exit) -> String {
 
 /// Whether an engine had to be stopped.
 fn is_hang(differences: &[String]) -> bool {
-    differences.iter().any(|d| d.ends_with(HANG))
+    differences.iter().any(|d| d.contains(HANG))
 }
 
 #[cfg(test)]

@@ -485,6 +485,12 @@ impl Bed {
         exit
     }
 
+    /// Goes on until the engine returns; nobody watches.
+    pub fn quick(&mut self) -> Exit {
+        self.cpu.halted = false;
+        self.engine.run(&mut self.cpu, &self.mem, &*self.board, Budget::UNLIMITED)
+    }
+
     /// What the debugger wants to be told.
     pub fn arm(&mut self, plan: DebugPlan) {
         self.engine.set_debug(&Arc::new(plan));
@@ -529,7 +535,11 @@ impl Bed {
 
     /// What the handler that halted sees on its stack.
     pub fn taken(&self) -> Taken {
-        let vector = self.handler().unwrap_or_else(|| panic!("no handler at {:#x}", self.cpu.rip));
+        self.taken_at(self.handler().unwrap_or_else(|| panic!("no handler at {:#x}", self.cpu.rip)))
+    }
+
+    /// What the handler of `vector` will see that was just entered.
+    pub fn taken_at(&self, vector: u64) -> Taken {
         let has_error = matches!(vector, 8 | 10..=14 | 17) && self.start != Start::Real;
         let sp = self.cpu.gpr[gpr::RSP] & if self.start == Start::Real { 0xFFFF } else { u64::MAX };
         let mut at = self.cpu.segment(SegReg::Ss).base + sp;
