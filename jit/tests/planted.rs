@@ -5,18 +5,27 @@ use paravane_cpu::{
     Attention, Budget, CpuBus, CpuState, DebugPlan, Engine, Exit, HostCode, HostFeatures, Interpreter,
     PostMortem, Tracer, VpIndex, flags, model_by_name,
 };
-use paravane_jit::fuzz::{Bench, Leave, Program, Verdict};
+use paravane_jit::fuzz::{Bench, Leave, Pools, Program, Random, Verdict};
 use paravane_jit::host::{HostVectorUnit, NativeMode};
+use paravane_jit::{JitOptions, Translator};
 use paravane_memory::{GuestMemory, PhysAddr, RamOffset};
 use std::sync::{Arc, Mutex};
 
 /// Benches map the same addresses.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// An interpreter that does one thing wrong.
+/// An engine that does one thing wrong.
 struct Crooked {
-    engine: Interpreter,
+    engine: Box<dyn Engine>,
     error: Error,
+}
+
+impl Crooked {
+    /// Traces made so far.
+    fn traces(&self) -> u64 {
+        let counters = self.engine.counters();
+        counters.into_iter().find(|(name, _)| name == "traces").map_or(0, |(_, traces)| traces)
+    }
 }
 
 /// What is changed, and when.
@@ -26,6 +35,8 @@ enum Error {
     After(fn(&mut CpuState, &GuestMemory)),
     /// When it goes on after a fault, which RF tells.
     Resuming(fn(&mut CpuState)),
+    /// After a loop that became a trace.
+    Traced(fn(&mut CpuState)),
 }
 
 impl Engine for Crooked {
@@ -35,9 +46,12 @@ impl Engine for Crooked {
             Error::Resuming(change) if cpu.rflags & flags::RF != 0 => change(cpu),
             _ => {}
         }
+        let traces = self.traces();
         let exit = self.engine.run(cpu, mem, bus, budget);
-        if let Error::After(change) = self.error {
-            change(cpu, mem);
+        match self.error {
+            Error::After(change) => change(cpu, mem),
+            Error::Traced(change) if self.traces() > traces => change(cpu),
+            _ => {}
         }
         exit
     }
@@ -109,9 +123,20 @@ fn bench(mode: NativeMode, error: Error) -> Option<Bench> {
     })?;
     let model = model_by_name("max", &HostFeatures::detect()).unwrap();
     let vector = Box::new(HostVectorUnit::new().unwrap());
-    let engine = Interpreter::new(model, vector, Attention::default(), VpIndex(0));
+    let engine = Box::new(Interpreter::new(model, vector, Attention::default(), VpIndex(0)));
     bench.add("crooked", Box::new(Crooked { engine, error }), Leave::Nothing);
     Some(bench)
+}
+
+/// The same with a translator that makes traces soon.
+fn tracing_bench(mode: NativeMode, error: Error) -> Bench {
+    let mut bench = Bench::new(mode).unwrap();
+    let model = model_by_name("max", &HostFeatures::detect()).unwrap();
+    let options = JitOptions { hot_loop: 2, ..JitOptions::default() };
+    let memory = bench.guest().memory();
+    let engine = Box::new(Translator::new(model, memory, Attention::default(), VpIndex(0), options).unwrap());
+    bench.add("crooked", Box::new(Crooked { engine, error }), Leave::DeadFlags);
+    bench
 }
 
 #[test]
@@ -144,6 +169,27 @@ fn errors_after_a_mended_fault_are_found() {
         let different =
             (0..64).any(|seed| matches!(bench.check(Code::Stosb_m8_AL, seed), Verdict::Different(_)));
         assert_eq!(different, found);
+    }
+}
+
+/// Random programs have loops that turn often enough, and what comes of their traces is compared.
+#[test]
+fn errors_of_traces_are_found() {
+    let _guard = ONE_AT_A_TIME.lock();
+    for mode in [NativeMode::Long, NativeMode::Protected32] {
+        let forms = paravane_jit::fuzz::forms(mode.bits());
+        let pools = Pools::new(forms.into_iter().filter(|(_, v)| v.is_ok()).map(|(form, _)| form).collect());
+        for (error, found) in [(Error::Traced(|_| ()), false), (Error::Traced(|cpu| cpu.gpr[5] ^= 1), true)] {
+            let mut bench = tracing_bench(mode, error);
+            let mut different = 0;
+            for seed in 0..300 {
+                let program = Program::draw(&mut bench, &pools, 20, &mut Random::new(seed)).unwrap();
+                different += usize::from(!bench.differences(program.case()).is_empty());
+            }
+            let traces = bench.counter("traces");
+            assert!(traces > 5, "{traces} traces in {mode:?}");
+            assert_eq!(different > 5, found, "{different} found in {mode:?}, {traces} traces");
+        }
     }
 }
 

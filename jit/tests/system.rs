@@ -25,6 +25,7 @@
 //! | x87 and SSE: #NM, #MF, IRQ 13, IGNNE#, #XM, pointers, rounding, denormals           | fpu                           |
 //! | XSAVE areas, compaction, XCR0                                                       | xsave                         |
 //! | alignment checking                                                                  | alignment                     |
+//! | hot loops: their ways out, faults in them, changes of them                          | traces                        |
 //! | modified code (by other processors: `smp.rs`)                                       | modified                      |
 //! | mode switches, unreal mode; A20, the first megabyte's end                           | modes, wraps                  |
 //! | guests that aim at the host                                                         | wild                          |
@@ -86,6 +87,8 @@ mod syscalls;
 mod tasks;
 #[path = "system/tlb.rs"]
 mod tlb;
+#[path = "system/traces.rs"]
+mod traces;
 #[path = "system/transfers.rs"]
 mod transfers;
 #[path = "system/vme.rs"]

@@ -491,6 +491,11 @@ impl Bed {
         self.engine.run(&mut self.cpu, &self.mem, &*self.board, Budget::UNLIMITED)
     }
 
+    /// A counter of the engine's; the interpreter has other ones.
+    pub fn counter(&self, name: &str) -> Option<u64> {
+        self.engine.counters().into_iter().find(|(counter, _)| counter == name).map(|(_, value)| value)
+    }
+
     /// What the debugger wants to be told.
     pub fn arm(&mut self, plan: DebugPlan) {
         self.engine.set_debug(&Arc::new(plan));
