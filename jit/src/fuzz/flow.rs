@@ -45,11 +45,11 @@ fn store(bits: u32, slot: u64, value: u64) -> Vec<u8> {
     }
 }
 
-/// How often a loop turns: mostly a few times, now and then so often that a translator takes it for hot.
+/// How often a loop turns: a few times, or so often that a translator takes it for hot.
 fn turns(random: &mut Random) -> u64 {
-    match random.below(8) {
-        0 => 16 + random.below(32),
-        1 | 2 => 6 + random.below(10),
+    match random.below(4) {
+        0 => 16 + random.below(48),
+        1 => 6 + random.below(10),
         _ => 1 + random.below(5),
     }
 }

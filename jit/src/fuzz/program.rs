@@ -161,6 +161,9 @@ impl Program {
         if self.room(at) < STEP + WAY_OUT {
             return self.leave(tracer, at);
         }
+        if !self.loops.is_empty() && random.one_in(6) {
+            return self.begin_or_end_loop(tracer, random);
+        }
         match random.below(16) {
             0 => self.branch(tracer, random),
             1 => self.jump(tracer, random),

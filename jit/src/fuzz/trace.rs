@@ -14,7 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 /// Instructions that a program may execute, all turns of its loops together.
-const LIMIT: usize = 1_200;
+const LIMIT: usize = 1_500;
 
 /// One instruction and the MOVs that prepare its registers.
 #[derive(Clone)]
