@@ -15,6 +15,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => paravane::compare::command(&args),
         Command::Image { .. } => Err("image: not there yet".into()),
         Command::Lockstep(args) => paravane::lockstep::command(&args),
+        Command::Trace(args) => paravane::trace::command(&args),
         Command::Doctor => paravane::doctor::command(),
     };
     paravane::run::terminal::restore();
@@ -32,7 +33,7 @@ fn usage(e: &clap::Error) -> ExitCode {
     let line = lines.join(" ");
     let line = line.trim().trim_start_matches("error: ");
     if line.is_empty() || e.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        eprintln!("paravane: say what to do: run, compare, lockstep, image or doctor (see --help)");
+        eprintln!("paravane: say what to do: run, compare, lockstep, trace, image or doctor (see --help)");
     } else {
         eprintln!("paravane: {line} (see --help)");
     }

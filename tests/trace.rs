@@ -32,6 +32,12 @@ const UNDEFINED: [u8; 21] = [
     0xE6, 0xF4, 0xEB, 0xFE,
 ];
 
+/// MOV AL, 7 and VMCALL at 7C0FH, which is #UD, whose handler at 7C12H ends the run with exit code 11.
+const HYPERCALL: [u8; 24] = [
+    0x31, 0xC0, 0x8E, 0xD8, 0xC7, 0x06, 0x18, 0x00, 0x12, 0x7C, 0xA3, 0x1A, 0x00, 0xB0, 0x07, 0x0F, 0x01,
+    0xC1, 0xB0, 0x05, 0xE6, 0xF4, 0xEB, 0xFE,
+];
+
 fn command(kernel: &str, engine: &str, trace: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_paravane"));
     command.args(["run", "--kernel", kernel, "--engine", engine, "--memory", "16M", "--serial", "none"]);
@@ -155,6 +161,81 @@ fn exceptions_control_registers_and_walks_are_told() {
             events.iter().filter(|e| e["kind"] == "walk" && !e["to"].is_null()).collect();
         assert!(!walks.is_empty() && walks.iter().all(|e| e["at"] == e["to"]), "{engine}: {walks:?}");
     }
+}
+
+#[test]
+fn hypercalls_are_told_with_their_number() {
+    for engine in ENGINES {
+        let dir = Scratch::new(&format!("trace-hypercall-{engine}"));
+        let (events, _) = traced(&dir, &HYPERCALL, engine, "hypercall,exception");
+        let kinds: Vec<&str> = events.iter().map(|e| e["kind"].as_str().expect("text")).collect();
+        assert_eq!(kinds, ["hypercall", "exception"], "{engine}");
+        assert_eq!((&events[0]["value"], &events[0]["rip"]), (&"0x7".into(), &"0x7c0f".into()), "{engine}");
+    }
+}
+
+/// What `paravane trace` makes of a file: exit code, lines, errors.
+fn read(file: &Path, filters: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_paravane"));
+    let out = command.arg("trace").arg(file).args(filters).output().expect("paravane runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (out.status.code(), text(&out.stdout), text(&out.stderr))
+}
+
+#[test]
+fn the_compact_form_is_read_as_the_lines_it_would_have_been() {
+    let dir = Scratch::new("trace-binary");
+    let (file, lab) = (dir.path("binary"), dir.path("lab.elf"));
+    fs::write(&lab, paravane_firmware::lab::LAB_ELF).expect("lab guest");
+    let [ticks, counter] = [("ticks", &TICKS[..]), ("counter", &COUNTER)].map(|(name, code)| {
+        fs::rename(sector(&dir, code), dir.path(name)).expect("sector");
+        dir.path(name).display().to_string()
+    });
+    for (kernel, code, kinds) in
+        [(counter, 11, "all,block,insn"), (ticks, 11, "all"), (lab.display().to_string(), 0, "all")]
+    {
+        let write = |form: &str, kinds: &str, to: &Path| {
+            let status = command(&kernel, "jit", &format!("{},{kinds},wait{form}", to.display())).status();
+            assert_eq!(status.expect("paravane runs").code(), Some(code), "{kinds}");
+        };
+        let lines = dir.path("lines");
+        write("", kinds, &lines);
+        write(",binary", kinds, &file);
+        let expected = fs::read_to_string(&lines).expect("lines");
+        assert!(expected.lines().count() > 50, "{expected}");
+        let (code, said, told) = read(&file, &[]);
+        assert!((code, said == expected, told.as_str()) == (Some(0), true, ""), "{told}");
+        let size = |path: &Path| fs::metadata(path).expect("file").len();
+        assert!(size(&file) * 5 < size(&lines), "{} of {} bytes", size(&file), size(&lines));
+        // Filters choose what a trace with them would have held.
+        write("", "port,device=pit", &lines);
+        let expected = fs::read_to_string(&lines).expect("lines");
+        let events = |text: &str| {
+            text.lines().filter(|l| !l.contains("\"end\"")).map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(events(&read(&file, &["port", "device=pit"]).1), events(&expected));
+    }
+}
+
+#[test]
+fn what_is_no_trace_or_not_all_of_one_is_told() {
+    let dir = Scratch::new("trace-cut");
+    let (kernel, file) = (sector(&dir, &COUNTER), dir.path("trace"));
+    let told = |filters: &[&str], part: &str, lines: usize| {
+        let (code, said, told) = read(&file, filters);
+        assert!(code == Some(1) && told.contains(part) && told.lines().count() == 1, "{part}: {told}");
+        assert_eq!(said.lines().count(), lines, "{said}");
+    };
+    told(&[], "No such file", 0);
+    command(&kernel, "jit", &format!("{},port", file.display())).status().expect("paravane runs");
+    told(&[], "no binary trace", 0);
+    command(&kernel, "jit", &format!("{},port,binary", file.display())).status().expect("paravane runs");
+    told(&["ports"], "'ports' is none of", 0);
+    told(&["wait"], "'wait' is for writing", 0);
+    assert_eq!(read(&file, &[]).1.lines().count(), 2);
+    let whole = fs::read(&file).expect("trace");
+    fs::write(&file, &whole[..whole.len() - 3]).expect("trace");
+    told(&[], "cut off", 1);
 }
 
 #[test]

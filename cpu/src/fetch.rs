@@ -5,8 +5,9 @@ use crate::core::{Unit, instruction_address};
 use crate::fault::Fault;
 use crate::mmu::{Access, Entry, Privilege};
 use crate::segment::canonical;
-use crate::state::{CpuState, LinAddr, SegReg};
-use iced_x86::{Decoder, DecoderError, Instruction};
+use crate::state::{CpuState, LinAddr, SegReg, gpr};
+use crate::trace::TraceEvent;
+use iced_x86::{Decoder, DecoderError, Instruction, Mnemonic};
 use paravane_memory::{GuestMemory, PAGE_SIZE, Width};
 
 /// Longest instruction.
@@ -97,6 +98,10 @@ impl Fetcher {
             return Err(if beyond { Fault::GP0 } else { Fault::UD });
         }
         if !unit.model.allows(&instr) {
+            // No model offers hypercalls; that a guest tried one is worth telling.
+            if let (Some(tracer), Mnemonic::Vmcall | Mnemonic::Vmmcall) = (&unit.tracer, instr.mnemonic()) {
+                tracer.event(&unit.traced_at, TraceEvent::Hypercall(cpu.gpr[gpr::RAX]));
+            }
             return Err(Fault::UD);
         }
         let mut raw = [0; 16];

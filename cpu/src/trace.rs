@@ -63,6 +63,8 @@ pub enum TraceEvent<'a> {
     Control(u8, u64),
     /// WRMSR.
     Msr(u32, u64),
+    /// VMCALL or VMMCALL, with what is in RAX; whatever becomes of it.
+    Hypercall(u64),
     /// Page tables were walked; to where.
     Walk {
         /// From this linear address.

@@ -39,6 +39,9 @@ pub enum Command {
     /// the first difference.
     #[command(after_help = LOCKSTEP_HELP)]
     Lockstep(Box<LockstepArgs>),
+    /// Print a trace that was written with `--trace FILE,binary` as JSON lines.
+    #[command(after_help = TRACE_HELP)]
+    Trace(TraceArgs),
     /// Say what this host offers, which engine runs and what is missing.
     Doctor,
 }
@@ -59,6 +62,13 @@ The disk image is made in the temporary directory and removed afterwards.
 
 Example:
   paravane compare disk --runs 5 --json result.json";
+
+const TRACE_HELP: &str = "\
+Without kinds everything in the file is printed. The last line says how many events the file has, and how many were
+dropped when it was written.
+
+Example:
+  paravane trace t.bin port,mmio device=pit";
 
 const LOCKSTEP_HELP: &str = "\
 Two whole machines with the same guest: after every block (or every --stride instructions, by which blocks stay
@@ -182,11 +192,29 @@ pub struct RunArgs {
     /// Run what --record wrote again: the same machine, files and input; a difference ends the run and is told.
     #[arg(long, value_name = "F")]
     pub replay: Option<PathBuf>,
-    /// Write events as JSON lines: FILE[,KIND]…[,FILTER]…; kinds: exception, interrupt, cr, msr, walk, flush, port, mmio, dma, doorbell (all
-    /// of these by default), block, insn (these interpret the guest); filters: device=NAME, addr=FIRST-LAST, cpl=N, cr3=N, vcpu=N;
-    /// `wait`: nothing is dropped, the guest waits.
+    /// Write events as JSON lines: FILE[,KIND]…[,FILTER]…; kinds: exception, interrupt, cr, msr, walk, flush, port, mmio, dma, doorbell,
+    /// hypercall (all of these by default), block, insn (these interpret the guest); filters: device=NAME, addr=FIRST-LAST, cpl=N, cr3=N, vcpu=N;
+    /// `wait`: nothing is dropped, the guest waits; `binary`: a compact form, for `paravane trace`.
     #[arg(long, value_name = "SPEC")]
     pub trace: Option<String>,
+}
+
+/// Options of `paravane trace`.
+#[derive(Args, Debug)]
+pub struct TraceArgs {
+    /// The trace.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Kinds and filters, as in --trace: exception, port, …, device=NAME, addr=FIRST-LAST, cpl=N, cr3=N, vcpu=N.
+    #[arg(value_name = "KIND|FILTER")]
+    pub filters: Vec<String>,
+}
+
+impl TraceArgs {
+    /// What of it is printed.
+    pub fn filter(&self) -> Result<Filter, CliError> {
+        Filter::for_reading(&self.filters).map_err(|p| bad("trace", p))
+    }
 }
 
 /// Options of `paravane compare`.

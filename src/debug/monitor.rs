@@ -29,8 +29,8 @@ phys on|off           memory reads and writes of the debugger are physical
 step-interrupts on|off   whether a step takes pending interrupts (off: it steps past them)
 blocks [ADDR]         what the translator made of the block there: guest code beside host code
 trace on FILE[,KIND]…[,FILTER]…, trace off   events as JSON lines, as with --trace
-why                   why the guest stands still
-last                  the last blocks executed and the last device accesses
+why                   why the guest stands still, and how it came there
+last                  the registers, the last blocks executed and the last device accesses
 vcpus [all]           a line for each vCPU; all: and how it came to where it is
 EXPR, ADDR: numbers, registers, [e] b[e] w[e] d[e] for memory, C's operators
 ";
@@ -307,16 +307,20 @@ fn history(target: &Target) -> Said {
 }
 
 fn why(target: &Target) -> Said {
-    Ok(match &target.stop {
-        Some(Stop::TripleFault(dossier)) => format!("triple fault: the processor shut down\n{dossier}"),
-        Some(Stop::Paused) | None => format!("it was interrupted; how it came here:\n{}", history(target)?),
-        Some(Stop::Stepped) => "a step is done\n".into(),
-        Some(Stop::End(why)) => format!("the recorded run ends here: {why}\n"),
-        Some(Stop::Beginning) => "what came before is not known: this is as far back as it goes\n".into(),
-        Some(Stop::Breakpoint(at, _)) => format!("a breakpoint at {at}\n"),
+    let reason = match &target.stop {
+        // Its dossier has all of the rest.
+        Some(Stop::TripleFault(dossier)) => {
+            return Ok(format!("triple fault: the processor shut down\n{dossier}"));
+        }
+        Some(Stop::Paused) | None => "it was interrupted".into(),
+        Some(Stop::Stepped) => "a step is done".into(),
+        Some(Stop::End(why)) => format!("the recorded run ends here: {why}"),
+        Some(Stop::Beginning) => "what came before is not known: this is as far back as it goes".into(),
+        Some(Stop::Breakpoint(at, _)) => format!("a breakpoint at {at}"),
         Some(Stop::Watch(hit)) => {
             let what = if hit.write { "write to" } else { "read of" };
-            format!("a {what} {} {:#x}\n", hit.watch.space, hit.at)
+            format!("a {what} {} {:#x}", hit.watch.space, hit.at)
         }
-    })
+    };
+    Ok(format!("{reason}; how it came here:\n{}", history(target)?))
 }

@@ -11,6 +11,12 @@ pub(super) enum Record {
     Device(String, DeviceEvent),
 }
 
+/// An event, and who answers at the port or address that it is about.
+pub(super) struct Owned {
+    pub(super) record: Record,
+    pub(super) owner: Option<String>,
+}
+
 /// What a device did.
 pub(super) enum DeviceEvent {
     Dma { at: u64, len: u64, write: bool },
@@ -18,6 +24,7 @@ pub(super) enum DeviceEvent {
 }
 
 /// What a processor did.
+#[derive(Clone)]
 pub(super) enum What {
     Instruction { bytes: [u8; 15], len: u8 },
     Block,
@@ -25,6 +32,7 @@ pub(super) enum What {
     Interrupt { vector: u8 },
     Control { register: u8, value: u64 },
     Msr { index: u32, value: u64 },
+    Hypercall { number: u64 },
     Walk { linear: u64, access: Access, physical: Option<u64> },
     Flush { what: &'static str, pcid: Option<u16>, linear: Option<u64> },
     Access { port: bool, at: u64, size: u8, write: bool, value: u64 },
@@ -96,6 +104,7 @@ impl Record {
             TraceEvent::Interrupt(vector) => put(What::Interrupt { vector }),
             TraceEvent::Control(register, value) => put(What::Control { register, value }),
             TraceEvent::Msr(index, value) => put(What::Msr { index, value }),
+            TraceEvent::Hypercall(number) => put(What::Hypercall { number }),
             TraceEvent::Walk { linear, access, physical } => put(What::Walk { linear, access, physical }),
             TraceEvent::Flush(flushes) => {
                 let mut flush = |what, pcid, linear| put(What::Flush { what, pcid, linear });
@@ -168,6 +177,7 @@ fn processor(at: &TraceContext, what: &What, owner: impl FnOnce(u32, bool, u64) 
         What::Msr { index, value } => {
             Line { kind: "msr", register: Some(format!("{index:#x}")), value: hex(value), ..line }
         }
+        What::Hypercall { number } => Line { kind: "hypercall", value: hex(number), ..line },
         What::Walk { linear, access, physical } => {
             let what = match access {
                 Access::Read => "read",

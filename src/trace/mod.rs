@@ -1,17 +1,22 @@
-//! `--trace`: events of processors and devices as JSON lines.
+//! `--trace`: events of processors and devices as JSON lines, or in a compact form that `paravane trace` makes these lines of.
 //!
 //! A vCPU or a worker filters, copies what counts into a record, and puts that into a bounded channel; a thread of its own writes. Where the
 //! channel is full the record is dropped and counted, or with `wait` the guest waits. Nothing traces until somebody asks for it: the
 //! processors have no tracer then, and devices look at one flag.
 
+mod binary;
 mod lines;
+mod read;
 mod spec;
 
+pub use read::command;
 pub use spec::{Filter, KINDS, parse};
 
 use crate::machine::MachineBus;
+use binary::Encoder;
 use lines::{DeviceEvent, Record};
 use paravane_cpu::{TraceContext, TraceEvent, Tracer, VpIndex};
+use serde::Serialize;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -35,12 +40,14 @@ pub struct Trace {
 impl Trace {
     /// Begins to write `file`, in place of what it held.
     pub fn begin(file: &Path, filter: Filter, bus: &Arc<MachineBus>) -> io::Result<Arc<Trace>> {
-        let sink = BufWriter::new(File::create(file)?);
+        let mut sink = BufWriter::new(File::create(file)?);
+        let encoder = if filter.binary { Some(Encoder::begin(&mut sink)?) } else { None };
         let (sender, receiver) = mpsc::sync_channel(CAPACITY);
         let dropped = Arc::new(AtomicU64::new(0));
         let writer = Writer {
             file: file.to_owned(),
             sink,
+            encoder,
             dropped: Arc::clone(&dropped),
             bus: Arc::downgrade(bus),
             written: 0,
@@ -88,9 +95,31 @@ impl Tracer for Trace {
     }
 }
 
+/// The last line.
+#[derive(Serialize)]
+struct EndLine {
+    kind: &'static str,
+    written: u64,
+    dropped: u64,
+}
+
+impl EndLine {
+    fn new(written: u64, dropped: u64) -> EndLine {
+        EndLine { kind: "end", written, dropped }
+    }
+}
+
+/// Writes `line` as JSON.
+fn write_line(to: &mut impl Write, line: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer(&mut *to, line)?;
+    to.write_all(b"\n")
+}
+
 struct Writer {
     file: PathBuf,
     sink: BufWriter<File>,
+    /// Writes the compact form.
+    encoder: Option<Encoder>,
     dropped: Arc<AtomicU64>,
     bus: Weak<MachineBus>,
     written: u64,
@@ -111,12 +140,17 @@ impl Writer {
         while let Ok(record) = records.recv() {
             let bus = self.bus.upgrade();
             let owner = |vp, port, at| bus.as_ref()?.owner(VpIndex(vp), port, at);
-            serde_json::to_writer(&mut self.sink, &record.line(owner))?;
-            self.sink.write_all(b"\n")?;
+            match &mut self.encoder {
+                Some(encoder) => encoder.record(&record, owner, &mut self.sink)?,
+                None => write_line(&mut self.sink, &record.line(owner))?,
+            }
             self.written += 1;
         }
         let (written, dropped) = (self.written, self.dropped.load(Ordering::Relaxed));
-        writeln!(self.sink, "{{\"kind\":\"end\",\"written\":{written},\"dropped\":{dropped}}}")?;
+        match &mut self.encoder {
+            Some(encoder) => encoder.end(written, dropped, &mut self.sink)?,
+            None => write_line(&mut self.sink, &EndLine::new(written, dropped))?,
+        }
         self.sink.flush()?;
         if dropped > 0 {
             eprintln!("paravane: trace {}: {dropped} events were dropped", self.file.display());

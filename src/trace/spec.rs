@@ -1,10 +1,11 @@
 //! What is traced: `KIND[,KIND]…[,FILTER]…`.
 
+use super::lines::{DeviceEvent, Record, What};
 use paravane_cpu::{TraceContext, TraceEvent};
 use std::path::PathBuf;
 
 /// The kinds, by name; the last two are told only where they are asked for by name.
-pub const KINDS: [&str; 12] = [
+pub const KINDS: [&str; 13] = [
     "exception",
     "interrupt",
     "cr",
@@ -15,6 +16,7 @@ pub const KINDS: [&str; 12] = [
     "mmio",
     "dma",
     "doorbell",
+    "hypercall",
     "block",
     "insn",
 ];
@@ -30,10 +32,13 @@ const MMIO: usize = 7;
 pub const DMA: usize = 8;
 /// Virtio queue notifications.
 pub const DOORBELL: usize = 9;
-const BLOCK: usize = 10;
-const INSN: usize = 11;
+const HYPERCALL: usize = 10;
+const BLOCK: usize = 11;
+const INSN: usize = 12;
 /// What `all` stands for.
 const ALL: u16 = (1 << BLOCK) - 1;
+/// Those too that are told where they are asked for only.
+const EVERY: u16 = (1 << KINDS.len()) - 1;
 
 /// Which events are written.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
@@ -48,6 +53,8 @@ pub struct Filter {
     vcpu: Option<u32>,
     /// The guest waits for the writer, and nothing is dropped.
     pub wait: bool,
+    /// The file has the compact form.
+    pub binary: bool,
 }
 
 /// `FILE,KIND,…` as `--trace` has it.
@@ -60,6 +67,21 @@ pub fn parse(spec: &str) -> Result<(PathBuf, Filter), String> {
 }
 
 impl Filter {
+    /// What is read of a trace that was written: `words` as in `--trace`, and everything that is there without any kind.
+    pub fn for_reading(words: &[String]) -> Result<Filter, String> {
+        let mut filter = Filter::default();
+        for word in words.iter().flat_map(|w| w.split(',')).filter(|w| !w.is_empty()) {
+            if matches!(word, "wait" | "binary") {
+                return Err(format!("'{word}' is for writing a trace"));
+            }
+            filter.word(word)?;
+        }
+        if filter.kinds == 0 {
+            filter.kinds = EVERY;
+        }
+        Ok(filter)
+    }
+
     fn parse(text: &str) -> Result<Filter, String> {
         let mut filter = Filter::default();
         for word in text.split(',').filter(|w| !w.is_empty()) {
@@ -75,9 +97,10 @@ impl Filter {
         match word.split_once('=') {
             None if word == "all" => self.kinds |= ALL,
             None if word == "wait" => self.wait = true,
+            None if word == "binary" => self.binary = true,
             None => {
                 let kind = KINDS.iter().position(|k| *k == word);
-                let unknown = || format!("'{word}' is none of all, {}, wait", KINDS.join(", "));
+                let unknown = || format!("'{word}' is none of all, {}, wait, binary", KINDS.join(", "));
                 self.kinds |= 1 << kind.ok_or_else(unknown)?;
             }
             Some(("device", name)) => self.device = Some(name.to_owned()),
@@ -123,6 +146,7 @@ impl Filter {
             TraceEvent::Interrupt(_) => (INTERRUPT, at.rip, None),
             TraceEvent::Control(..) => (CR, at.rip, None),
             TraceEvent::Msr(index, _) => (MSR, u64::from(index), None),
+            TraceEvent::Hypercall(_) => (HYPERCALL, at.rip, None),
             TraceEvent::Walk { linear, .. } => (WALK, linear, None),
             TraceEvent::Flush(_) => (FLUSH, at.rip, None),
             TraceEvent::Port { port, .. } => (PORT, u64::from(port), Some(true)),
@@ -130,15 +154,46 @@ impl Filter {
             TraceEvent::Block => (BLOCK, at.rip, None),
             TraceEvent::Instruction(_) => (INSN, at.rip, None),
         };
+        self.takes_processor(kind, at, address)
+            && self
+                .device
+                .as_ref()
+                .is_none_or(|name| device.and_then(|port| owner(port, address)).as_ref() == Some(name))
+    }
+
+    /// Whether an event that was written is wanted; `owner` answers at its port or address, or is the device itself.
+    pub(super) fn takes_record(&self, record: &Record, owner: Option<&str>) -> bool {
+        let (at, what) = match record {
+            Record::Processor(at, what) => (at, what),
+            Record::Device(device, DeviceEvent::Dma { at, .. }) => {
+                return self.takes_device(DMA, device, *at);
+            }
+            Record::Device(device, DeviceEvent::Doorbell { queue }) => {
+                return self.takes_device(DOORBELL, device, *queue);
+            }
+        };
+        let (kind, address) = match *what {
+            What::Exception { address, .. } => (EXCEPTION, address.unwrap_or(at.rip)),
+            What::Interrupt { .. } => (INTERRUPT, at.rip),
+            What::Control { .. } => (CR, at.rip),
+            What::Msr { index, .. } => (MSR, u64::from(index)),
+            What::Hypercall { .. } => (HYPERCALL, at.rip),
+            What::Walk { linear, .. } => (WALK, linear),
+            What::Flush { .. } => (FLUSH, at.rip),
+            What::Access { port, at, .. } => (if port { PORT } else { MMIO }, at),
+            What::Block => (BLOCK, at.rip),
+            What::Instruction { .. } => (INSN, at.rip),
+        };
+        self.takes_processor(kind, at, address)
+            && self.device.as_deref().is_none_or(|name| owner == Some(name))
+    }
+
+    fn takes_processor(&self, kind: usize, at: &TraceContext, address: u64) -> bool {
         self.has(kind)
             && self.cpl.is_none_or(|n| n == at.cpl)
             && self.cr3.is_none_or(|n| n & !0xFFF == at.cr3 & !0xFFF)
             && self.vcpu.is_none_or(|n| n == at.vp)
             && self.addr.is_none_or(|(first, last)| (first..=last).contains(&address))
-            && self
-                .device
-                .as_ref()
-                .is_none_or(|name| device.and_then(|port| owner(port, address)).as_ref() == Some(name))
     }
 }
 
