@@ -482,7 +482,7 @@ mod tests {
         for (n, what) in whats.iter().chain(&whats).enumerate() {
             let n = n as u64;
             let (cpl, bits) = ((n % 4) as u8, [16, 32, 64][n as usize % 3]);
-            let rip = if n % 2 == 0 { 0x7C00 + n } else { 0xFFFF_FFFF_8100_0000 - n };
+            let rip = if n.is_multiple_of(2) { 0x7C00 + n } else { 0xFFFF_FFFF_8100_0000 - n };
             let at = TraceContext { vp: n as u32 % 3, instructions: 3 * n, rip, cpl, cr3: n << 12, bits };
             records.push(Record::Processor(at, what.clone()));
         }
