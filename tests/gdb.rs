@@ -251,6 +251,8 @@ fn registers_and_memory_are_written_and_nothing_else_is_touched() {
                 "set *(char *)0x7c12 = 6",
                 "p $xmm15.uint128 = 77",
                 "p $xmm15.uint128",
+                "p $ymm3.v8_int32[5] = 78",
+                "p $ymm3.v8_int32",
                 "p $st1 = 2.5",
                 "p $st1",
                 "p $cr0 = $cr0 | 8",
@@ -275,6 +277,8 @@ fn registers_and_memory_are_written_and_nothing_else_is_touched() {
                 "0x7c10:\t0x90\t0xb0",
                 "= 77",
                 "= 77",
+                "= 78",
+                "= {0, 0, 0, 0, 0, 78, 0, 0}",
                 "= 2.5",
                 "= 2.5",
                 "TS ",
@@ -593,10 +597,24 @@ fn packets_changed_at_random_do_no_harm() {
     assert_eq!(running.finish(SOON).0, Some(11));
 }
 
+/// REP LODSB over 3 GiB of RAM and nothing, in protected mode, again and again.
+///
+/// ```text
+/// 7C00 cli; xor ax, ax; mov ds, ax; lgdt [..]; CR0.PE; jmp 8:7C17h
+/// 7C17 mov ax, 16; mov ds, ax; mov es, ax; mov ecx, C0000000h; xor esi, esi; rep lodsb; jmp
+/// ```
+const REPEAT: [u8; 78] = [
+    0xFA, 0x31, 0xC0, 0x8E, 0xD8, 0x0F, 0x01, 0x16, 0x48, 0x7C, 0x0F, 0x20, 0xC0, 0x0C, 0x01, 0x0F, 0x22,
+    0xC0, 0xEA, 0x17, 0x7C, 0x08, 0x00, 0x66, 0xB8, 0x10, 0x00, 0x8E, 0xD8, 0x8E, 0xC0, 0xB9, 0x00, 0x00,
+    0x00, 0xC0, 0x31, 0xF6, 0xF3, 0xAC, 0xEB, 0xF5, 0x8D, 0xB6, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00,
+    0x00, 0x00, 0x00, 0x00, 0x00, 0xFF, 0xFF, 0x00, 0x00, 0x00, 0x9B, 0xCF, 0x00, 0xFF, 0xFF, 0x00, 0x00,
+    0x00, 0x93, 0xCF, 0x00, 0x17, 0x00, 0x30, 0x7C, 0x00, 0x00,
+];
+
 #[test]
-fn ctrl_c_stops_a_guest_that_spins_or_sleeps_for_good() {
+fn ctrl_c_stops_a_guest_that_spins_repeats_or_sleeps_for_good() {
     // jmp $, and cli; hlt.
-    for (name, code) in [("spin", &[0xEB, 0xFE][..]), ("sleep", &[0xFA, 0xF4][..])] {
+    for (name, code) in [("spin", &[0xEB, 0xFE][..]), ("sleep", &[0xFA, 0xF4]), ("repeat", &REPEAT)] {
         for engine in ENGINES {
             let dir = Scratch::new(&format!("gdb-{name}-{engine}"));
             let kernel = sector(&dir, code);
