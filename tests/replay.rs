@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Running, Scratch, guest, run};
+use common::{Running, Scratch, debugger, guest, run};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -149,6 +149,39 @@ fn replay_a_conversation(cpus: &str) {
     let (code, again) = run(&guest, "console=ttyS0", &more).finish(BOOT);
     assert_eq!((code, again), (Some(0), said));
     assert_eq!(state(Path::new(&first)), state(Path::new(&second)));
+}
+
+/// Resets the machine once, which leaves memory alone; then sends back one byte and ends with exit code 11.
+///
+/// ```text
+/// 7C00 xor ax, ax; mov ds, ax; cmp byte [600h], 1; je 7C16h      7C16 mov dx, 3FDh
+/// 7C0B mov byte [600h], 1                                        7C19 in al, dx; test al, 1; jz 7C19h
+/// 7C10 mov al, FEh; out 64h, al; jmp $                           7C1E mov dx, 3F8h; in al, dx; out dx, al
+///                                                                7C23 mov al, 5; out F4h, al; jmp $
+/// ```
+const RESETS: [u8; 41] = [
+    0x31, 0xC0, 0x8E, 0xD8, 0x80, 0x3E, 0x00, 0x06, 0x01, 0x74, 0x0B, 0xC6, 0x06, 0x00, 0x06, 0x01, 0xB0,
+    0xFE, 0xE6, 0x64, 0xEB, 0xFE, 0xBA, 0xFD, 0x03, 0xEC, 0xA8, 0x01, 0x74, 0xFB, 0xBA, 0xF8, 0x03, 0xEC,
+    0xEE, 0xB0, 0x05, 0xE6, 0xF4, 0xEB, 0xFE,
+];
+
+#[test]
+fn what_comes_in_after_a_reset_comes_in_again() {
+    let dir = Scratch::new("replay-reset");
+    let kernel = PathBuf::from(debugger::sector(&dir, &RESETS));
+    let (file, _) = record(&dir, &kernel, "jit", &["x"]);
+    let f = file.display().to_string();
+    let replayed = output(command(&kernel, "jit", &["--replay", &f]));
+    assert_eq!(replayed, (Some(11), "x".to_owned(), String::new()));
+    // With a debugger, who keeps a history that begins at the reset.
+    let more =
+        ["--clock", "instructions", "--memory", "16M", "--debug-exit", "0xf4", "--wait", "--replay", &f];
+    let k = kernel.display().to_string();
+    let (running, socket) = debugger::start(&dir, &[&["--kernel", &k], &more[..]].concat());
+    let at = "printf \"at %#lx\\n\", $pc";
+    let said = debugger::gdb(&socket, &["continue", at, "reverse-continue", at, "continue", at, "continue"]);
+    debugger::has(&said, &["at 0x7c27", "at 0x7c00", "at 0x7c27", "exited with code 013"]);
+    assert_eq!(running.finish(SOON), (Some(11), "x".to_owned()));
 }
 
 #[test]

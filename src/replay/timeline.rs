@@ -196,15 +196,22 @@ impl Timeline {
         }
     }
 
-    /// The run was changed by hand, or starts again: what was before does not lead here.
+    /// The run was changed by hand: what was before does not lead here, and what lay ahead never happens.
     pub fn changed(&mut self, vcpus: &[VcpuRunner]) {
+        if self.history.is_some() {
+            self.starts_again(vcpus);
+            self.outside.journal().forget_future();
+            self.outside.ports().iter().for_each(|port| port.forget_future());
+        }
+    }
+
+    /// The machine was reset: what was before is not gone back to.
+    pub fn starts_again(&mut self, vcpus: &[VcpuRunner]) {
         let now = self.stamp(vcpus);
+        self.next_check = 0;
         if let Some(history) = &mut self.history {
             history.restart(now);
             self.parts.disks.iter().for_each(|disk| drop(disk.take_undo()));
-            self.outside.journal().forget_future();
-            self.outside.ports().iter().for_each(|port| port.forget_future());
-            self.next_check = 0;
         }
     }
 

@@ -94,9 +94,7 @@ impl Rota {
             vcpu.past.goes_back = time.timeline.goes_back();
             vcpu.past.fixed = time.timeline.is_fixed();
         }
-        if vcpus.iter_mut().any(|vcpu| std::mem::take(&mut vcpu.past.changed)) {
-            time.timeline.changed(&vcpus);
-        }
+        time.timeline.starts_again(&vcpus);
         Rota { held: vec![false; vcpus.len()], vcpus, time, round: Round::default(), idle: false }
     }
 

@@ -106,7 +106,7 @@ impl VcpuRunner {
         self.cpu.instructions = retired;
         self.engine = machine.engine(self.vp)?;
         self.trace(self.tracer.clone());
-        self.past.changed = true;
+        self.past.changed = false;
         Ok(())
     }
 
