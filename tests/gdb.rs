@@ -14,6 +14,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 const ENGINES: [&str; 2] = ["jit", "interp"];
+/// Both, by both clocks.
+const CLOCKS: [(&str, &str); 4] =
+    [("jit", "host"), ("interp", "host"), ("jit", "instructions"), ("interp", "instructions")];
 
 /// The lab guest as a file; it powers off by itself.
 fn lab(dir: &Scratch) -> String {
@@ -615,19 +618,19 @@ const REPEAT: [u8; 78] = [
 fn ctrl_c_stops_a_guest_that_spins_repeats_or_sleeps_for_good() {
     // jmp $, and cli; hlt.
     for (name, code) in [("spin", &[0xEB, 0xFE][..]), ("sleep", &[0xFA, 0xF4]), ("repeat", &REPEAT)] {
-        for engine in ENGINES {
-            let dir = Scratch::new(&format!("gdb-{name}-{engine}"));
+        for (engine, clock) in CLOCKS {
+            let dir = Scratch::new(&format!("gdb-{name}-{engine}-{clock}"));
             let kernel = sector(&dir, code);
             // A second processor that waits to be started stops no less.
             let cpus = if engine == "jit" { "2" } else { "1" };
-            let (running, socket) = small(&dir, &kernel, engine, &["--cpus", cpus]);
+            let (running, socket) = small(&dir, &kernel, engine, &["--cpus", cpus, "--clock", clock]);
             let mut raw = Raw::connect(&socket);
             for _ in 0..3 {
                 raw.send("vCont;c");
                 std::thread::sleep(Duration::from_millis(100));
                 let asked = Instant::now();
                 raw.0.write_all(&[3]).expect("Ctrl-C");
-                assert!(raw.answer().starts_with("T02"), "{name}, {engine}");
+                assert!(raw.answer().starts_with("T02"), "{name}, {engine}, {clock}");
                 assert!(asked.elapsed() < Duration::from_secs(10), "at once, on a busy host");
             }
             // A step in HLT waits for what wakes the processor, and for Ctrl-C.
@@ -637,8 +640,33 @@ fn ctrl_c_stops_a_guest_that_spins_repeats_or_sleeps_for_good() {
                 assert!(raw.answer().starts_with("T02"), "{engine}");
             }
             raw.send("k");
-            assert_eq!(running.finish(SOON).0, Some(0), "{name}, {engine}");
+            assert_eq!(running.finish(SOON).0, Some(0), "{name}, {engine}, {clock}");
         }
+    }
+}
+
+#[test]
+fn ctrl_c_stops_a_guest_that_goes_back() {
+    for cpus in ["1", "2"] {
+        let dir = Scratch::new(&format!("gdb-back-{cpus}"));
+        let kernel = sector(&dir, &[0x90, 0xEB, 0xFD]);
+        let more = ["--cpus", cpus, "--clock", "instructions", "--wait"];
+        let (running, socket) = small(&dir, &kernel, "jit", &more);
+        let mut raw = Raw::connect(&socket);
+        assert!(raw.ask("?").starts_with("T05"));
+        raw.send("vCont;c");
+        std::thread::sleep(Duration::from_secs(1));
+        raw.0.write_all(&[3]).expect("Ctrl-C");
+        assert!(raw.answer().starts_with("T02"));
+        // Nobody writes there: it is looked for all the way.
+        assert_eq!(raw.ask("Z2,500,2"), "OK");
+        raw.send("bc");
+        raw.0.write_all(&[3]).expect("Ctrl-C");
+        assert!(raw.answer().starts_with("T02"), "{cpus}");
+        assert!(raw.ask("bc").contains("replaylog:begin"), "{cpus}");
+        assert_eq!(raw.ask("p10"), "007c0*(", "{cpus}");
+        raw.send("k");
+        assert_eq!(running.finish(SOON).0, Some(0), "{cpus}");
     }
 }
 
@@ -793,9 +821,7 @@ fn several(dir: &Scratch) -> String {
 
 #[test]
 fn every_processor_is_a_thread() {
-    for (engine, clock) in
-        [("jit", "host"), ("interp", "host"), ("jit", "instructions"), ("interp", "instructions")]
-    {
+    for (engine, clock) in CLOCKS {
         let dir = Scratch::new(&format!("gdb-smp-{engine}-{clock}"));
         let kernel = several(&dir);
         let (running, socket) = small(&dir, &kernel, engine, &["--cpus", "3", "--wait", "--clock", clock]);
