@@ -36,7 +36,7 @@ pub fn registers(cpu: &CpuState) -> String {
 /// Mode, RIP and the general registers.
 pub fn general_registers(cpu: &CpuState) -> String {
     let mut out = format!(
-        "  {}, CPL {}, rip {:#x}, rflags {:#x}, {} instructions retired\n",
+        "  {}, CPL {}, rip {:#x}, rflags {:#x}, {} instructions counted\n",
         mode(cpu),
         cpu.cpl,
         cpu.rip,
