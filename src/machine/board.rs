@@ -384,8 +384,9 @@ impl Builder<'_> {
         let mut units = IdeSlots::new();
         let mut backends = Vec::new();
         let mut next_slot = slot::VIRTIO;
-        let entropy = self.entropy()?;
-        self.virtio(&mut pci, &router, &mut next_slot, "virtio-rng0", entropy)?;
+        let label = "virtio-rng0";
+        let entropy = self.entropy(label)?;
+        self.virtio(&mut pci, &router, &mut next_slot, label, entropy)?;
         for (number, disk) in disks.into_iter().enumerate() {
             let config = disk.config.clone();
             let mut backend = storage::back_end(disk, number, self.w.mem, self.w.counters, self.w.trace)?;
@@ -412,14 +413,16 @@ impl Builder<'_> {
         Ok((pci, router, backends))
     }
 
-    fn entropy(&self) -> Result<Box<dyn VirtioDevice>, MachineError> {
+    fn entropy(&self, label: &'static str) -> Result<Box<dyn VirtioDevice>, MachineError> {
         let source: Box<dyn EntropySource> = match self.w.config.clock {
             ClockKind::Instructions => Box::new(SeededEntropy::new()),
             ClockKind::Host => {
                 Box::new(HostEntropy::new().map_err(|e| MachineError::Host("/dev/urandom", e))?)
             }
         };
-        Ok(Box::new(VirtioRng::new(source)))
+        let trace = Arc::clone(self.w.trace);
+        let watch = Box::new(move |at: PhysAddr, len| trace.dma(label, at.0, len, true));
+        Ok(Box::new(VirtioRng::new(source).watched(watch)))
     }
 
     /// Tells the trace, if there is one, of the doorbells of `label`.

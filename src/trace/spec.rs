@@ -28,7 +28,7 @@ const WALK: usize = 4;
 const FLUSH: usize = 5;
 const PORT: usize = 6;
 const MMIO: usize = 7;
-/// Disks' accesses to guest memory.
+/// Devices' accesses to guest memory.
 pub const DMA: usize = 8;
 /// Virtio queue notifications.
 pub const DOORBELL: usize = 9;

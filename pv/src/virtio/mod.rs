@@ -15,7 +15,7 @@ mod tests;
 pub use blk::VirtioBlk;
 pub use pci::{DoorbellWatch, VirtioPci, VirtioPciOptions, VirtioWiring};
 pub use rings::{Chain, Piece, Rings, VirtioCounters};
-pub use rng::{EntropySource, HostEntropy, VirtioRng};
+pub use rng::{DmaWatch, EntropySource, HostEntropy, VirtioRng};
 
 use paravane_devices::Snapshot;
 use paravane_devices::block::{BlockError, BlockRequest, Completion};

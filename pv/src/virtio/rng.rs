@@ -5,6 +5,7 @@ use super::rings::{Chain, Rings};
 use super::spec::device_type;
 use paravane_devices::block::{BlockError, BlockRequest, Completion};
 use paravane_devices::{Snapshot, StateError, StateStream};
+use paravane_memory::PhysAddr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -54,18 +55,27 @@ impl EntropySource for HostEntropy {
     }
 }
 
+/// Hears of every write of a device to guest memory: where, and how many bytes.
+pub type DmaWatch = Box<dyn Fn(PhysAddr, u64) + Send>;
+
 /// virtio-rng.
 pub struct VirtioRng {
     source: Box<dyn EntropySource>,
     chain: Chain,
+    watch: Option<DmaWatch>,
 }
 
-paravane_devices::snapshot!(VirtioRng { source | chain });
+paravane_devices::snapshot!(VirtioRng { source | chain, watch });
 
 impl VirtioRng {
     /// A device that hands out `source`.
     pub fn new(source: Box<dyn EntropySource>) -> VirtioRng {
-        VirtioRng { source, chain: Chain::default() }
+        VirtioRng { source, chain: Chain::default(), watch: None }
+    }
+
+    /// `watch` hears of what is handed out.
+    pub fn watched(self, watch: DmaWatch) -> VirtioRng {
+        VirtioRng { watch: Some(watch), ..self }
     }
 
     fn serve(&mut self, rings: &mut Rings) {
@@ -76,6 +86,9 @@ impl VirtioRng {
             let part = &mut bytes[..n];
             if self.source.fill(part).is_err() || rings.memory().write(p.at, part).is_err() {
                 break;
+            }
+            if let Some(watch) = &self.watch {
+                watch(p.at, n as u64);
             }
             done += n;
         }

@@ -507,7 +507,9 @@ impl EntropySource for Counting {
 fn entropy_fills_what_the_driver_offers() {
     let memory = GuestMemory::new(MemoryConfig::pc(4 << 20)).expect("memory");
     let (wires, counters) = (Arc::new(Wires::default()), Counters::default());
-    let device = Box::new(VirtioRng::new(Box::new(Counting(0))));
+    let (tell, told) = std::sync::mpsc::channel();
+    let watch = Box::new(move |at: PhysAddr, len| tell.send((at.0, len)).expect("receiver"));
+    let device = Box::new(VirtioRng::new(Box::new(Counting(0))).watched(watch));
     let function =
         VirtioPci::new(device, wiring(&memory, &wires, &counters), VirtioPciOptions { modern_only: true });
     let mut d = Driver { function, memory, wires, path: PathBuf::new(), avail: 0 };
@@ -525,6 +527,7 @@ fn entropy_fills_what_the_driver_offers() {
     let mut bytes = [0; 10];
     d.memory.read(PhysAddr(DATA), &mut bytes).unwrap();
     assert_eq!(bytes, [1, 2, 3, 0, 0, 0, 0, 0, 4, 5]);
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [(DATA, 3), (DATA + 8, 2)]);
     assert!(HostEntropy::new().and_then(|mut s| s.fill(&mut [0; 5000])).is_ok());
 }
 
