@@ -128,6 +128,18 @@ const BEYOND_64K: &[u8] = &[
     0x2C, 0x1D,
 ];
 
+const ROTATE_R15: &[u8] = &[0xB0, 0x7F, 0x04, 0x01, 0x49, 0xC1, 0xC7, 0x2B, 0x0F, 0x90, 0xC2, 0x9C, 0x59];
+
+/// push 0x40202; popfq; mov ebx, 0x50000013; vcvtps2ph [rbx], xmm1, 0
+const HALF_PRECISION: &[u8] =
+    &[0x68, 2, 2, 4, 0, 0x9D, 0xBB, 0x13, 0, 0, 0x50, 0xC4, 0xE3, 0x79, 0x1D, 0x0B, 0];
+
+/// push 0x40202; popfq; mov ebx, 0x50000013; movups xmm0, [rbx]; mov edi, 0x50000018; maskmovdqu xmm0, xmm0
+const SIXTEEN_UNDER_AC: &[u8] = &[
+    0x68, 2, 2, 4, 0, 0x9D, 0xBB, 0x13, 0, 0, 0x50, 0x0F, 0x10, 0x03, 0xBF, 0x18, 0, 0, 0x50, 0x66, 0x0F,
+    0xF7, 0xC0,
+];
+
 /// A jump to a block to which flags are dead, then one whose target shares its place in the jump cache (16 bits of
 /// address + address / 65536), with CF set, and faults.
 fn collision() -> Vec<u8> {
@@ -176,6 +188,12 @@ fn findings_stay_fixed() {
         (LONG, "a 16-bit PUSH behind others", &[0x6A, 1, 0x6A, 2, 0x66, 0x6A, 0xA1]),
         // mov edi, 0xFFF8; vpcmpeqd xmm7, xmm7, xmm7; vpslldq xmm7, xmm7, 8; vmaskmovps xmm3, xmm7, [di]
         (FLAT, "VMASKMOV beyond 64 KiB", BEYOND_64K),
+        // mov al, 0x7F; add al, 1; ror bl, 7; seto dl
+        (LONG, "OF kept by a rotate", &[0xB0, 0x7F, 0x04, 0x01, 0xC0, 0xCB, 0x07, 0x0F, 0x90, 0xC2]),
+        // mov al, 0x7F; add al, 1; rol r15, 0x2B; seto dl; pushfq; pop rcx
+        (LONG, "OF kept by a rotate of a register in the context", ROTATE_R15),
+        (LONG, "half precision under alignment checking", HALF_PRECISION),
+        (LONG, "sixteen bytes under alignment checking", SIXTEEN_UNDER_AC),
         (LONG, "flags over a jump whose place in the cache another block has", &collision()),
     ];
     for &(mode, name, code) in programs {
