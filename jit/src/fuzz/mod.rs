@@ -114,6 +114,9 @@ pub struct Bench {
     is_mended: bool,
     /// Faults mended so far.
     mends: u64,
+    /// Whether programs do without locked operands on two cache lines, which this host makes slow. Cases of one instruction
+    /// have them.
+    avoids_split_locks: bool,
 }
 
 /// The only difference of a case that the watch had to end.
@@ -142,6 +145,7 @@ impl Bench {
             mended: Outcome::empty(),
             is_mended: false,
             mends: 0,
+            avoids_split_locks: crate::host::split_locks_are_slow(),
         })
     }
 

@@ -148,6 +148,20 @@ impl Situation<'_> {
         pops && image.is_some_and(|image| image & flags::TF != 0)
     }
 
+    /// Whether it locks an operand on two cache lines.
+    pub fn splits_a_lock(&self) -> bool {
+        let i = self.instruction;
+        let locked = i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg;
+        let Some(operand) = (0..i.op_count()).find(|&n| locked && i.op_kind(n) == OpKind::Memory) else {
+            return false;
+        };
+        let (at, size) = match self.has_far_bit_offset() {
+            true => (self.far_bit(), 16),
+            false => (self.address(operand), i.memory_size().size() as u64),
+        };
+        at.is_some_and(|at| (at & 63) + size > 64)
+    }
+
     /// Where it goes on if it does not fault: behind it, or where it branches to. Nowhere if it traps there.
     pub fn exits(&self) -> Exits {
         let mut exits = Exits::default();

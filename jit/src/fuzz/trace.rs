@@ -220,7 +220,9 @@ impl<'a> Tracer<'a> {
         // One that goes back into its own step would run on unchecked.
         let own = self.bench.generator.layout.code + step.at;
         let turns = now.target().is_some_and(|t| t.wrapping_sub(own) < step.bytes.len() as u64);
+        let too_slow = self.bench.avoids_split_locks && now.splits_a_lock();
         let determined = !turns
+            && !too_slow
             && !now.sets_trap()
             && is_determined(&step.instruction, self.open)
             && !super::vendor::differs(&now);
