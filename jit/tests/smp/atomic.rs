@@ -6,9 +6,9 @@ use paravane_jit::host::split_locks_are_slow;
 
 const TIMES: u64 = 20_000;
 
-/// How often an operand is locked that lies on two cache lines, if `split`.
-fn times(split: bool) -> u64 {
-    if split && split_locks_are_slow() { TIMES / 2_000 } else { TIMES }
+/// How often operands are locked that lie on two cache lines.
+fn times_split() -> u64 {
+    if split_locks_are_slow() { TIMES / 2_000 } else { TIMES }
 }
 
 /// All processors run `program` on the operand that RDI names, RCX times.
@@ -26,9 +26,12 @@ fn all_at(kinds: &[Kind], program: &[u8], rdi: u64, times: u64) -> Bed {
 fn counts(program: &[u8], add: u64) {
     for kinds in [&[T, T][..], &[T, I], &[I, I], &[T, I, T, I]] {
         for at in [DATA, DATA + 62, DATA + 0xFFE] {
-            let times = times(at != DATA);
-            let bed = all_at(kinds, program, at, times);
-            let expected = kinds.len() as u64 * times * add;
+            if at != DATA && split_locks_are_slow() {
+                println!("NOT RUN: this host makes locked operands on two cache lines slow");
+                continue;
+            }
+            let bed = all_at(kinds, program, at, TIMES);
+            let expected = kinds.len() as u64 * TIMES * add;
             assert_eq!(u64::from(bed.get32(at)), expected, "{kinds:?} at {at:#x}");
         }
     }
@@ -158,7 +161,7 @@ fn every_size() {
         "jnz 2b"
     );
     for kinds in [[T, T], [T, I], [I, I]] {
-        let times = times(true);
+        let times = times_split();
         let bed = all_at(&kinds, program, DATA, times);
         let sums = [bed.get64(DATA) & 0xFF, bed.get64(DATA + 0x101) & 0xFFFF, bed.get64(DATA + 0x201)];
         assert_eq!(sums, [(2 * times) & 0xFF, (6 * times) & 0xFFFF, 10 * times], "{kinds:?}");
@@ -192,7 +195,7 @@ fn split_locks_are_seen_whole() {
     for kinds in [[T, T], [I, T], [T, I], [I, I]] {
         for end in [DATA + 0x40, DATA + 0x1000] {
             let mut bed = Bed::new(&kinds);
-            let times = times(true);
+            let times = times_split();
             let registers = [(gpr::RCX, times), (gpr::RDI, end)];
             let jobs = [bed.job(CODE, whole, &registers), bed.job(CODE + 0x1000, part, &registers)];
             bed.race(&jobs);
