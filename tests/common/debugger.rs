@@ -70,3 +70,14 @@ pub fn sector(dir: &Scratch, code: &[u8]) -> String {
     fs::write(&path, sector).expect("sector");
     path.display().to_string()
 }
+
+/// A small machine that a guest ends by port F4H.
+pub const SMALL: [&str; 6] = ["--memory", "64M", "--serial", "none", "--debug-exit", "0xf4"];
+
+/// Such a machine with `--gdb`; the socket.
+pub fn small(dir: &Scratch, kernel: &str, engine: &str, more: &[&str]) -> (Running, PathBuf) {
+    let mut arguments = vec!["--kernel", kernel, "--engine", engine];
+    arguments.extend(SMALL);
+    arguments.extend(more);
+    start(dir, &arguments)
+}
