@@ -1,6 +1,8 @@
 //! Ends a case that an engine does not end by itself, so that a hang is a finding like any other.
 //!
 //! Time is what this process spends on a processor: a busy host is no hang.
+//!
+//! Invariant of the unsafe line: the kernel only fills in the local it is given.
 
 use paravane_cpu::Attention;
 use std::sync::Arc;
