@@ -172,6 +172,25 @@ fn programs_that_read_their_own_code_are_refused() {
     assert!(Program::of(&mut bench, &second_element, gpr).is_some());
 }
 
+/// Behind where code may lie are the harness's own ways out.
+#[test]
+fn programs_that_jump_to_the_ways_out_are_refused() {
+    let _guard = ONE_AT_A_TIME.lock();
+    for mode in [NativeMode::Long, NativeMode::Protected32] {
+        let Some(mut bench) = bench(mode) else { continue };
+        let mut gpr = [0; 16];
+        gpr[4] = 0x5000_0800;
+        let jump = |from: u32, to: u32| [&[0xE9][..], &(to - from - 5).to_le_bytes()].concat();
+        for (to, harmless) in [(0xE80, true), (0xF00, false), (0xF40, false), (0xF83, false), (0x1100, true)]
+        {
+            let mut code = jump(0x400, 0xC00);
+            code.resize(0x800, 0x90);
+            code.extend(jump(0xC00, to));
+            assert_eq!(Program::of(&mut bench, &code, gpr).is_some(), harmless, "{to:#x}");
+        }
+    }
+}
+
 /// What campaigns found: each of these once ended differently in an engine.
 #[test]
 fn findings_stay_fixed() {

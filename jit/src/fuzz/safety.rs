@@ -221,9 +221,9 @@ impl Situation<'_> {
             || self.far_bit().is_some_and(|a| is_reachable(a.wrapping_sub(8), 24, self.bits))
     }
 
-    /// Branches must not land in this process's code, nor on themselves or on the way in.
+    /// Branches must not land in this process's code, nor on themselves, on the way in or on the ways out.
     fn branch_is_harmless(&self) -> bool {
-        let Some(target) = self.indirect_target() else { return true };
+        let Some(target) = self.target() else { return true };
         let inside = target.wrapping_sub(self.layout.code) < PAGE;
         let (ip, length) = (self.instruction.ip(), self.bytes.len() as u64);
         if inside {
