@@ -1,6 +1,7 @@
 //! Translated blocks, the jumps between them, and how to find both.
 
 use crate::code_cache::CodeOffset;
+use crate::flags::FlagsOut;
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use paravane_memory::{PAGE_SHIFT, RamOffset};
 use std::hash::BuildHasher;
@@ -118,8 +119,8 @@ pub(crate) struct Link {
     pub(crate) site: CodeOffset,
     /// Where it goes while unchained.
     pub(crate) stub: CodeOffset,
-    /// Guest status flags may be live across it.
-    pub(crate) flags_live: bool,
+    /// Where the guest's status flags are meanwhile.
+    pub(crate) flags: FlagsOut,
     /// Source and target lie on one page.
     pub(crate) same_page: bool,
     /// Leads to the ungrouped copy of its target.
@@ -183,6 +184,10 @@ pub(crate) struct Block {
     pub(crate) start: CodeOffset,
     /// Code: the direct entry.
     pub(crate) entry: CodeOffset,
+    /// Code: the direct entry with the status flags in `JitContext::saved_flags`.
+    pub(crate) saved_entry: CodeOffset,
+    /// From here on in the code the status flags are in `JitContext::saved_flags`.
+    pub(crate) flags_saved: CodeOffset,
     pub(crate) code_len: u32,
     /// Instructions counted at the entry.
     pub(crate) counted: u8,
@@ -219,6 +224,8 @@ pub(crate) struct NewBlock<'a> {
     pub(crate) key: BlockKey,
     pub(crate) start: CodeOffset,
     pub(crate) entry: CodeOffset,
+    pub(crate) saved_entry: CodeOffset,
+    pub(crate) flags_saved: CodeOffset,
     pub(crate) code_len: u32,
     /// What of its page it was made from: its bytes, and those that were looked at to see which flags matter behind it.
     pub(crate) granules: Granules,
@@ -256,6 +263,13 @@ pub(crate) struct BlockTable {
     incoming: Vec<Incoming>,
 }
 
+impl Block {
+    /// Where a jump enters that brings the status flags as `flags` says.
+    pub(crate) fn entry_for(&self, flags: FlagsOut) -> CodeOffset {
+        if flags == FlagsOut::Saved { self.saved_entry } else { self.entry }
+    }
+}
+
 impl BlockTable {
     pub(crate) fn find(&self, key: &BlockKey) -> Option<BlockId> {
         self.map.find(self.hasher.hash_one(key), |&id| self.blocks[id as usize].key == *key).copied()
@@ -263,7 +277,7 @@ impl BlockTable {
 
     /// Adds a block.
     pub(crate) fn insert(&mut self, new: NewBlock<'_>) -> BlockId {
-        let NewBlock { key, start, entry, code_len, granules, counted, crosses_into, trace, sites } = new;
+        let NewBlock { key, granules, crosses_into, sites, .. } = new;
         let id = self.blocks.len() as BlockId;
         let (hasher, blocks) = (&self.hasher, &self.blocks);
         self.map.insert_unique(hasher.hash_one(key), id, |&id| hasher.hash_one(blocks[id as usize].key));
@@ -277,13 +291,15 @@ impl BlockTable {
         self.sites.extend_from_slice(sites);
         self.blocks.push(Block {
             key,
-            start,
-            entry,
-            code_len,
-            counted,
+            start: new.start,
+            entry: new.entry,
+            saved_entry: new.saved_entry,
+            flags_saved: new.flags_saved,
+            code_len: new.code_len,
+            counted: new.counted,
             cached: false,
             live: true,
-            trace,
+            trace: new.trace,
             crosses_into,
             sites: (at, sites.len() as u16),
             incoming: NONE,
@@ -408,6 +424,7 @@ impl BlockTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flags::FlagSet;
 
     fn insert(table: &mut BlockTable, at: u64, granules: Granules, crosses_into: Option<u64>) -> BlockId {
         let start = CodeOffset(table.blocks.len() as u32 * 64);
@@ -417,6 +434,8 @@ mod tests {
             key: BlockKey { at: RamOffset(at), address: at, mode },
             start,
             entry: start,
+            saved_entry: start,
+            flags_saved: CodeOffset(u32::MAX),
             code_len: 20,
             granules,
             counted: 2,
@@ -482,7 +501,7 @@ mod tests {
                 target,
                 site,
                 stub,
-                flags_live: false,
+                flags: FlagsOut::Live(FlagSet::NONE),
                 same_page: true,
                 ungrouped: false,
                 back: false,

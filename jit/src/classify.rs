@@ -77,6 +77,11 @@ impl Class {
 }
 
 impl Class {
+    /// The block ends before it: the run loop or the interpreter does it.
+    pub(crate) fn leaves(self) -> bool {
+        matches!(self, Class::Syscall | Class::Sysret | Class::Interpret)
+    }
+
     /// Pushes or pops words.
     pub(crate) fn uses_stack(self) -> bool {
         matches!(

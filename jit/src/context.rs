@@ -10,7 +10,8 @@
 //! | r12 | guest RSP |
 //! | r14, r15 | write view, read view (address of the delta table plus a constant, see `delta`) |
 //! | r10, r11, r13 | scratch |
-//! | EFLAGS status bits, x87, MMX, XMM/YMM, MXCSR | the guest's |
+//! | EFLAGS status bits | the guest's, unless they are in [`JitContext::saved_flags`] |
+//! | x87, MMX, XMM/YMM, MXCSR | the guest's |
 //!
 //! Guest R10–R15 live in [`JitContext::home`].
 
@@ -47,6 +48,9 @@ pub(crate) struct JitContext {
     /// Base of the current jump cache.
     pub(crate) jump_cache: u64,
     pub(crate) rip: u64,
+    /// Status flags that were put aside, as LAHF and SETO AL leave them in AX: they travel here across indirect transfers, and
+    /// where a block's checks would have to keep them for who knows whom (see `frontend`).
+    pub(crate) saved_flags: u64,
     /// Host addresses of the base groups beyond the one in r13.
     pub(crate) group_slots: [u64; crate::groups::SLOTS],
     /// Linear bases of ES, CS, SS, DS, FS, GS.

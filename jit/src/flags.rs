@@ -18,6 +18,10 @@ impl FlagSet {
         self.0 == 0
     }
 
+    pub(crate) fn or(self, other: FlagSet) -> FlagSet {
+        FlagSet(self.0 | other.0)
+    }
+
     /// Whether all flags of `self` are in `other`.
     pub(crate) fn within(self, other: FlagSet) -> bool {
         self.0 & !other.0 == 0
@@ -79,6 +83,30 @@ pub(crate) fn killed(instr: &Instruction) -> u32 {
 /// Whether a shift or rotate surely is by more than nothing.
 fn counts_something(instr: &Instruction) -> bool {
     instr.op_kind(instr.op_count() - 1) == OpKind::Immediate8 && instr.immediate8() & 0x1F != 0
+}
+
+/// Whether `instr` may change a status flag.
+pub(crate) fn writes(instr: &Instruction) -> bool {
+    instr.rflags_modified() & FlagSet::ALL.0 != 0
+}
+
+/// How status flags leave a block by one of its exits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum FlagsOut {
+    /// In EFLAGS, as far as some later instruction may read them.
+    Live(FlagSet),
+    /// All of them in [`crate::context::JitContext::saved_flags`]; EFLAGS may hold anything.
+    Saved,
+}
+
+impl FlagsOut {
+    /// What EFLAGS must hold.
+    pub(crate) fn live(self) -> FlagSet {
+        match self {
+            FlagsOut::Live(flags) => flags,
+            FlagsOut::Saved => FlagSet::NONE,
+        }
+    }
 }
 
 /// Flags live before `instr`, given those live after it.

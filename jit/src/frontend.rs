@@ -4,9 +4,9 @@ use crate::block::{Granules, InstructionSite, Mode};
 use crate::classify::{Class, Form, Forms, stack_word};
 use crate::context::Reason;
 use crate::emit::{Emitter, Site};
-use crate::flags::{self, FlagSet};
+use crate::flags::{self, FlagSet, FlagsOut};
 use crate::groups::{self, Planner};
-use iced_x86::{Decoder, EncodingKind, Instruction};
+use iced_x86::{Decoder, EncodingKind, Instruction, OpKind};
 
 /// Instructions in a block at most.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -40,8 +40,9 @@ pub(crate) struct Translated {
     pub(crate) len: u32,
     /// What of the page the translation depends on.
     pub(crate) granules: Granules,
-    /// Host offset of the direct entry.
+    /// Host offsets of the direct entries: with the status flags in EFLAGS, and put aside.
     pub(crate) entry: u32,
+    pub(crate) saved_entry: u32,
     /// Instructions translated.
     pub(crate) instructions: u32,
     /// Instructions counted at the entry.
@@ -61,13 +62,56 @@ pub(crate) struct Frontend {
     /// What each of them is.
     forms: Vec<Form>,
     live: Vec<FlagSet>,
-    /// At each conditional branch on a trace, flags live where the trace does not go.
-    aside: Vec<FlagSet>,
+    /// At each conditional branch on a trace, how flags go where the trace does not.
+    aside: Vec<FlagsOut>,
+    /// Before which instruction status flags are put aside.
+    save: Option<usize>,
     /// Where the code of each instruction of the block translated last begins.
     pub(crate) sites: Vec<InstructionSite>,
     /// What of the page was decoded.
     seen: Granules,
     planner: Planner,
+}
+
+/// What looking ahead tells of the status flags at some place: those that an instruction reads, and those of which it stays
+/// unknown.
+#[derive(Clone, Copy)]
+struct Ahead {
+    read: FlagSet,
+    open: FlagSet,
+}
+
+impl Ahead {
+    const NOTHING_KNOWN: Ahead = Ahead { read: FlagSet::NONE, open: FlagSet::ALL };
+
+    fn live(self) -> FlagSet {
+        self.read.or(self.open)
+    }
+
+    /// Nobody is known to read flags, but somebody may.
+    fn is_doubtful(self) -> bool {
+        self.read.is_empty() && !self.open.is_empty()
+    }
+}
+
+/// How status flags leave a block.
+struct LiveOut {
+    /// What EFLAGS must hold behind the last instruction.
+    after: FlagSet,
+    /// They must have been put aside by then.
+    saved: bool,
+    /// At a taken branch, and at the fall-through.
+    taken: FlagsOut,
+    next: FlagsOut,
+}
+
+impl LiveOut {
+    fn live(after: FlagSet, taken: FlagSet, next: FlagSet) -> LiveOut {
+        LiveOut { after, saved: false, taken: FlagsOut::Live(taken), next: FlagsOut::Live(next) }
+    }
+
+    const SAVED: LiveOut =
+        LiveOut { after: FlagSet::NONE, saved: true, taken: FlagsOut::Saved, next: FlagsOut::Saved };
 }
 
 impl Source<'_> {
@@ -88,37 +132,35 @@ impl Source<'_> {
 }
 
 impl Frontend {
-    /// Status flags some instruction at `target` or after may read, as far as the page shows.
-    fn live_at(&mut self, source: &Source<'_>, forms: &mut Forms, target: u64) -> FlagSet {
+    /// Status flags that instructions at `target` or after read, as far as the page shows.
+    fn live_at(&mut self, source: &Source<'_>, forms: &mut Forms, target: u64) -> Ahead {
         let at = source.code_address(target);
         let whole_page = source.at as u64 == source.address & 0xFFF;
         // A debugger sees the flags at its breakpoints, and at whatever leads to them.
         if at & !0xFFF != source.address & !0xFFF || !whole_page || source.stop.is_some() {
-            return FlagSet::ALL;
+            return Ahead::NOTHING_KNOWN;
         }
         let at = (at & 0xFFF) as usize;
         let mut decoder = Decoder::with_ip(source.mode.bits(), &source.bytes[at..], target, source.options);
         let mut instr = Instruction::default();
-        let (mut live, mut open) = (0, FlagSet::ALL.0);
+        let (mut read, mut open) = (0, FlagSet::ALL.0);
         for _ in 0..LOOK_AHEAD {
             decoder.decode_out(&mut instr);
-            let read = instr.rflags_read() & FlagSet::ALL.0;
-            live |= read & open;
+            read |= instr.rflags_read() & open;
             let leaves = instr.flow_control() != iced_x86::FlowControl::Next;
             if instr.is_invalid()
                 || leaves
-                || matches!(forms.form(&instr).class, Class::Interpret | Class::Syscall | Class::Sysret)
+                || forms.form(&instr).class.leaves()
             {
-                live |= open;
                 break;
             }
             open &= !flags::killed(&instr);
-            if open & !live == 0 {
+            if open & !read == 0 {
                 break;
             }
         }
         self.seen.add(Granules::of(at, at + decoder.position().max(1)));
-        FlagSet(live | open)
+        Ahead { read: FlagSet(read), open: FlagSet(open) }
     }
 
     /// Decodes the instructions of a trace; returns their bytes.
@@ -178,24 +220,41 @@ impl Frontend {
         Some(if on == next { (target, true) } else { (next, false) })
     }
 
-    /// Flags live before each instruction, given those live after the last; all of them if they must be `exact`.
-    fn liveness(&mut self, source: &Source<'_>, forms: &mut Forms, mut after: FlagSet, exact: bool) {
+    /// Flags that EFLAGS must hold before each instruction, given what is wanted behind the last; all of them if they must be
+    /// `exact`. Also finds where they are put aside: behind the last instruction that changes some, or at the beginning.
+    fn liveness(&mut self, source: &Source<'_>, forms: &mut Forms, out: &LiveOut, exact: bool) {
+        let LiveOut { mut after, mut saved, .. } = *out;
         self.live.clear();
         self.live.resize(self.instrs.len(), FlagSet::NONE);
         self.aside.clear();
-        self.aside.resize(self.instrs.len(), FlagSet::NONE);
+        self.aside.resize(self.instrs.len(), FlagsOut::Live(FlagSet::NONE));
+        self.save = None;
         for i in (0..self.instrs.len()).rev() {
             if let Some((target, _)) = self.branch_aside(source, i) {
-                self.aside[i] = self.live_at(source, forms, target);
-                after = FlagSet(after.0 | self.aside[i].0);
+                let ahead = self.live_at(source, forms, target);
+                if saved && ahead.is_doubtful() {
+                    self.aside[i] = FlagsOut::Saved;
+                } else {
+                    self.aside[i] = FlagsOut::Live(ahead.live());
+                    after = after.or(ahead.live());
+                }
             }
             let instr = &self.instrs[i];
-            after = match self.forms[i].class {
+            let leaves = self.forms[i].class.leaves();
+            if saved && !leaves && flags::writes(instr) {
+                self.save = Some(i + 1);
+                (after, saved) = (FlagSet::ALL, false);
+            }
+            after = match leaves {
                 _ if exact => FlagSet::ALL,
-                Class::Interpret | Class::Syscall | Class::Sysret => FlagSet::ALL,
-                _ => flags::before(instr, after),
+                true if saved => FlagSet::NONE,
+                true => FlagSet::ALL,
+                false => flags::before(instr, after),
             };
             self.live[i] = after;
+        }
+        if saved {
+            self.save = Some(0);
         }
     }
 
@@ -219,14 +278,21 @@ impl Frontend {
             self.decode_path(source, forms)
         };
         emitter.start(source.address, source.rip, source.mode, first_link);
-        let (after, taken, next) = self.live_out(source, forms, decoded);
-        self.liveness(source, forms, after, exact_flags(source.mode));
+        let out_flags = self.live_out(source, forms, decoded);
+        self.liveness(source, forms, &out_flags, exact_flags(source.mode));
+        let LiveOut { taken, next, .. } = out_flags;
         let live_in = self.live.first().copied().unwrap_or(FlagSet::ALL);
-        emitter.indirect_entry(source.rip, live_in);
-        let entry = emitter.hot_len() as u32;
+        emitter.indirect_entry(source.rip);
+        let (saved_entry, entry);
         if let Some(c) = &crossing {
             // Where the second page is another one now, other code follows, which may want any flag.
+            (saved_entry, entry) = emitter.direct_entries(FlagSet::ALL, false);
             emitter.check_page(c.slot, c.page, source.rip, FlagSet::ALL);
+            if self.save == Some(0) {
+                emitter.save_flags();
+            }
+        } else {
+            (saved_entry, entry) = emitter.direct_entries(live_in, self.save == Some(0));
         }
         let mut counted = 0;
         if source.mode.has(Mode::COUNTED) {
@@ -240,6 +306,7 @@ impl Frontend {
             len: decoded.max(1),
             granules: Granules::default(),
             entry,
+            saved_entry,
             instructions: self.instrs.len() as u32,
             counted,
         };
@@ -255,6 +322,9 @@ impl Frontend {
             self.sites.push(site_at(emitter, instr.ip().wrapping_sub(source.rip)));
             emitter.at(instr.ip(), counted.saturating_sub(i as u32));
             let site = Site { before: self.live[i] };
+            if i > 0 && self.save == Some(i) {
+                emitter.save_flags();
+            }
             for p in self.planner.plans.iter().filter(|p| p.check == i) {
                 emitter.sync_rsp();
                 emitter.group(p, site.before);
@@ -290,6 +360,9 @@ impl Frontend {
         }
         emitter.sync_rsp();
         if !ended {
+            if self.save == Some(self.instrs.len()) && !self.instrs.is_empty() {
+                emitter.save_flags();
+            }
             let next_rip = self.end(source, decoded);
             self.sites.push(site_at(emitter, next_rip.wrapping_sub(source.rip)));
             let whole =
@@ -300,7 +373,7 @@ impl Frontend {
                 if self.instrs.is_empty() {
                     emitter.interpret(next_rip);
                 } else {
-                    emitter.direct_exit(next_rip, FlagSet::ALL, false);
+                    emitter.direct_exit(next_rip, next, false);
                 }
             } else if self.instrs.is_empty() {
                 emitter.interpret(next_rip);
@@ -332,42 +405,42 @@ impl Frontend {
         source.at + (decoded as usize) < source.bytes.len() || self.instrs.is_empty()
     }
 
-    /// Flags live after the last instruction, at a taken branch, and at the fall-through.
-    fn live_out(
-        &mut self,
-        source: &Source<'_>,
-        forms: &mut Forms,
-        decoded: u32,
-    ) -> (FlagSet, FlagSet, FlagSet) {
+    /// How flags leave the block.
+    fn live_out(&mut self, source: &Source<'_>, forms: &mut Forms, decoded: u32) -> LiveOut {
         let next_rip = self.end(source, decoded);
         let last = match self.instrs.last().copied() {
             Some(last) if !exact_flags(source.mode) => last,
-            _ => return (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
+            _ => return LiveOut::live(FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
         };
-        let either = |a: FlagSet, b: FlagSet| FlagSet(a.0 | b.0);
         match self.forms[self.instrs.len() - 1].class {
             Class::Jcc | Class::Loop | Class::JumpIfCountZero => {
-                let (t, n) = (
-                    self.live_at(source, forms, last.near_branch_target()),
-                    self.live_at(source, forms, next_rip),
-                );
-                (either(t, n), t, n)
+                let t = self.live_at(source, forms, last.near_branch_target()).live();
+                let n = self.live_at(source, forms, next_rip).live();
+                LiveOut::live(t.or(n), t, n)
             }
-            Class::Jmp | Class::Call => {
-                let t = self.live_at(source, forms, last.near_branch_target());
-                (t, t, FlagSet::ALL)
+            Class::Ret | Class::JmpIndirect | Class::CallIndirect => LiveOut::SAVED,
+            Class::Syscall | Class::Sysret | Class::Interpret if self.accesses_behind_flags() => LiveOut::SAVED,
+            Class::Syscall | Class::Sysret | Class::Interpret => {
+                LiveOut::live(FlagSet::ALL, FlagSet::ALL, FlagSet::ALL)
             }
-            Class::Ret
-            | Class::JmpIndirect
-            | Class::CallIndirect
-            | Class::Syscall
-            | Class::Sysret
-            | Class::Interpret => (FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
-            _ => {
-                let n = self.live_at(source, forms, next_rip);
-                (n, n, n)
+            class => {
+                let target = if matches!(class, Class::Jmp | Class::Call) { last.near_branch_target() } else { next_rip };
+                let ahead = self.live_at(source, forms, target);
+                if ahead.is_doubtful() && self.accesses_behind_flags() {
+                    return LiveOut::SAVED;
+                }
+                LiveOut::live(ahead.live(), ahead.live(), ahead.live())
             }
         }
+    }
+
+    /// Whether an access behind the last instruction that changes flags would have to keep them for the block's end.
+    fn accesses_behind_flags(&self) -> bool {
+        let accesses = |(instr, form): (&Instruction, &Form)| {
+            form.class.uses_stack() || (0..instr.op_count()).any(|k| instr.op_kind(k) == OpKind::Memory)
+        };
+        let behind = |&(instr, form): &(&Instruction, &Form)| form.class.leaves() || !flags::writes(instr);
+        self.instrs.iter().zip(&self.forms).rev().take_while(behind).any(accesses)
     }
 }
 
@@ -384,7 +457,7 @@ fn emit_one(
     source: &Source<'_>,
     emitter: &mut Emitter,
     site: Site,
-    (taken, next): (FlagSet, FlagSet),
+    (taken, next): (FlagsOut, FlagsOut),
     ended: &mut bool,
 ) -> Result<(), crate::emit::Unfit> {
     let mode = source.mode;

@@ -2,8 +2,6 @@
 
 use iced_x86::Register;
 
-/// The register that JRCXZ tests.
-pub(crate) const RCX: u8 = 1;
 /// Host register of guest RSP.
 pub(crate) const HOST_RSP: u8 = 12;
 /// Scratch registers, in the order operands get them.

@@ -5,6 +5,7 @@
 use crate::assembler::SimpleAssembler;
 use crate::code_cache::{CodeCache, CodeOffset};
 use crate::context::{Reason, ctx};
+use crate::regs::R11;
 use dynasmrt::{DynasmApi, dynasm};
 
 /// Where the stubs are.
@@ -25,12 +26,17 @@ pub(crate) struct Stubs {
     pub(crate) indirect: CodeOffset,
     /// Leaves to interpret the instruction at the stored `rip`.
     pub(crate) interpret: CodeOffset,
+    /// `exit`, `link` and `interpret` where the status flags are in `saved_flags` (as they are at `attention` and `indirect`).
+    pub(crate) exit_saved: CodeOffset,
+    pub(crate) link_saved: CodeOffset,
+    pub(crate) interpret_saved: CodeOffset,
 }
 
 impl Stubs {
     /// All of them, by where they begin.
-    pub(crate) fn all(&self) -> [(CodeOffset, &'static str); 7] {
-        let Stubs { enter, exit, link, attention, miss, indirect, interpret } = *self;
+    pub(crate) fn all(&self) -> [(CodeOffset, &'static str); 10] {
+        let Stubs { enter, exit, link, attention, miss, indirect, interpret, .. } = *self;
+        let Stubs { exit_saved, link_saved, interpret_saved, .. } = *self;
         let mut all = [
             (enter, "enter"),
             (exit, "exit"),
@@ -39,6 +45,9 @@ impl Stubs {
             (miss, "miss"),
             (indirect, "indirect"),
             (interpret, "interpret"),
+            (exit_saved, "exit_saved"),
+            (link_saved, "link_saved"),
+            (interpret_saved, "interpret_saved"),
         ];
         all.sort_unstable();
         all
@@ -107,6 +116,25 @@ fn jmp_to(ops: &mut SimpleAssembler, start: CodeOffset, target: CodeOffset) {
     ops.push_i32(target.0 as i32 - (site + 4));
 }
 
+/// Puts the status flags aside, in `saved_flags`; uses r10.
+pub(crate) fn save_flags(ops: &mut SimpleAssembler) {
+    let at = ctx!(saved_flags);
+    dynasm!(ops ; .arch x64 ; mov r10, rax ; lahf ; seto al ; mov [rsp + at], ax ; mov rax, r10);
+}
+
+/// Brings the status flags back from `saved_flags`; uses host register `scratch`.
+pub(crate) fn restore_flags(ops: &mut SimpleAssembler, scratch: u8) {
+    let at = ctx!(saved_flags);
+    dynasm!(ops
+        ; .arch x64
+        ; mov Rq(scratch), rax
+        ; movzx eax, WORD [rsp + at]
+        ; add al, 127
+        ; sahf
+        ; mov rax, Rq(scratch)
+    );
+}
+
 fn emit_enter() -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
     dynasm!(ops
@@ -129,6 +157,7 @@ fn emit_enter() -> SimpleAssembler {
         ; and ecx, 1
         ; mov ah, al
         ; mov al, cl
+        ; mov [rsp + ctx!(saved_flags)], ax
         ; add al, 127
         ; sahf
     );
@@ -176,6 +205,14 @@ fn emit_exit() -> SimpleAssembler {
     ops
 }
 
+/// The way to `target` where the status flags are in `saved_flags`; keeps r10.
+fn emit_saved(start: CodeOffset, target: CodeOffset) -> SimpleAssembler {
+    let mut ops = SimpleAssembler::new();
+    restore_flags(&mut ops, R11);
+    jmp_to(&mut ops, start, target);
+    ops
+}
+
 fn emit_link(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
     dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(link)], r10d ; mov r10d, Reason::Link as i32);
@@ -186,6 +223,7 @@ fn emit_link(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
 fn emit_attention(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
     dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(rip)], r11 ; mov r10d, Reason::Attention as i32);
+    restore_flags(&mut ops, R11);
     jmp_to(&mut ops, start, exit);
     ops
 }
@@ -259,7 +297,24 @@ pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
         ; mov [rsp + ctx!(source)], r13
         ; mov r10d, Reason::Indirect as i32
     );
+    restore_flags(&mut ops, R11);
     jmp_to(&mut ops, at, exit);
     let indirect = cache.append(&ops.finalize());
-    Stubs { enter, exit, link, attention, miss, indirect, interpret }
+    let mut saved = |target| {
+        let at = cache.next();
+        cache.append(&emit_saved(at, target).finalize())
+    };
+    let [exit_saved, link_saved, interpret_saved] = [exit, link, interpret].map(&mut saved);
+    Stubs {
+        enter,
+        exit,
+        link,
+        attention,
+        miss,
+        indirect,
+        interpret,
+        exit_saved,
+        link_saved,
+        interpret_saved,
+    }
 }

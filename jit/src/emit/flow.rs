@@ -7,29 +7,42 @@ use crate::block::Link;
 use crate::classify::stack_word;
 use crate::code_cache::CodeOffset;
 use crate::context::{JitContext, Reason, ctx};
-use crate::flags::FlagSet;
-use crate::regs::{self, R10, R11, R13, RCX};
+use crate::flags::{FlagSet, FlagsOut};
+use crate::regs::{self, R10, R11, R13};
+use crate::stubs;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 impl Emitter {
+    /// Puts the status flags aside: from here to the end of the block no instruction changes them, and EFLAGS are free for
+    /// the checks before accesses.
+    pub(crate) fn save_flags(&mut self) {
+        stubs::save_flags(&mut self.hot);
+        self.flags_saved = Some(self.hot_len() as u32);
+    }
+
+    /// Where status flags are at this point, of which some later instruction may read `live`.
+    pub(super) fn flags_here(&self, live: FlagSet) -> FlagsOut {
+        if self.flags_saved.is_some() { FlagsOut::Saved } else { FlagsOut::Live(live) }
+    }
+
     /// Jumps to `target`; polls for attention first when it may close a loop.
-    pub(crate) fn direct_exit(&mut self, target: u64, live: FlagSet, polled: bool) {
+    pub(crate) fn direct_exit(&mut self, target: u64, flags: FlagsOut, polled: bool) {
         if polled || target <= self.rip {
-            self.poll(target, live);
+            self.poll(target, flags.live());
         }
         self.hot.push(0xE9);
-        self.link_here(target, live);
+        self.link_here(target, flags);
     }
 
     /// Conditional jump; ends the block with two exits.
-    pub(crate) fn jcc(&mut self, cc: u8, target: u64, next: u64, live_taken: FlagSet, live_next: FlagSet) {
-        self.side_exit(cc, target, live_taken);
-        self.direct_exit(next, live_next, false);
+    pub(crate) fn jcc(&mut self, cc: u8, target: u64, next: u64, taken_flags: FlagsOut, next_flags: FlagsOut) {
+        self.side_exit(cc, target, taken_flags);
+        self.direct_exit(next, next_flags, false);
     }
 
     /// An exit that is taken if condition `cc` holds.
-    pub(crate) fn side_exit(&mut self, cc: u8, target: u64, live_taken: FlagSet) {
+    pub(crate) fn side_exit(&mut self, cc: u8, target: u64, live_taken: FlagsOut) {
         if target <= self.rip {
             self.hot.push(0x0F);
             self.hot.push(0x80 | (cc ^ 1));
@@ -46,7 +59,13 @@ impl Emitter {
     }
 
     /// LOOP, LOOPE, LOOPNE: two exits.
-    pub(crate) fn loop_(&mut self, instr: &Instruction, next: u64, live_taken: FlagSet, live_next: FlagSet) {
+    pub(crate) fn loop_(
+        &mut self,
+        instr: &Instruction,
+        next: u64,
+        taken_flags: FlagsOut,
+        next_flags: FlagsOut,
+    ) {
         match count_size(instr) {
             2 => dynasm!(self.hot ; .arch x64 ; lea r10d, [rcx - 1] ; mov cx, r10w),
             4 => dynasm!(self.hot ; .arch x64 ; lea ecx, [rcx - 1]),
@@ -64,10 +83,10 @@ impl Emitter {
             over.push(self.hot_here());
             self.hot.push_i32(0);
         }
-        self.direct_exit(instr.near_branch_target(), live_taken, true);
+        self.direct_exit(instr.near_branch_target(), taken_flags, true);
         let here = self.hot_here();
         self.fixups.extend(over.into_iter().map(|site| (site, Target::Here(here))));
-        self.direct_exit(next, live_next, false);
+        self.direct_exit(next, next_flags, false);
     }
 
     /// JCXZ, JECXZ, JRCXZ: two exits.
@@ -75,14 +94,14 @@ impl Emitter {
         &mut self,
         instr: &Instruction,
         next: u64,
-        live_taken: FlagSet,
-        live_next: FlagSet,
+        taken_flags: FlagsOut,
+        next_flags: FlagsOut,
     ) {
         let site = self.jump_if_zero(count_size(instr));
-        self.direct_exit(next, live_next, false);
+        self.direct_exit(next, next_flags, false);
         let here = self.hot_here();
         self.fixups.push((site, Target::Here(here)));
-        self.direct_exit(instr.near_branch_target(), live_taken, false);
+        self.direct_exit(instr.near_branch_target(), taken_flags, false);
     }
 
     /// A jump that is taken if the count register of `size` bytes is zero; keeps flags. Returns where its displacement is.
@@ -152,11 +171,12 @@ impl Emitter {
         Self::constant(&mut self.hot, R10, address);
         dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
         self.hot.push(0xE9);
-        self.hot_rel32(Target::Cache(self.stubs.interpret));
+        let stub = self.interpret_stub();
+        self.hot_rel32(Target::Cache(stub));
     }
 
     /// The displacement of a chainable jump, and its stub.
-    fn link_here(&mut self, target: u64, live: FlagSet) {
+    fn link_here(&mut self, target: u64, flags: FlagsOut) {
         let stub = self.cold_here();
         let site = self.hot_rel32(Target::Here(stub));
         let back = target <= self.rip;
@@ -166,7 +186,7 @@ impl Emitter {
             target,
             site,
             stub,
-            flags_live: !live.is_empty(),
+            flags,
             same_page,
             ungrouped: false,
             back,
@@ -178,7 +198,8 @@ impl Emitter {
         debug_assert_eq!(link.stub, self.cold_here());
         let number = self.first_link + self.links.len() as u32;
         dynasm!(self.cold ; .arch x64 ; mov r10d, number as i32);
-        self.cold_jmp(Target::Cache(self.stubs.link));
+        let saved = link.flags == FlagsOut::Saved;
+        self.cold_jmp(Target::Cache(if saved { self.stubs.link_saved } else { self.stubs.link }));
         self.links.push(link);
     }
 
@@ -206,8 +227,11 @@ impl Emitter {
         dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
     }
 
-    /// Jumps to the offset in r11 through the jump cache; r13 tells where from.
+    /// Jumps to the offset in r11 through the jump cache, with the status flags put aside; r13 tells where from.
     pub(super) fn indirect_exit(&mut self) {
+        if self.flags_saved.is_none() {
+            self.save_flags();
+        }
         let start = self.code_address(0);
         if !self.code64 && start != 0 {
             // The code address: base added, and the number of the code segment.
@@ -233,35 +257,45 @@ impl Emitter {
         );
     }
 
-    /// The indirect entry: checks that r11 is this block's code address and polls, then falls into the direct entry.
-    ///
-    /// Until the address is known to be this block's, all flags may be live: another block's jump came here by a
-    /// collision in the jump cache. Keeps r13, which names the source of the jump.
-    pub(crate) fn indirect_entry(&mut self, rip: u64, live: FlagSet) {
+    /// The indirect entry: checks that r11 is this block's code address and polls, then falls into the entry for flags that
+    /// are put aside. Keeps r13, which names the source of the jump, until it is known to be right.
+    pub(crate) fn indirect_entry(&mut self, rip: u64) {
         let address = self.code_address(rip);
-        dynasm!(self.hot ; .arch x64 ; mov r10, rcx);
-        Self::constant(&mut self.hot, RCX, address.wrapping_neg());
-        // jrcxz over `mov rcx, r10; jmp`: 3 + 5 bytes.
-        dynasm!(self.hot ; .arch x64 ; lea rcx, [rcx + r11] ; .u8 0xE3, 8 ; mov rcx, r10);
-        self.hot.push(0xE9);
-        self.hot_rel32(Target::Cache(self.stubs.indirect));
-        if live.is_empty() {
-            dynasm!(self.hot ; .arch x64 ; mov rcx, r10);
-            load(&mut self.hot, R10, ctx!(attention));
-            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0 ; .u8 0x0F, 0x85); // jne
-            self.hot_rel32(Target::Cache(self.stubs.attention));
+        if let Ok(address) = i32::try_from(address as i64) {
+            dynasm!(self.hot ; .arch x64 ; cmp r11, address);
         } else {
-            load(&mut self.hot, RCX, ctx!(attention));
-            dynasm!(self.hot
-                ; .arch x64
-                ; mov ecx, [rcx]
-                ; .u8 0xE3, 8
-                ; mov rcx, r10
-            );
-            self.hot.push(0xE9);
-            self.hot_rel32(Target::Cache(self.stubs.attention));
-            dynasm!(self.hot ; .arch x64 ; mov rcx, r10);
+            Self::constant(&mut self.hot, R10, address);
+            dynasm!(self.hot ; .arch x64 ; cmp r11, r10);
         }
+        self.hot_jne(Target::Cache(self.stubs.indirect));
+        load(&mut self.hot, R10, ctx!(attention));
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
+        self.hot_jne(Target::Cache(self.stubs.attention));
+    }
+
+    fn hot_jne(&mut self, target: Target) {
+        self.hot.push(0x0F);
+        self.hot.push(0x85);
+        self.hot_rel32(target);
+    }
+
+    /// The direct entries: the one for status flags that are put aside, then the one for flags in EFLAGS, where all are put
+    /// aside if `save`. What follows wants `live` in EFLAGS. Returns where they begin.
+    pub(crate) fn direct_entries(&mut self, live: FlagSet, save: bool) -> (u32, u32) {
+        let saved_entry = self.hot_len() as u32;
+        if !live.is_empty() {
+            stubs::restore_flags(&mut self.hot, R10);
+        }
+        let over = save.then(|| {
+            dynasm!(self.hot ; .arch x64 ; .u8 0xEB, 0); // jmp short
+            self.hot_len()
+        });
+        let entry = self.hot_len() as u32;
+        if let Some(over) = over {
+            self.save_flags();
+            self.hot.ops[over - 1] = (self.hot_len() - over) as u8;
+        }
+        (saved_entry, entry)
     }
 
     /// At the direct entry: leaves to look the block up again unless cell `slot` holds `page` (for an instruction
@@ -322,7 +356,7 @@ impl Emitter {
             let site = start.0 as i32 + ops.offset().0 as i32;
             ops.push_i32(to.0 as i32 - (site + 4));
         };
-        if link.flags_live {
+        if !link.flags.live().is_empty() {
             let minus = (page as i32).wrapping_neg();
             dynasm!(ops
                 ; .arch x64
@@ -361,7 +395,7 @@ impl Emitter {
             let site = start.0 as i32 + ops.offset().0 as i32;
             ops.push_i32(to.0 as i32 - (site + 4));
         };
-        if link.flags_live {
+        if !link.flags.live().is_empty() {
             dynasm!(ops
                 ; .arch x64
                 ; mov r13, rcx
@@ -395,7 +429,8 @@ impl Emitter {
             ; mov [rsp + ctx!(rip)], r10
             ; mov r10d, reason as i32
         );
-        self.cold_jmp(Target::Cache(self.stubs.exit));
+        let saved = self.flags_saved.is_some();
+        self.cold_jmp(Target::Cache(if saved { self.stubs.exit_saved } else { self.stubs.exit }));
     }
 
     pub(super) fn cold_interpret(&mut self, rip: u64) {
@@ -403,7 +438,12 @@ impl Emitter {
         let address = self.code_address(rip);
         Self::constant(&mut self.cold, R10, address);
         dynasm!(self.cold ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
-        self.cold_jmp(Target::Cache(self.stubs.interpret));
+        let stub = self.interpret_stub();
+        self.cold_jmp(Target::Cache(stub));
+    }
+
+    fn interpret_stub(&self) -> CodeOffset {
+        if self.flags_saved.is_some() { self.stubs.interpret_saved } else { self.stubs.interpret }
     }
 }
 

@@ -107,11 +107,12 @@ impl Emitter {
         let stub = self.cold_here();
         self.fixups.push((site, Target::Here(stub)));
         let target = self.code_address(self.rip);
+        let flags = self.flags_here(FlagSet::ALL);
         self.cold_link(PendingLink {
             target,
             site,
             stub,
-            flags_live: true,
+            flags,
             same_page: true,
             ungrouped: true,
             back: false,

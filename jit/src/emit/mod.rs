@@ -23,7 +23,7 @@ use crate::block::Mode;
 use crate::classify::Form;
 use crate::code_cache::CodeOffset;
 use crate::context::ctx;
-use crate::flags::FlagSet;
+use crate::flags::{FlagSet, FlagsOut};
 use crate::regs::{self, Place, R10, R11, R13};
 use crate::stubs::{MissInfo, Stubs};
 use dynasmrt::{DynasmApi, dynasm};
@@ -52,7 +52,7 @@ pub(crate) struct PendingLink {
     pub(crate) target: u64,
     pub(crate) site: Pos,
     pub(crate) stub: Pos,
-    pub(crate) flags_live: bool,
+    pub(crate) flags: FlagsOut,
     pub(crate) same_page: bool,
     pub(crate) ungrouped: bool,
     pub(crate) back: bool,
@@ -91,6 +91,8 @@ pub(crate) struct Emitter {
     r13_busy: bool,
     /// Instructions from the current one on that the block counted when it was entered.
     remaining: u32,
+    /// Where in hot code the status flags were put aside, for good.
+    pub(crate) flags_saved: Option<u32>,
     /// How far guest RSP is ahead of its host register: runs of PUSH and POP in a group move it once.
     rsp_pending: i32,
 }
@@ -113,6 +115,7 @@ impl Emitter {
             groups: Vec::new(),
             r13_busy: false,
             remaining: 0,
+            flags_saved: None,
             rsp_pending: 0,
         }
     }
@@ -132,6 +135,7 @@ impl Emitter {
         self.groups.clear();
         self.r13_busy = false;
         self.remaining = 0;
+        self.flags_saved = None;
         self.rsp_pending = 0;
     }
 

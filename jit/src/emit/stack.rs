@@ -5,7 +5,7 @@ use super::{Emitter, Site, Unfit};
 use crate::block::Mode;
 use crate::classify::{Class, stack_word};
 use crate::context::ctx;
-use crate::flags::FlagSet;
+use crate::flags::{FlagSet, FlagsOut};
 use crate::regs::{self, HOST_RSP, Place, R10, R11};
 use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
@@ -238,10 +238,10 @@ impl Emitter {
     }
 
     /// Near CALL to a constant: pushes `next`, exits to the target.
-    pub(crate) fn call(&mut self, instr: &Instruction, next: u64, site: Site, live_out: FlagSet) {
+    pub(crate) fn call(&mut self, instr: &Instruction, next: u64, site: Site, flags: FlagsOut) {
         self.push_return(next, stack_word(instr) as i32, site.before);
         self.sync_rsp();
-        self.direct_exit(instr.near_branch_target(), live_out, false);
+        self.direct_exit(instr.near_branch_target(), flags, false);
     }
 
     /// Near RET.

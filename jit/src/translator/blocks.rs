@@ -132,7 +132,7 @@ impl Translator {
                 target: l.target,
                 site: CodeOffset(start.0 + self.emitter.offset(l.site)),
                 stub: CodeOffset(start.0 + self.emitter.offset(l.stub)),
-                flags_live: l.flags_live,
+                flags: l.flags,
                 same_page: l.same_page && extra.is_none(),
                 ungrouped: l.ungrouped,
                 back: l.back,
@@ -151,6 +151,8 @@ impl Translator {
             key,
             start,
             entry: CodeOffset(start.0 + t.entry),
+            saved_entry: CodeOffset(start.0 + t.saved_entry),
+            flags_saved: CodeOffset(self.emitter.flags_saved.map_or(u32::MAX, |at| start.0 + at)),
             code_len: self.code.len() as u32,
             granules: t.granules,
             counted: t.counted as u8,
@@ -197,7 +199,7 @@ impl Translator {
         let counts = self.counts(number, to);
         let link = &mut self.blocks.links[number as usize];
         let site = link.site;
-        let entry = self.blocks.blocks[to as usize].entry;
+        let entry = self.blocks.blocks[to as usize].entry_for(link.flags);
         let target = if counts {
             link.counted = true;
             let cell = heat_cell(number);

@@ -53,7 +53,9 @@ unsafe fn fault_callback(data: *mut (), fault: &mut FaultContext) -> bool {
         // The block does not execute these after all.
         (*this.context).instructions = (*this.context).instructions.wrapping_sub(u64::from(remaining));
     }
-    fault.set_rip(this.cache.address(this.stubs.interpret));
+    let saved = at.0 >= block.flags_saved.0;
+    let stub = if saved { this.stubs.interpret_saved } else { this.stubs.interpret };
+    fault.set_rip(this.cache.address(stub));
     true
 }
 
