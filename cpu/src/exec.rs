@@ -13,7 +13,9 @@ use crate::mmu::{Access, Entry, Flushes, Privilege, Tlb};
 use crate::plan::{DebugPlan, WatchHit};
 use crate::segment;
 use crate::state::{CpuState, LinAddr, SegReg, Segment, cr0, flags, gpr};
-use paravane_memory::{GuestMemory, Mapped, PAGE_SIZE, PhysAddr, RamOffset, VpIndex, Width};
+use paravane_memory::{
+    GuestMemory, Mapped, PAGE_SIZE, PhysAddr, RamOffset, VpIndex, Width, crosses_line, split_locks_are_dear,
+};
 
 /// What an instruction asks of the core beyond its architectural effects.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -165,7 +167,8 @@ impl Exec<'_> {
 
     /// Read-modify-write at a linear address. If `locked`, one locked access of the host, so that it is atomic towards all
     /// processors and devices at any alignment. Only an operand on two pages that do not follow each other in the host's memory
-    /// takes two accesses: then it is atomic towards other locked accesses to such operands.
+    /// takes two accesses: then it is atomic towards other locked accesses to such operands. On two cache lines it is
+    /// [`GuestMemory::ram_update_split`] where the host punishes split locks.
     fn rmw_linear(
         &mut self,
         lin: LinAddr,
@@ -218,6 +221,11 @@ impl Exec<'_> {
 
     #[inline]
     fn rmw_ram(&mut self, at: RamOffset, size: usize, locked: bool, f: &mut dyn FnMut(u64) -> u64) -> u64 {
+        if locked && crosses_line(at.0, size as u64) && split_locks_are_dear() {
+            let old = self.mem.ram_update_split(at, size, f);
+            self.mem.wrote(at, size as u64);
+            return old;
+        }
         let mut old = self.mem.ram_load(at, size);
         if locked {
             while let Err(now) = self.mem.ram_compare_exchange(at, size, old, f(old)) {

@@ -148,10 +148,7 @@ impl Frontend {
             decoder.decode_out(&mut instr);
             read |= instr.rflags_read() & open;
             let leaves = instr.flow_control() != iced_x86::FlowControl::Next;
-            if instr.is_invalid()
-                || leaves
-                || forms.form(&instr).class.leaves()
-            {
+            if instr.is_invalid() || leaves || forms.form(&instr).class.leaves() {
                 break;
             }
             open &= !flags::killed(&instr);
@@ -419,12 +416,18 @@ impl Frontend {
                 LiveOut::live(t.or(n), t, n)
             }
             Class::Ret | Class::JmpIndirect | Class::CallIndirect => LiveOut::SAVED,
-            Class::Syscall | Class::Sysret | Class::Interpret if self.accesses_behind_flags() => LiveOut::SAVED,
+            Class::Syscall | Class::Sysret | Class::Interpret if self.accesses_behind_flags() => {
+                LiveOut::SAVED
+            }
             Class::Syscall | Class::Sysret | Class::Interpret => {
                 LiveOut::live(FlagSet::ALL, FlagSet::ALL, FlagSet::ALL)
             }
             class => {
-                let target = if matches!(class, Class::Jmp | Class::Call) { last.near_branch_target() } else { next_rip };
+                let target = if matches!(class, Class::Jmp | Class::Call) {
+                    last.near_branch_target()
+                } else {
+                    next_rip
+                };
                 let ahead = self.live_at(source, forms, target);
                 if ahead.is_doubtful() && self.accesses_behind_flags() {
                     return LiveOut::SAVED;

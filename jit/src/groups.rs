@@ -10,6 +10,7 @@ use crate::classify::{Class, Form, stack_word};
 use crate::flags::FlagSet;
 use crate::regs;
 use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+use paravane_memory::split_locks_are_dear;
 
 const RSP: u8 = 4;
 /// Groups of a block that keep their delta in the context.
@@ -316,6 +317,10 @@ pub(crate) fn operand(instr: &Instruction, code64: bool) -> Option<Operand> {
     if !(0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory) {
         return None;
     }
+    // A member is not checked for alignment.
+    if is_locked(instr) && split_locks_are_dear() {
+        return None;
+    }
     let flat = match instr.memory_segment() {
         Register::FS | Register::GS => false,
         Register::CS => code64,
@@ -340,6 +345,11 @@ pub(crate) fn operand(instr: &Instruction, code64: bool) -> Option<Operand> {
     let scale = if index.is_some() { instr.memory_index_scale() as u8 } else { 1 };
     let disp = i64::from(disp as i32) as u64;
     Some(Operand { key: Key { base, index, scale }, disp })
+}
+
+/// Whether the access is a locked one; XCHG with memory is, prefix or not.
+pub(crate) fn is_locked(instr: &Instruction) -> bool {
+    instr.has_lock_prefix() || instr.mnemonic() == Mnemonic::Xchg
 }
 
 fn memory_written(instr: &Instruction, access: &[OpAccess; 5]) -> bool {

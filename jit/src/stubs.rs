@@ -66,6 +66,8 @@ impl MissInfo {
     pub(crate) const SOFT: u64 = 1 << 9;
     /// #GP unless a multiple of its size, before its page is looked at.
     pub(crate) const ALIGNED: u64 = 1 << 10;
+    /// A locked access: it must not cross a cache line where the host punishes that.
+    pub(crate) const LOCKED: u64 = 1 << 11;
 
     /// An access of `size` bytes.
     pub(crate) fn of(size: u32, write: bool) -> u64 {
@@ -305,16 +307,5 @@ pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
         cache.append(&emit_saved(at, target).finalize())
     };
     let [exit_saved, link_saved, interpret_saved] = [exit, link, interpret].map(&mut saved);
-    Stubs {
-        enter,
-        exit,
-        link,
-        attention,
-        miss,
-        indirect,
-        interpret,
-        exit_saved,
-        link_saved,
-        interpret_saved,
-    }
+    Stubs { enter, exit, link, attention, miss, indirect, interpret, exit_saved, link_saved, interpret_saved }
 }

@@ -4,6 +4,7 @@ use crate::addr::{PAGE_SHIFT, PAGE_SIZE, PhysAddr, PhysPage, RamOffset};
 use crate::backing::Backing;
 use crate::claims::{Claims, CodeWatcher, Pages};
 use crate::layout::{Layout, Mapped, OverlayId};
+use crate::split::Split;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -318,6 +319,20 @@ impl GuestMemory {
     /// Atomic compare-exchange of 16 bytes; `at` is a multiple of 16.
     pub fn ram_compare_exchange_16(&self, at: RamOffset, old: u128, new: u128) -> Result<u128, u128> {
         self.0.backing.compare_exchange_16(at, old, new)
+    }
+
+    /// Replaces the 2, 4 or 8 bytes at `at`, which lie on two cache lines, by what `update` makes of them, without a split lock;
+    /// returns the old ones. What `update` leaves alone on one of the lines is not written. Atomic towards other such operations; towards
+    /// everything else where only one line changes, otherwise one line after the other.
+    pub fn ram_update_split(&self, at: RamOffset, size: usize, update: &mut dyn FnMut(u64) -> u64) -> u64 {
+        let split = Split::new(at, size);
+        self.exclusive(|| {
+            loop {
+                if let Some(old) = split.try_update(&self.0.backing, update) {
+                    return old;
+                }
+            }
+        })
     }
 
     /// Runs `operation` while no other such operation runs: a locked access to two places.

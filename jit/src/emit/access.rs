@@ -281,8 +281,8 @@ impl Emitter {
                 self.hot_jcc(8, cold);
                 self.cold_miss(ea, access, retry);
             }
-            // Misaligned ones of these raise #GP, which is the interpreter's.
-            16.. if info & MissInfo::ALIGNED != 0 => {
+            // Misaligned ones of these are the interpreter's: they raise #GP, or would be punished by the host.
+            _ if self.must_be_aligned(info) => {
                 let mask = size as i8 - 1;
                 dynasm!(self.hot ; .arch x64 ; test r11b, mask);
                 let cold = self.cold_here();
@@ -334,6 +334,12 @@ impl Emitter {
             }
         }
         Self::restore(&mut self.hot, keep, self.r13_busy);
+    }
+
+    /// Whether misaligned accesses of the kind `info` says leave for the interpreter, wherever they lie.
+    fn must_be_aligned(&self, info: u64) -> bool {
+        let (size, kind) = (info & 0xFF, |bit| info & bit != 0);
+        size >= 16 && kind(MissInfo::ALIGNED) || size <= 8 && kind(MissInfo::LOCKED) && self.splits_are_dear
     }
 
     /// Loads the delta of the page of the address in host register `ea` into `delta`. Uses r11; keeps flags unless they are `dead`.

@@ -36,7 +36,14 @@ impl Emitter {
     }
 
     /// Conditional jump; ends the block with two exits.
-    pub(crate) fn jcc(&mut self, cc: u8, target: u64, next: u64, taken_flags: FlagsOut, next_flags: FlagsOut) {
+    pub(crate) fn jcc(
+        &mut self,
+        cc: u8,
+        target: u64,
+        next: u64,
+        taken_flags: FlagsOut,
+        next_flags: FlagsOut,
+    ) {
         self.side_exit(cc, target, taken_flags);
         self.direct_exit(next, next_flags, false);
     }
@@ -182,15 +189,7 @@ impl Emitter {
         let back = target <= self.rip;
         let target = self.code_address(target);
         let same_page = target >> 12 == self.address >> 12;
-        self.cold_link(PendingLink {
-            target,
-            site,
-            stub,
-            flags,
-            same_page,
-            ungrouped: false,
-            back,
-        });
+        self.cold_link(PendingLink { target, site, stub, flags, same_page, ungrouped: false, back });
     }
 
     /// The stub of a link: where the link leads is in its record.

@@ -24,12 +24,14 @@ use crate::classify::Form;
 use crate::code_cache::CodeOffset;
 use crate::context::ctx;
 use crate::flags::{FlagSet, FlagsOut};
+use crate::groups;
 use crate::regs::{self, Place, R10, R11, R13};
 use crate::stubs::{MissInfo, Stubs};
 use dynasmrt::{DynasmApi, dynasm};
 use group::Group;
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpAccess, OpCodeOperandKind, OpKind, Register};
 use paravane_cpu::operand_alignment;
+use paravane_memory::split_locks_are_dear;
 
 /// Where in the block's code something is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -87,6 +89,8 @@ pub(crate) struct Emitter {
     /// RIP of the current instruction.
     rip: u64,
     groups: Vec<Group>,
+    /// Locked accesses that cross a cache line are the interpreter's.
+    splits_are_dear: bool,
     /// A group keeps its delta in r13.
     r13_busy: bool,
     /// Instructions from the current one on that the block counted when it was entered.
@@ -113,6 +117,7 @@ impl Emitter {
             start_rip: 0,
             rip: 0,
             groups: Vec::new(),
+            splits_are_dear: split_locks_are_dear(),
             r13_busy: false,
             remaining: 0,
             flags_saved: None,
@@ -281,6 +286,7 @@ impl Emitter {
             } else {
                 let mut info = MissInfo::of(size, write);
                 info |= if operand_alignment(instr) > 1 { MissInfo::ALIGNED } else { 0 };
+                info |= if groups::is_locked(instr) { MissInfo::LOCKED } else { 0 };
                 self.address(instr, info, site.before)?;
                 new.set_memory_base(Register::R11);
                 new.set_memory_index(Register::None);

@@ -146,7 +146,8 @@ impl Emitter {
             (_, true) => dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11 * 4]),
             (_, false) => dynasm!(self.hot ; .arch x64 ; lea r10d, [r10 + r11 * 4]),
         }
-        self.access(R10, size, write, site.before);
+        let locked = if atomic { MissInfo::LOCKED } else { 0 };
+        self.access_as(R10, MissInfo::of(size, write) | locked, site.before);
         let mut new = *instr;
         if atomic {
             let r = self.guest(n, R10);

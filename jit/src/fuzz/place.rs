@@ -3,8 +3,10 @@
 
 use super::generate::Generator;
 use super::random::Random;
+use crate::groups;
 use crate::host::NativeState;
 use iced_x86::{CodeSize, Instruction, Mnemonic, OpKind, Register};
+use paravane_memory::split_locks_are_dear;
 
 impl Generator {
     /// Where memory operands may lie: aligned, anywhere, across a page, at the arena's ends, read-only.
@@ -32,7 +34,11 @@ impl Generator {
         self.place_stack(i, state, random);
         let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
         if memory && !random.one_in(24) {
-            let target = self.target(size, random);
+            let mut target = self.target(size, random);
+            if groups::is_locked(i) && split_locks_are_dear() && !random.one_in(2_000) {
+                // The host itself executes it, too.
+                target &= !(size.next_power_of_two() - 1);
+            }
             if !self.reuse(i, state, target, random) {
                 solve(i, state, target, random);
             }
