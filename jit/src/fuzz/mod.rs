@@ -145,7 +145,7 @@ impl Bench {
             mended: Outcome::empty(),
             is_mended: false,
             mends: 0,
-            avoids_split_locks: crate::host::split_locks_are_slow(),
+            avoids_split_locks: paravane_memory::split_locks_are_dear(),
         })
     }
 

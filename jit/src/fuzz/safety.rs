@@ -159,7 +159,7 @@ impl Situation<'_> {
             true => (self.far_bit(), 16),
             false => (self.address(operand), i.memory_size().size() as u64),
         };
-        at.is_some_and(|at| (at & 63) + size > 64)
+        at.is_some_and(|at| paravane_memory::crosses_line(at, size))
     }
 
     /// Where it goes on if it does not fault: behind it, or where it branches to. Nowhere if it traps there.

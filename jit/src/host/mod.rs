@@ -6,7 +6,6 @@
 //! operands and faults included, and is the oracle the engines are compared with.
 
 mod area;
-mod bus_lock;
 #[cfg(feature = "fuzz")]
 mod canary;
 mod gate;
@@ -16,7 +15,6 @@ mod native;
 mod vector;
 
 pub use area::CodeArea;
-pub use bus_lock::split_locks_are_slow;
 #[cfg(feature = "fuzz")]
 pub use canary::{Canaries, HostMapping, host_mappings};
 pub use native::{

@@ -2,20 +2,14 @@
 
 use crate::bed::{Bed, CODE, DATA, I, Job, Kind, T};
 use paravane_cpu::gpr;
-use paravane_jit::host::split_locks_are_slow;
 
 const TIMES: u64 = 20_000;
 
-/// How often operands are locked that lie on two cache lines.
-fn times_split() -> u64 {
-    if split_locks_are_slow() { TIMES / 2_000 } else { TIMES }
-}
-
 /// All processors run `program` on the operand that RDI names, RCX times.
-fn all_at(kinds: &[Kind], program: &[u8], rdi: u64, times: u64) -> Bed {
+fn all_at(kinds: &[Kind], program: &[u8], rdi: u64) -> Bed {
     let mut bed = Bed::new(kinds);
     let jobs: Vec<Job> = (0..kinds.len() as u64)
-        .map(|n| bed.job(CODE + n * 0x1000, program, &[(gpr::RCX, times), (gpr::RDI, rdi), (gpr::RSI, n)]))
+        .map(|n| bed.job(CODE + n * 0x1000, program, &[(gpr::RCX, TIMES), (gpr::RDI, rdi), (gpr::RSI, n)]))
         .collect();
     bed.race(&jobs);
     bed
@@ -26,11 +20,7 @@ fn all_at(kinds: &[Kind], program: &[u8], rdi: u64, times: u64) -> Bed {
 fn counts(program: &[u8], add: u64) {
     for kinds in [&[T, T][..], &[T, I], &[I, I], &[T, I, T, I]] {
         for at in [DATA, DATA + 62, DATA + 0xFFE] {
-            if at != DATA && split_locks_are_slow() {
-                println!("NOT RUN: this host makes locked operands on two cache lines slow");
-                continue;
-            }
-            let bed = all_at(kinds, program, at, TIMES);
+            let bed = all_at(kinds, program, at);
             let expected = kinds.len() as u64 * TIMES * add;
             assert_eq!(u64::from(bed.get32(at)), expected, "{kinds:?} at {at:#x}");
         }
@@ -103,7 +93,7 @@ fn exchanges_of_sixteen_bytes() {
         "jnz 2b"
     );
     for kinds in [[T, T], [T, I], [I, I]] {
-        let bed = all_at(&kinds, program, DATA + 0x40, TIMES);
+        let bed = all_at(&kinds, program, DATA + 0x40);
         assert_eq!((bed.get64(DATA + 0x40), bed.get64(DATA + 0x48)), (2 * TIMES, 4 * TIMES), "{kinds:?}");
     }
 }
@@ -161,11 +151,10 @@ fn every_size() {
         "jnz 2b"
     );
     for kinds in [[T, T], [T, I], [I, I]] {
-        let times = times_split();
-        let bed = all_at(&kinds, program, DATA, times);
+        let bed = all_at(&kinds, program, DATA);
         let sums = [bed.get64(DATA) & 0xFF, bed.get64(DATA + 0x101) & 0xFFFF, bed.get64(DATA + 0x201)];
-        assert_eq!(sums, [(2 * times) & 0xFF, (6 * times) & 0xFFFF, 10 * times], "{kinds:?}");
-        assert_eq!(bed.get64(DATA + 0xFFC), (2 * times).wrapping_neg(), "{kinds:?}");
+        assert_eq!(sums, [(2 * TIMES) & 0xFF, (6 * TIMES) & 0xFFFF, 10 * TIMES], "{kinds:?}");
+        assert_eq!(bed.get64(DATA + 0xFFC), (2 * TIMES).wrapping_neg(), "{kinds:?}");
     }
 }
 
@@ -195,11 +184,10 @@ fn split_locks_are_seen_whole() {
     for kinds in [[T, T], [I, T], [T, I], [I, I]] {
         for end in [DATA + 0x40, DATA + 0x1000] {
             let mut bed = Bed::new(&kinds);
-            let times = times_split();
-            let registers = [(gpr::RCX, times), (gpr::RDI, end)];
+            let registers = [(gpr::RCX, TIMES), (gpr::RDI, end)];
             let jobs = [bed.job(CODE, whole, &registers), bed.job(CODE + 0x1000, part, &registers)];
             bed.race(&jobs);
-            assert_eq!(bed.get64(end - 4), times << 32 | times, "{kinds:?} at {end:#x}");
+            assert_eq!(bed.get64(end - 4), TIMES << 32 | TIMES, "{kinds:?} at {end:#x}");
         }
     }
 }
