@@ -38,6 +38,15 @@ impl Generator {
         Decoder::with_ip(self.bits, &window, ip, DecoderOptions::NONE).decode()
     }
 
+    /// Whether undefined `bytes` are longer than 15 as well, with what follows them: without the prefixes that make it undefined it
+    /// would be an instruction of so many.
+    pub(super) fn is_too_long(&self, bytes: &[u8], ip: u64) -> bool {
+        let prefixes = bytes.iter().take_while(|&&b| is_prefix(b)).count();
+        let sizes: Vec<u8> = bytes[..prefixes].iter().copied().filter(|b| matches!(b, 0x66 | 0x67)).collect();
+        let bare = self.decode(&[&sizes, &bytes[prefixes..]].concat(), ip);
+        !bare.is_invalid() && bare.len() + prefixes - sizes.len() > 15
+    }
+
     pub(super) fn encode(&self, i: &Instruction, ip: u64, random: &mut Random) -> Option<Vec<u8>> {
         let mut encoder = Encoder::new(self.bits);
         encoder.encode(i, ip).ok()?;
@@ -88,4 +97,25 @@ impl Generator {
 fn has_branch(i: &Instruction) -> bool {
     (0..i.op_count())
         .any(|n| matches!(i.op_kind(n), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::NativeLayout;
+
+    #[test]
+    fn what_is_undefined_may_be_too_long_as_well() {
+        let layout =
+            NativeLayout { code: 0x4000_0000, data: 0x5000_0000, writable_pages: 2, read_only_pages: 1 };
+        let generator = Generator::new(16, layout);
+        // PHSUBD with F2 and a displacement that 67H makes longer than what was written.
+        let mut bytes =
+            vec![0x2E, 0x2E, 0x2E, 0x2E, 0x2E, 0x2E, 0xF3, 0xF2, 0x67, 0x0F, 0x38, 6, 0x9B, 0xFF, 0x7F];
+        assert!(generator.decode(&bytes, 0).is_invalid());
+        assert!(generator.is_too_long(&bytes, 0));
+        bytes.drain(..2);
+        assert!(generator.decode(&bytes, 0).is_invalid());
+        assert!(!generator.is_too_long(&bytes, 0));
+    }
 }

@@ -178,7 +178,7 @@ impl Generator {
             // long and undefined is #GP or #UD as the processor likes.
             match shortened(&bytes) {
                 Some(short) => !self.decode(&short, ip).is_invalid(),
-                None => code == Code::INVALID || is_prefix(bytes[0]),
+                None => (code == Code::INVALID || is_prefix(bytes[0])) && !self.is_too_long(&bytes, ip),
             }
         } else {
             decoded.len() == bytes.len() && super::forms::admit(decoded.code(), self.bits).is_ok()
