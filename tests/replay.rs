@@ -191,7 +191,7 @@ fn a_replay_that_differs_says_where() {
     let (file, _) = record(&dir, &kernel, "jit", &["one\n", "two\n", "three q"]);
     let f = file.display().to_string();
     let recorded = fs::read_to_string(&file).expect("recording");
-    assert!(recorded.matches("\"check\"").count() > 3, "it ran for a while:\n{recorded}");
+    assert!(recorded.matches("\"check\"").count() > 1, "it ran for a while:\n{recorded}");
     let replay = |text: &str, kernel: &Path, more: &[&str]| {
         fs::write(&file, text).expect("recording");
         output(command(kernel, "jit", &[&["--replay", &f], more].concat()))

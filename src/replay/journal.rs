@@ -91,9 +91,9 @@ impl Journal {
         }
     }
 
-    /// The run is at `at` again, behind what came in there.
+    /// The run is at `at` again, before what came in there.
     pub(super) fn rewind(&mut self, at: Stamp) {
-        self.next = self.inputs.partition_point(|input| input.at <= at);
+        self.next = self.inputs.partition_point(|input| input.at < at);
     }
 
     /// What came in before `at` is not gone back to.

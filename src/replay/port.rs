@@ -179,9 +179,11 @@ mod tests {
         gate.host().push(b"y");
         outside.deliver(two);
         assert_eq!((gate.guest().take(&mut buf), &buf[..2]), (2, &b"xy"[..]));
-        // Back before the second: what the host says meanwhile waits for the present.
+        // Back to the first: what came in there does so again; what the host says meanwhile waits for the present.
         outside.journal().rewind(one);
         gate.host().push(b"z");
+        outside.deliver(one);
+        assert_eq!((gate.guest().take(&mut buf), buf[0]), (1, b'x'));
         outside.deliver(Stamp { instructions: 8, ns: 11 });
         assert_eq!(gate.guest().take(&mut buf), 0);
         outside.deliver(two);

@@ -36,12 +36,11 @@ impl Lockstep {
         left.clamp(1, SLICE)
     }
 
-    /// Time passes by `instructions`, and what became due happens; `retired` have in all.
-    fn passed(&self, instructions: u64, retired: u64) {
+    /// Time passes by `instructions`, and what became due happens.
+    fn passed(&self, instructions: u64) {
         self.clock.retire(instructions);
         self.disks.iter().for_each(|disk| disk.settle());
         self.timers.run_expired(self.clock.now());
-        self.outside.deliver(Stamp { ns: self.clock.now().0, instructions: retired });
     }
 
     /// Jumps to the next deadline; false if there is none.
@@ -82,6 +81,8 @@ pub struct Rota {
     round: Round,
     /// Nobody had more to do when the last round ended.
     idle: bool,
+    /// When that was.
+    last: Option<Stamp>,
 }
 
 impl Rota {
@@ -95,7 +96,7 @@ impl Rota {
             vcpu.past.fixed = time.timeline.is_fixed();
         }
         time.timeline.starts_again(&vcpus);
-        Rota { held: vec![false; vcpus.len()], vcpus, time, round: Round::default(), idle: false }
+        Rota { held: vec![false; vcpus.len()], vcpus, time, round: Round::default(), idle: false, last: None }
     }
 
     pub(super) fn lifecycle(&self) -> &Lifecycle {
@@ -139,9 +140,15 @@ impl Rota {
         self.round.turn
     }
 
-    /// The run goes on elsewhere, between two rounds.
+    /// The run goes on elsewhere, at a point between two rounds, before what comes in there.
     pub(super) fn jumped(&mut self) {
-        (self.round, self.idle) = (Round::default(), false);
+        let at = self.stamp();
+        (self.round, self.idle, self.last) = (Round::default(), false, Some(at));
+        self.time.outside.deliver(at);
+    }
+
+    fn stamp(&self) -> Stamp {
+        Stamp { ns: self.now(), instructions: self.retired() }
     }
 
     /// Sees to it that a round is under way. Where nobody has anything to do time jumps to the next deadline, or everybody sleeps.
@@ -214,13 +221,20 @@ impl Rota {
         }
     }
 
+    /// What became due happens, then there may be a checkpoint, then input comes in. A round in which nothing happened at the time of the
+    /// last one is none: somebody outside called everybody up. So whatever comes in at one time does so at the end of its first round.
     fn end_round(&mut self) {
         let Round { longest, busy, .. } = std::mem::take(&mut self.round);
-        self.follow_changes();
-        self.time.passed(longest, self.retired());
-        let lifecycle = self.lifecycle().clone();
-        self.time.timeline.between(&mut self.vcpus, &lifecycle);
         self.idle = !busy;
+        if busy || longest > 0 || self.last != Some(self.stamp()) {
+            self.follow_changes();
+            self.time.passed(longest);
+            let lifecycle = self.lifecycle().clone();
+            self.time.timeline.between(&mut self.vcpus, &lifecycle);
+        }
+        let at = self.stamp();
+        self.last = Some(at);
+        self.time.outside.deliver(at);
     }
 
     fn anybody_called(&self) -> bool {
