@@ -21,10 +21,11 @@ use crate::tables::{self, ENTRIES, TableMemory};
 use std::io;
 use std::ops::Range;
 
-/// What the read base holds beyond the table's address: the control of BEXTR that takes bits 12 to 47.
-pub(crate) const READ_BIAS: u64 = 12 | 36 << 8;
-/// The same of the write base: the shift count of the index computation that keeps flags.
-pub(crate) const WRITE_BIAS: u64 = 28;
+/// What the read base holds beyond the table's address: the shift count of the index computation that keeps flags. It is the
+/// smaller of the two, since most look-ups are for reads: their displacement takes a byte.
+pub(crate) const READ_BIAS: u64 = 28;
+/// The same of the write base: the control of BEXTR that takes bits 12 to 47.
+pub(crate) const WRITE_BIAS: u64 = 12 | 36 << 8;
 
 /// Whose accesses a table serves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

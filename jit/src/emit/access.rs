@@ -344,16 +344,16 @@ impl Emitter {
 
     /// Loads the delta of the page of the address in host register `ea` into `delta`. Uses r11; keeps flags unless they are `dead`.
     pub(super) fn look_up(&mut self, delta: u8, ea: u8, write: bool, dead: bool) {
-        // Bits 12 to 47: by BEXTR with the read base as its control, or without touching flags.
+        // Bits 12 to 47: by BEXTR with the write base as its control, or without touching flags.
         if dead {
-            dynasm!(self.hot ; .arch x64 ; bextr r11, Rq(ea), r15);
+            dynasm!(self.hot ; .arch x64 ; bextr r11, Rq(ea), r14);
         } else {
-            dynasm!(self.hot ; .arch x64 ; rorx r11, Rq(ea), 48 ; shrx r11, r11, r14);
+            dynasm!(self.hot ; .arch x64 ; rorx r11, Rq(ea), 48 ; shrx r11, r11, r15);
         }
         if write {
             dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [r14 + r11 * 8 - WRITE_BIAS as i32]);
         } else {
-            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [r15 + r11 * 8 - READ_BIAS as i32]);
+            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [BYTE r15 + r11 * 8 - READ_BIAS as i8]);
         }
     }
 

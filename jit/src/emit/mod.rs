@@ -359,6 +359,9 @@ impl Emitter {
         if matches!(new.mnemonic(), M::Rol | M::Ror) && new.op1_kind() == OpKind::Immediate8 {
             return;
         }
+        if let Some(other) = mirrored(new) {
+            *new = other;
+        }
         for i in 0..new.op_count() {
             let r = new.op_register(i);
             if new.op_kind(i) != OpKind::Register || !r.is_gpr() {
@@ -465,6 +468,37 @@ fn store(ops: &mut SimpleAssembler, at: i32, r: u8) {
         Ok(at) => ops.extend([0x48 | r >> 3 << 2, 0x89, 0x44 | (r & 7) << 3, 0x24, at as u8]),
         Err(_) => dynasm!(ops ; .arch x64 ; mov [rsp + at], Rq(r)),
     }
+}
+
+/// The same operation with its second operand, a register in the context, as `r/m`, where the first is a host register.
+fn mirrored(instr: &Instruction) -> Option<Instruction> {
+    use Code::*;
+    let home = |r: Register| r.is_gpr() && matches!(regs::place(regs::number(r)), Place::Home(_));
+    let registers =
+        instr.op_count() == 2 && instr.op0_kind() == OpKind::Register && instr.op1_kind() == OpKind::Register;
+    if !registers || home(instr.op0_register()) || !home(instr.op1_register()) {
+        return None;
+    }
+    let code = match instr.code() {
+        Mov_rm32_r32 => Mov_r32_rm32,
+        Mov_rm64_r64 => Mov_r64_rm64,
+        Add_rm32_r32 => Add_r32_rm32,
+        Add_rm64_r64 => Add_r64_rm64,
+        Or_rm32_r32 => Or_r32_rm32,
+        Or_rm64_r64 => Or_r64_rm64,
+        And_rm32_r32 => And_r32_rm32,
+        And_rm64_r64 => And_r64_rm64,
+        Sub_rm32_r32 => Sub_r32_rm32,
+        Sub_rm64_r64 => Sub_r64_rm64,
+        Xor_rm32_r32 => Xor_r32_rm32,
+        Xor_rm64_r64 => Xor_r64_rm64,
+        Cmp_rm32_r32 => Cmp_r32_rm32,
+        Cmp_rm64_r64 => Cmp_r64_rm64,
+        _ => return None,
+    };
+    let mut other = *instr;
+    other.set_code(code);
+    Some(other)
 }
 
 /// Whether register operand `i` is overwritten whole, and not read.

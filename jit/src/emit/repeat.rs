@@ -1,16 +1,28 @@
 //! REP STOS and REP MOVS by the host's own (SDM vol. 1, 7.3.9).
 
 use super::string::Index;
-use super::{Emitter, Pos, Site, Target, Unfit};
+use super::{Emitter, Pos, Site, Target, Unfit, load};
 use crate::block::Mode;
 use crate::context::ctx;
 use crate::regs::R10;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Mnemonic as M, Register};
 
+const RCX: u8 = 1;
+const RSI: u8 = 6;
+const RDI: u8 = 7;
+
+/// Where the count of a turn is kept.
+const COUNT: i32 = ctx!(flags_image);
+
+/// Where the value is kept that host register `r` has after a turn: in the area where exits put registers.
+fn after(r: u8) -> i32 {
+    ctx!(spill) + i32::from(r) * 8
+}
+
 impl Emitter {
-    /// REP STOS and REP MOVS upwards whose operands stay inside a page each: the host's own, on host addresses. Longer ones
-    /// are the interpreter's, which goes by page spans.
+    /// REP STOS and REP MOVS: the host's own on host addresses, from page to page: each turn does what source and destination have
+    /// up to the end of their pages. An element on two pages is the interpreter's.
     pub(super) fn repeated(
         &mut self,
         instr: &Instruction,
@@ -23,63 +35,120 @@ impl Emitter {
             M::Movsb | M::Movsw | M::Movsd | M::Movsq => true,
             _ => return Err(Unfit),
         };
-        let Some(rdi) = rdi.filter(|_| !self.mode.has(Mode::DOWN)) else { return Err(Unfit) };
+        let Some(rdi) = rdi else { return Err(Unfit) };
         if !self.is_linear(rdi) || rsi.is_some_and(|i| !self.is_linear(i)) {
             return self.repeated_in_segments(rsi, rdi, size, site);
         }
-        // Nothing at all happens for a count of zero: jrcxz over a short jump, to a long jump to the end.
-        dynasm!(self.hot ; .arch x64 ; .u8 0xE3, 2, 0xEB, 5);
-        self.hot.push(0xE9);
-        let done = self.hot_here();
-        self.hot.push_i32(0);
+        let registers: &[u8] = if moves { &[RDI, RSI] } else { &[RDI] };
+        // Nothing at all happens for a count of zero.
+        let turn = self.hot_here();
+        let done = self.jump_if_zero(rdi.width);
         let keep = Self::keep(site.before);
         Self::save(&mut self.hot, keep, true);
         let slow = self.cold_here();
         Self::restore(&mut self.cold, keep, true);
         self.cold_interpret(self.rip);
-        let shift = size.trailing_zeros() as i8;
-        dynasm!(self.hot ; .arch x64 ; cmp rcx, 4096);
-        self.hot_jcc(7, slow);
-        dynasm!(self.hot ; .arch x64 ; mov r10d, ecx ; shl r10d, shift);
-        for r in if moves { [6, 7].as_slice() } else { [7].as_slice() } {
-            let r = *r;
-            dynasm!(self.hot
-                ; .arch x64
-                ; lea r11, [Rq(r) + r10 - 1]
-                ; xor r11, Rq(r)
-                ; test r11, !0xFFF
-            );
-            self.hot_jcc(5, slow);
-        }
+        self.elements_on_pages(registers, size, slow);
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + COUNT], r10);
         Self::restore(&mut self.hot, keep, true);
         if moves {
-            self.access(6, 1, false, site.before);
+            self.access(RSI, 1, false, site.before);
             dynasm!(self.hot ; .arch x64 ; mov r10b, [r11] ; mov [rsp + ctx!(tmp)], r11);
         }
-        self.access(7, 1, true, site.before);
+        self.access(RDI, 1, true, site.before);
         // The probes fault, if anything does (a non-canonical address), while all registers are the guest's.
         dynasm!(self.hot ; .arch x64 ; mov r10b, [r11]);
-        let scale = [1, 2, 4, 8][shift as usize & 3];
-        if moves {
-            self.lea(R10, Some(6), Some(1), scale, 0, !self.code64);
-            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(flags_image)], r10);
-        }
-        self.lea(R10, Some(7), Some(1), scale, 0, !self.code64);
-        dynasm!(self.hot ; .arch x64 ; mov rdi, r11);
+        self.next_turn(registers, size);
+        dynasm!(self.hot ; .arch x64 ; mov rdi, r11 ; mov rcx, [rsp + COUNT]);
         if moves {
             dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(tmp)]);
         }
-        self.host_repeat(moves, size)?;
-        dynasm!(self.hot ; .arch x64 ; mov rdi, r10);
-        if moves {
-            dynasm!(self.hot ; .arch x64 ; mov rsi, [rsp + ctx!(flags_image)]);
+        let down = self.mode.has(Mode::DOWN);
+        if down {
+            dynasm!(self.hot ; .arch x64 ; std);
         }
+        self.host_repeat(moves, size)?;
+        if down {
+            dynasm!(self.hot ; .arch x64 ; cld);
+        }
+        for &r in registers {
+            let at = after(r);
+            dynasm!(self.hot ; .arch x64 ; mov Rq(r), [rsp + at]);
+        }
+        let at = after(RCX);
+        dynasm!(self.hot ; .arch x64 ; mov rcx, [rsp + at]);
+        let ended = self.jump_if_zero(rdi.width);
+        self.poll_repeated();
+        self.hot.push(0xE9);
+        self.hot_rel32(Target::Here(turn));
         let end = self.hot_here();
-        self.fixups.push((done, Target::Here(end)));
+        self.fixups.extend([done, ended].map(|site| (site, Target::Here(end))));
         Ok(())
     }
 
-    /// The host's instruction, upwards.
+    /// In r10 how many elements, at most RCX, lie on the pages that `registers` point to; leaves for `slow` where the first
+    /// lies on two. Flags are saved.
+    fn elements_on_pages(&mut self, registers: &[u8], size: u32, slow: Pos) {
+        let shift = size.trailing_zeros() as i8;
+        if self.code64 {
+            dynasm!(self.hot ; .arch x64 ; mov r10, rcx);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r10d, ecx);
+        }
+        for &r in registers {
+            if self.mode.has(Mode::DOWN) {
+                let last = 4096 - size as i32;
+                dynasm!(self.hot ; .arch x64 ; mov r11d, Rd(r) ; and r11d, 0xFFF ; cmp r11d, last);
+                self.hot_jcc(7, slow);
+                dynasm!(self.hot ; .arch x64 ; shr r11d, shift ; inc r11d);
+            } else {
+                dynasm!(self.hot ; .arch x64 ; mov r11d, Rd(r) ; or r11d, !0xFFF ; neg r11d ; shr r11d, shift);
+                self.hot_jcc(4, slow);
+            }
+            dynasm!(self.hot ; .arch x64 ; cmp r11, r10 ; cmovb r10, r11);
+        }
+    }
+
+    /// Puts what RCX and `registers` are after this turn into the context. Uses r10; keeps flags.
+    fn next_turn(&mut self, registers: &[u8], size: u32) {
+        let down = self.mode.has(Mode::DOWN);
+        for &r in registers {
+            dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + COUNT]);
+            if down {
+                dynasm!(self.hot ; .arch x64 ; not r10 ; lea r10, [r10 + 1]);
+            }
+            self.lea(R10, Some(r), Some(R10), size, 0, !self.code64);
+            let at = after(r);
+            dynasm!(self.hot ; .arch x64 ; mov [rsp + at], r10);
+        }
+        let at = after(RCX);
+        dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + COUNT] ; not r10);
+        if self.code64 {
+            dynasm!(self.hot ; .arch x64 ; lea r10, [rcx + r10 + 1]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; lea r10d, [rcx + r10 + 1]);
+        }
+        dynasm!(self.hot ; .arch x64 ; mov [rsp + at], r10);
+    }
+
+    /// Between two turns: if something wants attention the interpreter goes on, which knows how a repetition is interrupted. Keeps
+    /// flags.
+    fn poll_repeated(&mut self) {
+        load(&mut self.hot, R10, ctx!(attention));
+        dynasm!(self.hot ; .arch x64 ; mov ecx, [r10]);
+        let quiet = self.jump_if_zero(8);
+        let at = after(RCX);
+        dynasm!(self.hot ; .arch x64 ; mov rcx, [rsp + at]);
+        let cold = self.cold_here();
+        self.cold_interpret(self.rip);
+        self.hot.push(0xE9);
+        self.hot_rel32(Target::Here(cold));
+        let here = self.hot_here();
+        self.fixups.push((quiet, Target::Here(here)));
+        dynasm!(self.hot ; .arch x64 ; mov rcx, [rsp + at]);
+    }
+
+    /// The host's instruction.
     fn host_repeat(&mut self, moves: bool, size: u32) -> Result<(), Unfit> {
         let mut host = match (moves, size) {
             (false, 1) => Instruction::with_rep_stosb(64),
@@ -96,7 +165,7 @@ impl Emitter {
         self.encode(&host)
     }
 
-    /// [`Self::repeated`] with offsets: nothing may reach the end of a segment either, nor wrap.
+    /// [`Self::repeated`] upwards with offsets, inside a page: nothing may reach the end of a segment either, nor wrap.
     fn repeated_in_segments(
         &mut self,
         rsi: Option<Index>,
@@ -104,7 +173,7 @@ impl Emitter {
         size: u32,
         site: Site,
     ) -> Result<(), Unfit> {
-        if self.mode.has(Mode::EXPAND_DOWN) {
+        if self.mode.has(Mode::EXPAND_DOWN) || self.mode.has(Mode::DOWN) {
             return Err(Unfit);
         }
         let width = rdi.width;

@@ -166,6 +166,63 @@ fn string_instructions_stop_at_the_page_that_faults() {
     });
 }
 
+/// Repeated moves and stores over several pages that lie in another order in memory, both ways, with elements on two pages,
+/// and onto themselves (SDM 1, 7.3.9).
+#[test]
+fn repetitions_go_from_page_to_page() {
+    let moves = [program!(64: ; "rep movsb"), program!(64: ; "rep movsd"), program!(64: ; "rep movsq")];
+    let down = [
+        program!(64: "std"; "rep movsb", "cld"),
+        program!(64: "std"; "rep movsd", "cld"),
+        program!(64: "std"; "rep movsq", "cld"),
+    ];
+    both(Start::Long, |bed| {
+        let pages = [(0, 0), (1, 3), (2, 1), (3, 2)].map(|(lin, phys)| (lin * 0x1000, DATA + phys * 0x1000));
+        for (lin, phys) in pages {
+            bed.map(DATA + lin, phys, pte::ALL);
+        }
+        bed.flush();
+        let pattern: Vec<u8> = (0..0x4000u32).map(|n| (n * 7 + n / 251) as u8).collect();
+        for (from, to, len) in
+            [(0x10, 0x1008, 0x1FF0), (0x13, 0x1FF5, 0x1808), (0x800, 0x801, 0x1400), (0xFF9, 0x20, 0x2008)]
+        {
+            for (size, (up, down)) in [1u64, 4, 8].into_iter().zip(moves.iter().zip(&down)) {
+                let n = len / size;
+                for (program, step) in [(up, size), (down, size.wrapping_neg())] {
+                    for (lin, phys) in pages {
+                        bed.put(phys, &pattern[lin as usize..][..0x1000]);
+                    }
+                    // The first element: the lowest one upwards, the highest one downwards.
+                    let first = if step == size { 0 } else { (n - 1) * size };
+                    bed.cpu.gpr[gpr::RCX] = n;
+                    bed.cpu.gpr[gpr::RSI] = DATA + from + first;
+                    bed.cpu.gpr[gpr::RDI] = DATA + to + first;
+                    bed.finish(program);
+                    let mut expected = pattern.clone();
+                    for i in 0..n {
+                        let at = first.wrapping_add(i.wrapping_mul(step));
+                        let (s, d) = ((from + at) as usize, (to + at) as usize);
+                        expected.copy_within(s..s + size as usize, d);
+                    }
+                    let moved = n.wrapping_mul(step);
+                    assert_eq!(bed.cpu.gpr[gpr::RCX], 0);
+                    assert_eq!(bed.cpu.gpr[gpr::RSI], (DATA + from + first).wrapping_add(moved));
+                    assert_eq!(bed.cpu.gpr[gpr::RDI], (DATA + to + first).wrapping_add(moved));
+                    for at in (0..0x4000).step_by(8) {
+                        let (lin, phys) = pages[at / 0x1000];
+                        let wanted = u64::from_le_bytes(expected[at..][..8].try_into().expect("eight bytes"));
+                        let seen = bed.get64(phys + at as u64 - lin);
+                        assert_eq!(
+                            seen, wanted,
+                            "{size} bytes by {step:#x}, {from:#x} to {to:#x}, at {at:#x}"
+                        );
+                    }
+                }
+            }
+        }
+    });
+}
+
 #[test]
 fn linear_addresses_wrap_at_4_gib() {
     both(Start::Paged32, |bed| {
