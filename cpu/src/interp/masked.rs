@@ -146,8 +146,9 @@ fn maskmov(ex: &mut Exec<'_>, i: &Instruction, size: usize) -> Result<(), Fault>
     let by = i.op1_register();
     let mask = lanes(&ex.cpu.fpu, by);
     let (seg, base) = address(ex.cpu, i);
-    // The address size bounds where the operand begins, not its elements.
-    let at = |k: usize| base.wrapping_add((k * size) as u64);
+    // The address size bounds where the operand begins, not its elements; but outside 64-bit code offsets have 32 bits.
+    let wrap = if ex.cpu.code64() { u64::MAX } else { 0xFFFF_FFFF };
+    let at = |k: usize| base.wrapping_add((k * size) as u64) & wrap;
     let wanted = (0..by.size() / size).filter(|&k| selected(&mask, k, size));
     if i.op0_kind() == OpKind::Memory {
         let v = lanes(&ex.cpu.fpu, i.op2_register());

@@ -1,7 +1,7 @@
 //! Accesses and instructions on two pages (SDM 3A, 4.7; 1, 4.1.1).
 
 use crate::bed::{Bed, CODE, DATA, Start, both, pf, pte};
-use paravane_cpu::gpr;
+use paravane_cpu::{cr4, gpr};
 
 /// The first page is present; the second is not.
 const BORDER: u64 = DATA + 0x1000;
@@ -234,6 +234,21 @@ fn linear_addresses_wrap_at_4_gib() {
         bed.finish(&program!(32: "mov esi, 0xFFFFFFFF", "mov ecx, 20", "2: mov eax, [esi - 3]", "mov ebx, [esi + 0x200FFD]", "dec ecx", "jnz 2b"));
         assert_eq!(bed.cpu.gpr[gpr::RAX], 0x4433_2211);
         assert_eq!(bed.cpu.gpr[gpr::RBX], 0x4433_2211);
+    });
+}
+
+/// Elements of a masked move that lie behind the end of the space are the first ones of it, as on the host (a 16-bit program of the
+/// conformance campaign).
+#[test]
+fn masked_elements_wrap_at_4_gib() {
+    both(Start::Paged32, |bed| {
+        (bed.cpu.cr4, bed.cpu.xcr0) = (bed.cpu.cr4 | cr4::OSFXSR | cr4::OSXSAVE, 7);
+        bed.put32(0, 0x4433_2211);
+        bed.put32(4, 0x8877_6655);
+        bed.finish(&program!(32: "vpcmpeqd xmm3, xmm3, xmm3", "vpslldq xmm3, xmm3, 8", "mov esi, 0xFFFFFFF8", "vmaskmovps xmm0, xmm3, [esi]",
+            "vpextrd eax, xmm0, 2", "vpextrd ebx, xmm0, 3", "add esi, 4", "vmaskmovps [esi], xmm3, xmm0"));
+        assert_eq!((bed.cpu.gpr[gpr::RAX], bed.cpu.gpr[gpr::RBX]), (0x4433_2211, 0x8877_6655));
+        assert_eq!((bed.get32(4), bed.get32(8)), (0x4433_2211, 0x8877_6655));
     });
 }
 
