@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::debugger::{SMALL, SOON, gdb, has, say, sector, small, start};
+use common::debugger::{BUS_MASTER, SMALL, SOON, gdb, has, marked_disk, say, sector, small, start};
 use common::{Guest, Running, Scratch, guest};
 use std::fs;
 use std::io::{Read, Write};
@@ -151,6 +151,48 @@ const STOPWATCH: [u8; 24] = [
     0x0F, 0x31, 0x66, 0x89, 0xC3, 0x66, 0x89, 0xD1, 0x90, 0x0F, 0x31, 0x66, 0x29, 0xD8, 0x66, 0x19, 0xCA,
     0x90, 0xB0, 0x05, 0xE6, 0xF4, 0xEB, 0xFE,
 ];
+
+/// An access by a device stops the guest before its next instruction; linear addresses are physical here.
+#[test]
+fn watchpoints_see_what_devices_do_to_memory() {
+    for (engine, clock) in ENGINES.iter().flat_map(|&e| [(e, "host"), (e, "instructions")]) {
+        let dir = Scratch::new(&format!("gdb-dma-{engine}-{clock}"));
+        let (kernel, disk) = (sector(&dir, &BUS_MASTER), marked_disk(&dir));
+        let more = ["--wait", "--clock", clock, "--disk", &disk];
+        let (running, socket) = small(&dir, &kernel, engine, &more);
+        let said = gdb(
+            &socket,
+            &[
+                "monitor pwatch 0x604 4 read",
+                "monitor pwatch 0x11fe 4 access",
+                "continue",
+                "printf \"table read, at %#lx\\n\", $pc",
+                "continue",
+                "monitor why",
+                "monitor delete 1",
+                "monitor delete 2",
+                "continue",
+            ],
+        );
+        let parts = [
+            "read of physical 0x604 by ide0 (DMA)",
+            "table read, at 0x7c65",
+            "write to physical 0x11fe by disk0 (DMA)",
+            "a write to physical 0x11fe by disk0 (DMA); how",
+            "exited with code 013",
+        ];
+        has(&said, &parts);
+        assert_eq!(running.finish(SOON).0, Some(11), "{engine} {clock}");
+
+        let (running, socket) = small(&dir, &kernel, engine, &more);
+        let watch = "watch *(unsigned int *)0x1004";
+        let said = gdb(&socket, &["hbreak *0x7c64", "continue", watch, "continue", "delete", "continue"]);
+        // "VANE", little-endian.
+        let new = format!("New value = {}", u32::from_le_bytes(*b"VANE"));
+        has(&said, &["write to linear 0x1004 by disk0 (DMA)", "Old value = 0", &new, "exited with code 013"]);
+        assert_eq!(running.finish(SOON).0, Some(11), "{engine} {clock}");
+    }
+}
 
 #[test]
 fn time_stands_still_while_the_debugger_holds_the_guest() {

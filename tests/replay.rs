@@ -291,3 +291,43 @@ fn a_recording_that_cannot_be_written_ends_and_the_guest_does_not() {
     assert_eq!((ended.status.code(), &*said), (Some(11), "still there q"), "{told}");
     assert_eq!(told.matches("the recording ends after").count(), 1, "{told}");
 }
+
+/// A boot sector that asks an IDE disk to verify 65536 sectors, sleeps, and ends with exit code 11 by its interrupt if all is well.
+/// No timer is armed meanwhile.
+///
+/// ```text
+/// 7C00 cli; vector 76h leads to 7C5Ch; 8259A: vectors from 8 and 70h, IRQ 2 and 14 alone
+/// 7C32 mov dx, 1F2h: count 0 (65536); LBA 0; device 0, LBA
+/// 7C49 mov al, 42h; out dx, al                        (READ VERIFY SECTORS EXT)
+/// 7C4C mov al, 30h; out 43h, al                       (8254: counter 0 waits for a count)
+/// 7C50 mov al, 0Bh; out 70h, al; mov al, 82h; out 71h, al   (clock: SET, no updates)
+/// 7C58 sti
+/// 7C59 hlt; jmp 7C59                7C5C mov dx, 1F7h; in al, dx; test al, 81h; jnz 7C68
+///                                   7C64 mov al, 5; out F4h, al
+/// ```
+const VERIFY: [u8; 106] = [
+    0xFA, 0x31, 0xC0, 0x8E, 0xD8, 0xC7, 0x06, 0xD8, 0x01, 0x5C, 0x7C, 0xA3, 0xDA, 0x01, 0xB0, 0x11, 0xE6,
+    0x20, 0xE6, 0xA0, 0xB0, 0x08, 0xE6, 0x21, 0xB0, 0x70, 0xE6, 0xA1, 0xB0, 0x04, 0xE6, 0x21, 0xB0, 0x02,
+    0xE6, 0xA1, 0xB0, 0x01, 0xE6, 0x21, 0xE6, 0xA1, 0xB0, 0xFB, 0xE6, 0x21, 0xB0, 0xBF, 0xE6, 0xA1, 0xBA,
+    0xF2, 0x01, 0xB0, 0x00, 0xEE, 0x30, 0xC0, 0xEE, 0x42, 0xEE, 0xEE, 0x42, 0x81, 0xFA, 0xF6, 0x01, 0x72,
+    0xF7, 0xB0, 0x40, 0xEE, 0x42, 0xB0, 0x42, 0xEE, 0xB0, 0x30, 0xE6, 0x43, 0xB0, 0x0B, 0xE6, 0x70, 0xB0,
+    0x82, 0xE6, 0x71, 0xFB, 0xF4, 0xEB, 0xFD, 0xBA, 0xF7, 0x01, 0xEC, 0xA8, 0x81, 0x75, 0x04, 0xB0, 0x05,
+    0xE6, 0xF4, 0xEB, 0xFE,
+];
+
+#[test]
+fn a_disk_goes_on_by_itself_while_everybody_sleeps() {
+    for engine in ["jit", "interp"] {
+        let dir = Scratch::new(&format!("verify-{engine}"));
+        let kernel = PathBuf::from(debugger::sector(&dir, &VERIFY));
+        let disk = format!("{},snapshot=on", dir.image("disk", 32 << 20).display());
+        let run = |name: &str| {
+            let stats = dir.path(name);
+            let more = ["--disk", &disk, "--serial", "none", "--stats", &stats.display().to_string()];
+            let (code, _) = Running::start(command(&kernel, engine, &more)).finish(SOON);
+            assert_eq!(code, Some(11), "{engine}");
+            state(&stats)
+        };
+        assert_eq!(run("first"), run("second"), "{engine}");
+    }
+}

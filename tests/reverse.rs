@@ -4,7 +4,7 @@ mod common;
 #[path = "smp/guest.rs"]
 mod smp_guest;
 
-use common::debugger::{SOON, gdb, has, sector, start};
+use common::debugger::{BUS_MASTER, SOON, gdb, has, marked_disk, sector, start};
 use common::{Running, Scratch, guest};
 use std::path::PathBuf;
 use std::process::Command;
@@ -117,6 +117,51 @@ const SHOW: &str = "printf \"at %#lx: %d ticks, %u rounds\\n\", $pc, *(short *)0
 /// What [`SHOW`] said, each time.
 fn shown(said: &str) -> Vec<&str> {
     said.lines().filter(|l| l.starts_with("at 0x")).collect()
+}
+
+/// The last who wrote is a device; while it works there is a way back too.
+#[test]
+fn back_to_what_a_device_wrote() {
+    for engine in ENGINES {
+        let dir = Scratch::new(&format!("reverse-dma-{engine}"));
+        let (kernel, disk) = (sector(&dir, &BUS_MASTER), marked_disk(&dir));
+        let (running, socket) =
+            small(&dir, &kernel, engine, &["--wait", "--serial", "none", "--disk", &disk]);
+        let said = gdb(
+            &socket,
+            &[
+                "hbreak *0x7c6d",
+                "continue",
+                "watch *(unsigned int *)0x1000",
+                "reverse-continue",
+                "printf \"value %#x\\n\", *(unsigned int *)0x1000",
+                "delete",
+                // The drive is busy here.
+                "reverse-continue",
+                "printf \"start %#lx\\n\", $pc",
+                "watch *(unsigned int *)0x1000",
+                "continue",
+                "delete",
+                "continue",
+            ],
+        );
+        let value = u32::from_le_bytes(*b"PARA");
+        has(
+            &said,
+            &[
+                "write to linear 0x1000 by disk0 (DMA)",
+                &format!("Old value = {value}"),
+                "New value = 0",
+                "value 0\n",
+                "No more reverse-execution history",
+                "start 0x7c00",
+                "write to linear 0x1000 by disk0 (DMA)",
+                &format!("New value = {value}"),
+                "exited with code 013",
+            ],
+        );
+        assert_eq!(running.finish(SOON).0, Some(11), "{engine}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::debugger::{SOON, gdb, has, sector, start};
+use common::debugger::{BUS_MASTER, SOON, gdb, has, marked_disk, sector, start};
 use common::{Scratch, guest, run};
 use serde_json::Value;
 use std::fs;
@@ -257,6 +257,34 @@ fn disks_and_queues_are_told() {
     assert_eq!(sum, 3 * 4096, "what the disk read from guest memory");
     let rung = |device: &str| events.iter().any(|e| e["kind"] == "doorbell" && e["device"] == device);
     assert!(rung("virtio-blk0"), "{events:?}");
+    // VIRTIO 1.2, 2.7.5, 2.7.8 and 5.2.6: descriptors have 16 bytes, elements of the used ring 8, a request's header 16, its status 1.
+    let moved = |what: &str, size: u64, write: bool| {
+        let of = |e: &&Value| e["what"] == what && e["size"] == size && e["write"] == write;
+        let all = events.iter().filter(|e| e["kind"] == "dma" && e["device"] == "virtio-blk0");
+        all.filter(of).count()
+    };
+    let requests = moved("request", 1, true);
+    assert!(requests >= 1, "{requests}");
+    assert_eq!(moved("request", 16, false), requests);
+    assert_eq!(moved("ring", 8, true), requests);
+    assert!(moved("descriptor", 16, false) > 2 * requests);
+    assert_eq!(moved("descriptor", 16, true), 0, "drivers own descriptors");
+}
+
+#[test]
+fn a_bus_master_is_told_with_its_descriptors() {
+    for engine in ENGINES {
+        let dir = Scratch::new(&format!("trace-prd-{engine}"));
+        let (kernel, file) = (sector(&dir, &BUS_MASTER), dir.path("trace"));
+        let mut command = command(&kernel, engine, &format!("{},dma", file.display()));
+        let status = command.args(["--disk", &marked_disk(&dir)]).status().expect("paravane runs");
+        assert_eq!(status.code(), Some(11), "{engine}");
+        let expected = serde_json::json!([
+            {"kind": "dma", "device": "ide0", "at": "0x600", "size": 8, "write": false, "what": "prd"},
+            {"kind": "dma", "device": "disk0", "at": "0x1000", "size": 512, "write": true, "what": "data"},
+        ]);
+        assert_eq!(Value::Array(events(&file).0), expected, "{engine}");
+    }
 }
 
 #[test]

@@ -46,7 +46,7 @@ pub use mmu::{
     translate,
 };
 pub use paravane_memory::{Port, VpIndex};
-pub use plan::{DebugPlan, DebugStop, Space, WatchHit, WatchKind, Watchpoint};
+pub use plan::{DEVICE_PAGES, DebugPlan, DebugStop, Space, WatchHit, WatchKind, Watchpoint};
 pub use post_mortem::{Attempt, PostMortem, Trail};
 pub use state::*;
 pub use trace::{TraceContext, TraceEvent, Tracer};

@@ -6,9 +6,12 @@
 use crate::core::instruction_address;
 use crate::mmu::peek;
 use crate::state::{CpuState, LinAddr};
-use paravane_memory::{GuestMemory, PAGE_SHIFT, PhysAddr};
+use paravane_memory::{GuestMemory, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
 use std::collections::BTreeSet;
 use std::fmt;
+
+/// Pages of a linear watchpoint that are compared with accesses of devices: 16 MiB.
+pub const DEVICE_PAGES: usize = 4096;
 
 /// What a watchpoint's addresses count.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -76,6 +79,17 @@ impl Watchpoint {
         let last = at.saturating_add(len.max(1) - 1);
         (self.first <= last && at <= self.last()).then(|| at.max(self.first))
     }
+
+    /// The first linear address in here that is mapped to one of `len` bytes at `phys`.
+    fn mapped(&self, cpu: &CpuState, mem: &GuestMemory, phys: PhysAddr, len: u64) -> Option<u64> {
+        let pages = (self.first >> PAGE_SHIFT)..=(self.last() >> PAGE_SHIFT);
+        pages.take(DEVICE_PAGES).find_map(|page| {
+            let first = self.first.max(page << PAGE_SHIFT);
+            let bytes = self.last().min(page << PAGE_SHIFT | (PAGE_SIZE - 1)) - first + 1;
+            let here = Watchpoint { first: peek(cpu, mem, LinAddr(first)).phys()?.0, len: bytes, ..*self };
+            here.overlap(phys.0, len).map(|at| first + (at - here.first))
+        })
+    }
 }
 
 /// A watched access that was made.
@@ -87,6 +101,8 @@ pub struct WatchHit {
     pub at: u64,
     /// A store (a load otherwise).
     pub write: bool,
+    /// The machine's number of the device that made it; `None`: the processor did.
+    pub device: Option<u16>,
 }
 
 /// Why an engine stopped for the debugger.
@@ -163,11 +179,42 @@ impl DebugPlan {
         })
     }
 
+    /// Whether memory is watched, and not ports alone.
+    pub fn watches_memory(&self) -> bool {
+        self.watch.iter().any(|w| w.space != Space::Port)
+    }
+
+    /// Whether a device's access to `len` bytes at `phys` may hit a watchpoint: where a linear one lies only a processor knows.
+    pub fn may_watch(&self, phys: PhysAddr, len: u64, write: bool) -> bool {
+        self.watch.iter().filter(|w| w.kind.reports(write)).any(|w| match w.space {
+            Space::Linear => true,
+            Space::Physical => w.overlap(phys.0, len).is_some(),
+            Space::Port => false,
+        })
+    }
+
+    /// The watchpoint that a device's access to `len` bytes at `phys` hits; linear ones lie where the page tables of `cpu` have
+    /// them now, the first [`DEVICE_PAGES`] pages of each.
+    pub fn device_hit(
+        &self,
+        cpu: Option<&CpuState>,
+        mem: &GuestMemory,
+        phys: PhysAddr,
+        len: u64,
+        write: bool,
+    ) -> Option<WatchHit> {
+        self.find(write, |w| match w.space {
+            Space::Linear => w.mapped(cpu?, mem, phys, len),
+            Space::Physical => w.overlap(phys.0, len),
+            Space::Port => None,
+        })
+    }
+
     fn find(&self, write: bool, overlap: impl Fn(&Watchpoint) -> Option<u64>) -> Option<WatchHit> {
         self.watch
             .iter()
             .filter(|w| w.kind.reports(write))
-            .find_map(|w| overlap(w).map(|at| WatchHit { watch: *w, at, write }))
+            .find_map(|w| overlap(w).map(|at| WatchHit { watch: *w, at, write, device: None }))
     }
 }
 

@@ -10,6 +10,7 @@ mod bus;
 mod control;
 mod counters;
 mod device;
+mod dma;
 pub mod hpet;
 pub mod i8042;
 pub mod ide;
@@ -31,6 +32,7 @@ pub use counters::{Counter, Counters};
 pub use device::{
     Device, DeviceHandle, Inspect, MmioDevice, PioDevice, ResetKind, StringPio, TimedDevice, share,
 };
+pub use dma::{DmaAccess, DmaPurpose, DmaTap, DmaWatch};
 pub use hpet::{Hpet, HpetWiring, LegacyRoute};
 pub use i8042::{I8042, I8042Wiring};
 pub use irq::{IrqLine, IrqSink, MsiSink};

@@ -5,7 +5,7 @@ use super::expr::Expr;
 use super::link::Stop;
 use super::listing;
 use super::show;
-use super::target::Target;
+use super::target::{Target, accessed};
 use crate::machine::{Fields, PciFunction};
 use crate::stats;
 use crate::trace::Trace;
@@ -317,10 +317,7 @@ fn why(target: &Target) -> Said {
         Some(Stop::End(why)) => format!("the recorded run ends here: {why}"),
         Some(Stop::Beginning) => "what came before is not known: this is as far back as it goes".into(),
         Some(Stop::Breakpoint(at, _)) => format!("a breakpoint at {at}"),
-        Some(Stop::Watch(hit)) => {
-            let what = if hit.write { "write to" } else { "read of" };
-            format!("a {what} {} {:#x}", hit.watch.space, hit.at)
-        }
+        Some(Stop::Watch(hit)) => format!("a {}", accessed(hit, &target.inspector)),
     };
     Ok(format!("{reason}; how it came here:\n{}", history(target)?))
 }

@@ -177,7 +177,7 @@ impl<'a> Session<'a> {
         self.target.stopped(vp, stop);
         match self.stub.take().ok_or(Over)? {
             GdbStubStateMachine::Running(mut s) => {
-                if let Some(text) = target::told(stop, self.target.armed()) {
+                if let Some(text) = target::told(stop, self.target.armed(), &self.target.inspector) {
                     s.borrow_conn().say(&text).map_err(|_| Over)?;
                 }
                 let reason = target::reason(vp, stop, self.target.armed());

@@ -27,7 +27,7 @@ use gdbstub::target::ext::memory_map::{MemoryMap, MemoryMapOps};
 use gdbstub::target::ext::monitor_cmd::{ConsoleOutput, MonitorCmd, MonitorCmdOps};
 use gdbstub::target::ext::thread_extra_info::{ThreadExtraInfo, ThreadExtraInfoOps};
 use gdbstub::target::{Target as GdbTarget, TargetError, TargetResult};
-use paravane_cpu::{CpuBus, Space, WatchKind, Watchpoint};
+use paravane_cpu::{CpuBus, Space, WatchHit, WatchKind, Watchpoint};
 use paravane_memory::VpIndex;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -228,19 +228,26 @@ pub(super) fn reason(vp: VpIndex, stop: &Stop, armed: &Armed) -> Reason {
 }
 
 /// What the debugger's console shows of a stop that the protocol has no words for.
-pub(super) fn told(stop: &Stop, armed: &Armed) -> Option<String> {
+pub(super) fn told(stop: &Stop, armed: &Armed, inspector: &Inspector) -> Option<String> {
     match stop {
+        Stop::Watch(hit) if hit.device.is_some() => Some(format!("{}\n", accessed(hit, inspector))),
         Stop::Breakpoint(at, Owner::Monitor(number)) => Some(format!("monitor breakpoint {number} at {at}\n")),
         Stop::Watch(hit) if armed.debuggers(hit).is_none() => {
             let number = armed.watches.iter().find(|w| w.watch == hit.watch).map_or(0, |w| w.number);
-            let what = if hit.write { "write to" } else { "read of" };
-            Some(format!("monitor watchpoint {number}: {what} {} {:#x}\n", hit.watch.space, hit.at))
+            Some(format!("monitor watchpoint {number}: {}\n", accessed(hit, inspector)))
         }
         Stop::TripleFault(_) => Some(
             "triple fault: the processor shut down and is kept as it was; 'monitor why' tells how it came to it\n".into(),
         ),
         _ => None,
     }
+}
+
+/// A watched access in words.
+pub(super) fn accessed(hit: &WatchHit, inspector: &Inspector) -> String {
+    let what = if hit.write { "write to" } else { "read of" };
+    let by = hit.device.map_or(String::new(), |n| format!(" by {} (DMA)", inspector.dma().device(n)));
+    format!("{what} {} {:#x}{by}", hit.watch.space, hit.at)
 }
 
 fn gdb_kind(kind: WatchKind) -> GdbKind {

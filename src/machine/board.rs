@@ -17,6 +17,7 @@
 
 use super::config::{ClockKind, MachineConfig};
 use super::cpubus::{Control, Kick, MachineBus};
+use super::dma::Dma;
 use super::entropy::SeededEntropy;
 use super::error::MachineError;
 use super::lab_port::LabDevice;
@@ -92,6 +93,7 @@ pub(super) struct Wiring<'a> {
     pub(super) counters: &'a Counters,
     pub(super) lifecycle: &'a Lifecycle,
     pub(super) trace: &'a Arc<Switch>,
+    pub(super) dma: &'a Arc<Dma>,
     pub(super) vcpus: &'a [Arc<Vcpu>],
 }
 
@@ -380,16 +382,21 @@ impl Builder<'_> {
         pci.insert(slot::PIIX, 3, share(PowerFunction::new())).map_err(occupied)?;
 
         let irqs = irq::IDE.map(|n| self.line(n, "ide"));
-        let mut ide = IdeController::new(self.w.mem, irqs, self.w.counters);
+        let mut ide = IdeController::new(
+            self.w.mem,
+            irqs,
+            ["ide0", "ide1"].map(|name| self.w.dma.tap(name)),
+            self.w.counters,
+        );
         let mut units = IdeSlots::new();
         let mut backends = Vec::new();
         let mut next_slot = slot::VIRTIO;
         let label = "virtio-rng0";
-        let entropy = self.entropy(label)?;
+        let entropy = self.entropy()?;
         self.virtio(&mut pci, &router, &mut next_slot, label, entropy)?;
         for (number, disk) in disks.into_iter().enumerate() {
             let config = disk.config.clone();
-            let mut backend = storage::back_end(disk, number, self.w.mem, self.w.counters, self.w.trace)?;
+            let mut backend = storage::back_end(disk, number, self.w.mem, self.w.counters, self.w.dma)?;
             if self.w.config.clock == ClockKind::Instructions {
                 let disk = Arc::new(LockstepDisk::new(backend, self.w.mem));
                 self.lockstep.push(Arc::clone(&disk));
@@ -413,16 +420,14 @@ impl Builder<'_> {
         Ok((pci, router, backends))
     }
 
-    fn entropy(&self, label: &'static str) -> Result<Box<dyn VirtioDevice>, MachineError> {
+    fn entropy(&self) -> Result<Box<dyn VirtioDevice>, MachineError> {
         let source: Box<dyn EntropySource> = match self.w.config.clock {
             ClockKind::Instructions => Box::new(SeededEntropy::new()),
             ClockKind::Host => {
                 Box::new(HostEntropy::new().map_err(|e| MachineError::Host("/dev/urandom", e))?)
             }
         };
-        let trace = Arc::clone(self.w.trace);
-        let watch = Box::new(move |at: PhysAddr, len| trace.dma(label, at.0, len, true));
-        Ok(Box::new(VirtioRng::new(source).watched(watch)))
+        Ok(Box::new(VirtioRng::new(source)))
     }
 
     /// Tells the trace, if there is one, of the doorbells of `label`.
@@ -452,6 +457,7 @@ impl Builder<'_> {
             msi: Arc::clone(&self.fabric) as Arc<dyn MsiSink>,
             counters: self.w.counters,
             doorbell: Some(self.heard(label)),
+            dma: self.w.dma.tap(label),
         };
         let function = VirtioPci::new(device, wiring, VirtioPciOptions::default());
         pci.insert(slot, 0, function).map_err(|e| MachineError::Wiring(e.to_string()))

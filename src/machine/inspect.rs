@@ -2,6 +2,7 @@
 
 use super::board::Board;
 use super::cpubus::MachineBus;
+use super::dma::Dma;
 use crate::trace::Switch;
 use paravane_devices::pci::PciBus;
 use paravane_devices::{Counters, DeviceHandle, InterruptFabric};
@@ -19,6 +20,7 @@ pub struct Inspector {
     pci: Arc<Mutex<PciBus>>,
     counters: Counters,
     trace: Arc<Switch>,
+    dma: Arc<Dma>,
     bus: Arc<MachineBus>,
     vcpus: u32,
 }
@@ -48,6 +50,11 @@ impl Inspector {
         &self.trace
     }
 
+    /// Who listens to devices' accesses to memory.
+    pub fn dma(&self) -> &Dma {
+        &self.dma
+    }
+
     /// What processors see of the machine.
     pub fn bus(&self) -> &Arc<MachineBus> {
         &self.bus
@@ -58,13 +65,20 @@ impl Inspector {
         self.vcpus
     }
 
-    pub(super) fn new(board: &Board, counters: &Counters, trace: &Arc<Switch>, vcpus: u32) -> Inspector {
+    pub(super) fn new(
+        board: &Board,
+        counters: &Counters,
+        trace: &Arc<Switch>,
+        dma: &Arc<Dma>,
+        vcpus: u32,
+    ) -> Inspector {
         Inspector {
             devices: board.devices.clone(),
             fabric: Arc::clone(&board.fabric),
             pci: Arc::clone(&board.pci),
             counters: counters.clone(),
             trace: Arc::clone(trace),
+            dma: Arc::clone(dma),
             bus: Arc::clone(&board.cpu_bus),
             vcpus,
         }

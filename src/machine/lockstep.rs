@@ -1,5 +1,6 @@
-//! Disks of a deterministic machine: requests run on the workers as ever, and are completed between two slices of
-//! execution, in the order they were submitted. So what the guest sees depends on instruction counts alone.
+//! Disks of a deterministic machine: what the guest asks for waits until the end of the round, between two slices of execution,
+//! and is done and completed there, one request after the other in the order they were submitted. So what the guest sees, in its memory
+//! too, depends on instruction counts alone.
 //!
 //! What such a disk holds can be put back: before a cluster is written for the first time since the last look, its old content is
 //! kept.
@@ -9,20 +10,17 @@ use paravane_devices::block::{
 };
 use paravane_devices::{Snapshot, StateError, StateStream};
 use paravane_memory::{GuestMemory, PhysAddr};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use xxhash_rust::xxh3::Xxh3;
-
-type Done = (u64, BlockRequest, Result<(), BlockError>);
 
 /// What is put back at a time.
 const CLUSTER: u64 = 4096;
 
 #[derive(Default)]
 struct State {
-    submitted: u64,
-    under_way: usize,
-    done: Vec<Done>,
+    /// What was submitted and is not done yet.
+    waiting: VecDeque<BlockRequest>,
     /// A hash of all writes so far, in order.
     written: u64,
     /// Old content by cluster, if it is kept.
@@ -45,39 +43,14 @@ impl DiskUndo {
     }
 }
 
-#[derive(Default)]
-struct Shared {
-    state: Mutex<State>,
-    all_done: Condvar,
-}
-
-/// A back end whose completions wait for [`LockstepDisk::settle`].
+/// A back end that does its work in [`LockstepDisk::settle`].
 pub struct LockstepDisk {
     inner: Arc<dyn BlockBackend>,
     mem: GuestMemory,
-    shared: Arc<Shared>,
+    state: Mutex<State>,
 }
 
-/// Stands in for the front end until `settle`.
-struct Collector {
-    number: u64,
-    front_end: Arc<dyn Completion>,
-    shared: Arc<Shared>,
-}
-
-impl Completion for Collector {
-    fn complete(&self, mut request: BlockRequest, result: Result<(), BlockError>) {
-        request.completion = Arc::clone(&self.front_end);
-        let mut state = self.shared.state.lock().expect("lockstep disk");
-        state.done.push((self.number, request, result));
-        state.under_way -= 1;
-        if state.under_way == 0 {
-            self.shared.all_done.notify_all();
-        }
-    }
-}
-
-/// Waits for one request of our own.
+/// Stands in for the front end until a request is done.
 #[derive(Default)]
 struct Waiter(Mutex<Option<(BlockRequest, Result<(), BlockError>)>>, Condvar);
 
@@ -90,33 +63,33 @@ impl Completion for Waiter {
 
 impl LockstepDisk {
     pub(super) fn new(inner: Arc<dyn BlockBackend>, mem: &GuestMemory) -> LockstepDisk {
-        LockstepDisk { inner, mem: mem.clone(), shared: Arc::default() }
+        LockstepDisk { inner, mem: mem.clone(), state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.shared.state.lock().expect("lockstep disk")
+        self.state.lock().expect("lockstep disk")
     }
 
-    /// Waits for everything submitted and completes it; called with no device locked.
+    /// Does and completes what was submitted; what completions submit waits for the next time. Called with no device locked.
     pub fn settle(&self) {
-        let mut done = {
-            let mut state = self.state();
-            while state.under_way > 0 {
-                state = self.shared.all_done.wait(state).expect("lockstep disk");
-            }
-            std::mem::take(&mut state.done)
-        };
-        done.sort_by_key(|d| d.0);
-        for (_, request, result) in done {
+        let waiting = std::mem::take(&mut self.state().waiting);
+        for request in waiting {
+            self.note(&request);
             let front_end = Arc::clone(&request.completion);
+            let (mut request, result) = self.wait_for(request);
+            request.completion = Arc::clone(&front_end);
             front_end.complete(request, result);
         }
     }
 
+    /// What was submitted belongs to another run.
+    pub fn forget(&self) {
+        self.state().waiting.clear();
+    }
+
     /// Nothing was submitted that is not completed.
     pub fn idle(&self) -> bool {
-        let state = self.state();
-        state.under_way == 0 && state.done.is_empty()
+        self.state().waiting.is_empty()
     }
 
     /// Walks over the hash of what was written.
@@ -144,14 +117,24 @@ impl LockstepDisk {
 
     /// One request of our own, waited for.
     fn now(&self, op: BlockOp, offset: u64, buffer: Vec<u8>) -> Result<Vec<u8>, BlockError> {
-        let waiter = Arc::new(Waiter::default());
-        let mut request = BlockRequest::new(op, 0, Arc::clone(&waiter) as Arc<dyn Completion>);
+        let mut request = BlockRequest::new(op, 0, Arc::new(Waiter::default()));
         (request.data, request.offset, request.buffer) = (BlockData::Owned, offset, buffer);
+        let (request, result) = self.wait_for(request);
+        result.map(|()| request.buffer)
+    }
+
+    /// Has the inner back end do `request`.
+    fn wait_for(&self, mut request: BlockRequest) -> (BlockRequest, Result<(), BlockError>) {
+        if self.inner.serve_now(&mut request) {
+            return (request, Ok(()));
+        }
+        let waiter = Arc::new(Waiter::default());
+        request.completion = Arc::clone(&waiter) as Arc<dyn Completion>;
         self.inner.submit(request);
         let mut done = waiter.0.lock().expect("waiter");
         loop {
             match done.take() {
-                Some((request, result)) => return result.map(|()| request.buffer),
+                Some(done) => return done,
                 None => done = waiter.1.wait(done).expect("waiter"),
             }
         }
@@ -238,21 +221,14 @@ impl BlockBackend for LockstepDisk {
         self.inner.serial()
     }
 
-    fn submit(&self, mut request: BlockRequest) {
-        self.note(&request);
-        let number = {
-            let mut state = self.state();
-            state.submitted += 1;
-            state.under_way += 1;
-            state.submitted
-        };
-        let front_end = Arc::clone(&request.completion);
-        request.completion = Arc::new(Collector { number, front_end, shared: Arc::clone(&self.shared) });
-        self.inner.submit(request);
+    fn submit(&self, request: BlockRequest) {
+        self.state().waiting.push_back(request);
     }
 
     fn drain(&self) {
-        self.settle();
+        while !self.idle() {
+            self.settle();
+        }
     }
 
     fn counters(&self) -> &BlockCounters {

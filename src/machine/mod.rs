@@ -7,6 +7,7 @@ mod boot;
 mod clock;
 mod config;
 mod cpubus;
+mod dma;
 mod engine;
 mod entropy;
 mod error;
@@ -22,6 +23,7 @@ pub use access_log::DeviceAccess;
 pub use clock::{HostClock, InstructionClock};
 pub use config::{Boot, ClockKind, DiskBus, DiskConfig, EngineKind, MAX_CPUS, MachineConfig, SerialConfig};
 pub use cpubus::MachineBus;
+pub use dma::Dma;
 pub use engine::probe_translator;
 pub use error::MachineError;
 pub use inspect::{Fields, Inspector, PciFunction};
@@ -117,6 +119,8 @@ pub struct Machine {
     outside: Arc<Outside>,
     /// Who traces the devices.
     trace: Arc<Switch>,
+    /// Who listens to their accesses to memory.
+    dma: Arc<Dma>,
     /// Instructions are counted exactly.
     counting: bool,
     /// The translator returns from every block.
@@ -144,6 +148,7 @@ impl Machine {
         vcpus.iter().for_each(|vcpu| lifecycle.watch(Arc::clone(vcpu)));
         let (counting, single_blocks) = (ends.count_instructions, ends.single_blocks);
         let trace = Arc::default();
+        let dma = Dma::new(&trace, &vcpus);
         let wiring = Wiring {
             config,
             mem: &mem,
@@ -153,6 +158,7 @@ impl Machine {
             counters: &counters,
             lifecycle: &lifecycle,
             trace: &trace,
+            dma: &dma,
             vcpus: &vcpus,
         };
         let board = Board::build(wiring, disks, ends)?;
@@ -170,6 +176,7 @@ impl Machine {
             board,
             outside,
             trace,
+            dma,
             counting,
             single_blocks,
             tuning: JitOptions::default(),
@@ -249,7 +256,7 @@ impl Machine {
 
     /// The machine's devices, to look at.
     pub fn inspector(&self) -> Inspector {
-        Inspector::new(&self.board, &self.counters, &self.trace, self.vcpus.len() as u32)
+        Inspector::new(&self.board, &self.counters, &self.trace, &self.dma, self.vcpus.len() as u32)
     }
 
     /// Where the end is told.
@@ -283,6 +290,11 @@ impl Machine {
 }
 
 impl Machine {
+    /// Who listens to devices' accesses to memory.
+    pub fn dma(&self) -> &Arc<Dma> {
+        &self.dma
+    }
+
     /// Who traces the devices.
     pub fn trace(&self) -> &Arc<Switch> {
         &self.trace

@@ -2,11 +2,10 @@
 
 use super::MachineError;
 use super::config::{DiskBus, DiskConfig, MachineConfig};
-use crate::trace::Switch;
+use super::dma::Dma;
 use paravane_devices::Counters;
 use paravane_devices::block::{
-    BlockBackend, BlockCounters, BlockData, BlockOp, BlockQueue, BlockRequest, ImageOptions, QueueOptions,
-    RawImage,
+    BlockBackend, BlockCounters, BlockQueue, ImageOptions, QueueOptions, RawImage,
 };
 use paravane_devices::ide::{IdeController, IdeError};
 use paravane_memory::GuestMemory;
@@ -36,77 +35,14 @@ pub(super) fn back_end(
     number: usize,
     mem: &GuestMemory,
     counters: &Counters,
-    trace: &Arc<Switch>,
+    dma: &Arc<Dma>,
 ) -> Result<Arc<dyn BlockBackend>, MachineError> {
     let label = format!("disk{number}");
-    let options = QueueOptions { serial: format!("PV{number:06}"), ..QueueOptions::default() };
+    let (serial, dma) = (format!("PV{number:06}"), dma.tap(&label));
+    let options = QueueOptions { serial, dma, ..QueueOptions::default() };
     let queue = BlockQueue::new(disk.image, mem.clone(), BlockCounters::new(counters, &label), None, options)
         .map_err(|e| MachineError::Host("disk worker threads", e))?;
-    Ok(Arc::new(TracedDisk { inner: queue, label, trace: Arc::clone(trace) }))
-}
-
-/// A back end whose accesses to guest memory are told, when somebody traces.
-struct TracedDisk {
-    inner: BlockQueue,
-    label: String,
-    trace: Arc<Switch>,
-}
-
-impl TracedDisk {
-    fn tell(&self, request: &BlockRequest) {
-        let write = match request.op {
-            BlockOp::Read => true,
-            BlockOp::Write => false,
-            _ => return,
-        };
-        if request.data == BlockData::Guest {
-            request.segments.iter().for_each(|s| self.trace.dma(&self.label, s.at.0, s.len, write));
-        }
-    }
-}
-
-impl BlockBackend for TracedDisk {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
-
-    fn read_only(&self) -> bool {
-        self.inner.read_only()
-    }
-
-    fn can_discard(&self) -> bool {
-        self.inner.can_discard()
-    }
-
-    fn serial(&self) -> &str {
-        self.inner.serial()
-    }
-
-    fn serve_now(&self, request: &mut BlockRequest) -> bool {
-        let served = self.inner.serve_now(request);
-        if served {
-            self.tell(request);
-        }
-        served
-    }
-
-    fn submit(&self, request: BlockRequest) {
-        self.tell(&request);
-        self.inner.submit(request);
-    }
-
-    fn submit_all(&self, requests: &mut Vec<BlockRequest>) {
-        requests.iter().for_each(|r| self.tell(r));
-        self.inner.submit_all(requests);
-    }
-
-    fn drain(&self) {
-        self.inner.drain();
-    }
-
-    fn counters(&self) -> &BlockCounters {
-        self.inner.counters()
-    }
+    Ok(Arc::new(queue))
 }
 
 /// Puts back ends on the IDE channels: primary master, primary slave, secondary master, secondary slave.

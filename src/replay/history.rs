@@ -123,7 +123,10 @@ impl History {
         parts: &Parts,
         ram: &mut Ram,
     ) -> Result<Stamp, PartError> {
-        parts.disks.iter().for_each(|disk| disk.put_back(&disk.take_undo()));
+        parts.disks.iter().for_each(|disk| {
+            disk.forget();
+            disk.put_back(&disk.take_undo());
+        });
         for point in self.points[i + 1..].iter().rev().filter(|p| p.at <= now) {
             parts.disks.iter().zip(&point.undo).for_each(|(disk, undo)| disk.put_back(undo));
         }

@@ -123,13 +123,13 @@ impl Rota {
 
     /// Engines stop where the debugger wants them to.
     fn arm_again(&mut self) {
-        self.vcpus.iter_mut().for_each(|vcpu| vcpu.engine.set_debug(&vcpu.plan));
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.set_debug(&Arc::clone(&vcpu.plan)));
     }
 
     /// Nothing stops engines.
     fn disarm(&mut self) {
         let nothing = Arc::new(DebugPlan::default());
-        self.vcpus.iter_mut().for_each(|vcpu| vcpu.engine.set_debug(&nothing));
+        self.vcpus.iter_mut().for_each(|vcpu| vcpu.set_debug(&nothing));
     }
 
     /// What the guest asked of the machine at the end of what ran is known; only the user ends the run now.
@@ -223,6 +223,7 @@ impl Rota {
         if !self.time.timeline.go_back(instructions, &mut self.vcpus, &lifecycle) {
             return Err(Cut::Ended);
         }
+        self.vcpus[0].dma.forget();
         self.jumped();
         Ok(())
     }

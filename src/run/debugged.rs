@@ -27,7 +27,7 @@ impl VcpuRunner {
         let plan = armed.plan();
         if plan != *self.plan {
             self.plan = Arc::new(plan);
-            self.engine.set_debug(&self.plan);
+            self.set_debug(&Arc::clone(&self.plan));
         }
     }
 
@@ -137,6 +137,14 @@ impl VcpuRunner {
         Ok((!self.waiting || self.debugger_wants_stop()).then_some(stop))
     }
 
+    /// A watched access of a device ends what ran just as the processor's own do.
+    fn with_devices(&self, exit: Exit) -> Exit {
+        match exit {
+            Exit::Halt | Exit::Budget | Exit::Stop => self.device_hit().map_or(exit, Exit::Debug),
+            _ => exit,
+        }
+    }
+
     /// One instruction. A halted processor waits for what wakes it, or for the debugger; so does one that waits for a
     /// start-up IPI, which is the step then.
     fn step(&mut self, interrupts: bool) -> Result<Stop, Ended> {
@@ -154,7 +162,7 @@ impl VcpuRunner {
             if self.lifecycle.requested() {
                 return Err(Ended);
             }
-            match exit {
+            match self.with_devices(exit) {
                 Exit::Halt if passed == 0 => {
                     self.sleep();
                     if self.debugger_wants_stop() {

@@ -102,6 +102,8 @@ pub fn drive(machine: &mut Machine, watchers: Watchers) -> Result<Finished, Mach
         machine.lifecycle().peek().unwrap_or_else(|| Request::Host("the vCPUs stopped by themselves".into()));
     let (vcpus, mut lockstep) = last;
     if let Some(lockstep) = &mut lockstep {
+        // A machine at rest has a state that can be hashed.
+        lockstep.rest();
         lockstep.timeline.end(&vcpus, request.to_string());
     }
     let stats = final_stats(machine, &vcpus, lockstep.as_ref(), resets);

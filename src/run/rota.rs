@@ -9,7 +9,8 @@ use crate::debug::Link;
 use crate::machine::{InstructionClock, LockstepDisk};
 use crate::replay::{Outside, Stamp, Timeline};
 use paravane_cpu::{Budget, Exit};
-use paravane_devices::{Clock, TimerQueue};
+use paravane_devices::block::BlockBackend;
+use paravane_devices::{Clock, TimerQueue, VmTime};
 use std::sync::Arc;
 
 /// Instructions in one slice: how far machine time may lag behind inside guest code.
@@ -30,6 +31,11 @@ pub struct Lockstep {
 }
 
 impl Lockstep {
+    /// Does what disks were asked for, at the end of the run.
+    pub(super) fn rest(&self) {
+        self.disks.iter().for_each(|disk| disk.drain());
+    }
+
     /// How many instructions the next slices may have.
     fn length(&self) -> u64 {
         let left = self.timers.next_deadline().map_or(SLICE, |at| at.since(self.clock.now()));
@@ -43,9 +49,14 @@ impl Lockstep {
         self.timers.run_expired(self.clock.now());
     }
 
-    /// Jumps to the next deadline; false if there is none.
+    /// Jumps to the next deadline, or lets a slice pass where a disk has something to do yet: a completion can lead to another request
+    /// without the guest. False if nothing will happen.
     fn skip(&self) -> bool {
-        let Some(next) = self.timers.next_deadline() else { return false };
+        let next = match self.disks.iter().all(|disk| disk.idle()) {
+            true => self.timers.next_deadline(),
+            false => Some(VmTime(self.clock.now().0 + self.length())),
+        };
+        let Some(next) = next else { return false };
         self.clock.skip_to(next);
         self.timers.run_expired(self.clock.now());
         true
@@ -164,6 +175,21 @@ impl Rota {
 
     /// Whoever's turn it is goes on, for `limit` instructions at most, or passes; who it was, and how it came to its end.
     pub(super) fn advance(&mut self, limit: u64) -> (usize, Exit) {
+        let (who, exit) = self.take_turn(limit);
+        self.with_devices(who, exit)
+    }
+
+    /// A watched access of a device, be it at the end of the round, ends what ran just as the processors' own do.
+    fn with_devices(&self, who: usize, exit: Exit) -> (usize, Exit) {
+        if !matches!(exit, Exit::Halt | Exit::Budget | Exit::Stop) {
+            return (who, exit);
+        }
+        let mut all = std::iter::once(who).chain(0..self.vcpus.len());
+        let hit = all.find_map(|n| self.vcpus[n].device_hit().map(|stop| (n, Exit::Debug(stop))));
+        hit.unwrap_or((who, exit))
+    }
+
+    fn take_turn(&mut self, limit: u64) -> (usize, Exit) {
         self.begin_round();
         let who = self.round.turn;
         let vcpu = &mut self.vcpus[who];
@@ -203,6 +229,7 @@ impl Rota {
         let retired = vcpu.cpu.instructions.wrapping_sub(before);
         vcpu.follow_a20();
         self.passed(retired, exit == Exit::Halt);
+        let (who, exit) = self.with_devices(who, exit);
         (who, exit, retired)
     }
 

@@ -4,9 +4,9 @@ use super::dossier;
 use super::lifecycle::{Lifecycle, Request};
 use super::park::Vcpu;
 use crate::debug::{self, Armed, Link, Stop, Symbols};
-use crate::machine::{Machine, MachineBus, MachineError};
+use crate::machine::{Dma, Machine, MachineBus, MachineError};
 use crate::trace::Trace;
-use paravane_cpu::{Attention, Budget, CpuState, DebugPlan, Engine, Exit, Tracer, flags};
+use paravane_cpu::{Attention, Budget, CpuState, DebugPlan, DebugStop, Engine, Exit, Tracer, flags};
 use paravane_memory::{GuestMemory, VpIndex};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -59,6 +59,8 @@ pub struct VcpuRunner {
     pub plan: Arc<DebugPlan>,
     /// Its past.
     pub past: Past,
+    /// Who keeps devices' accesses to memory while any is watched.
+    pub dma: Arc<Dma>,
     /// Who traces.
     tracer: Option<Arc<Trace>>,
 }
@@ -95,6 +97,7 @@ impl VcpuRunner {
             symbols: Arc::default(),
             plan: Arc::default(),
             past: Past::default(),
+            dma: Arc::clone(machine.dma()),
             tracer: None,
         })
     }
@@ -127,11 +130,27 @@ impl VcpuRunner {
         if self.debugger_wants_stop() {
             self.vcpu.stop();
         }
-        self.engine.set_debug(&self.plan);
+        self.set_debug(&Arc::clone(&self.plan));
+    }
+
+    /// The processor and the devices stop where `plan` says.
+    pub(super) fn set_debug(&mut self, plan: &Arc<DebugPlan>) {
+        self.engine.set_debug(plan);
+        self.dma.watch(self.vp, plan);
+    }
+
+    /// A watched access that a device made since the last look.
+    pub(super) fn device_hit(&self) -> Option<DebugStop> {
+        // A processor that was not started has no address space.
+        let cpu = (!self.waiting).then_some(&self.cpu);
+        self.dma.hit(self.vp, cpu, &self.mem).map(DebugStop::Watch)
     }
 
     /// Runs until something needs the machine; sleeps if there is nothing to do. True if the run ends.
     fn turn(&mut self) -> bool {
+        if let Some(stop) = self.device_hit() {
+            return self.debug_event(stop);
+        }
         if self.waiting {
             self.sleep();
             return self.stopped();

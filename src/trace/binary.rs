@@ -1,7 +1,7 @@
 //! The compact form of a trace.
 //!
 //! ```text
-//! "paravane trace 1\n", then records: a tag, and numbers as LEB128 (signed ones zigzag, DWARF 5, 7.6)
+//! "paravane trace 2\n", then records: a tag, and numbers as LEB128 (signed ones zigzag, DWARF 5, 7.6)
 //!
 //! 0 end          written, dropped
 //! 1 name         length, bytes: the next free number, from 1 on, means this device
@@ -13,12 +13,14 @@
 use super::lines::{DeviceEvent, Owned, Record, What};
 use paravane_cpu::TraceContext;
 use paravane_cpu::mmu::Access;
+use paravane_devices::{DmaAccess, DmaPurpose};
+use paravane_memory::PhysAddr;
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Read, Write};
 
 /// What a file begins with.
-const MAGIC: &[u8] = b"paravane trace 1\n";
+const MAGIC: &[u8] = b"paravane trace 2\n";
 /// Bytes of a device's name at most.
 const MAX_NAME: u64 = 256;
 /// Devices at most.
@@ -213,8 +215,9 @@ impl Encoder {
     fn device(&mut self, device: &str, event: &DeviceEvent) {
         let device = self.name(device);
         match *event {
-            DeviceEvent::Dma { at, len, write } => {
-                self.event(tag::DMA, &[device, at, len, u64::from(write)]);
+            DeviceEvent::Dma(DmaAccess { at, len, write, purpose }) => {
+                let purpose = DmaPurpose::ALL.iter().position(|p| *p == purpose).unwrap_or_default() as u64;
+                self.event(tag::DMA, &[device, at.0, len, purpose << 1 | u64::from(write)]);
             }
             DeviceEvent::Doorbell { queue } => self.event(tag::DOORBELL, &[device, queue]),
         }
@@ -388,7 +391,9 @@ impl<R: Read> Decoder<R> {
             let event = match tag {
                 tag::DMA => {
                     let (at, len) = (self.number()?, self.number()?);
-                    DeviceEvent::Dma { at, len, write: self.flag()? }
+                    let shape = self.small::<usize>()?;
+                    let purpose = *DmaPurpose::ALL.get(shape >> 1).ok_or(TraceError::Damaged)?;
+                    DeviceEvent::Dma(DmaAccess { at: PhysAddr(at), len, write: shape & 1 != 0, purpose })
                 }
                 _ => DeviceEvent::Doorbell { queue: self.number()? },
             };
@@ -486,9 +491,11 @@ mod tests {
             let at = TraceContext { vp: n as u32 % 3, instructions: 3 * n, rip, cpl, cr3: n << 12, bits };
             records.push(Record::Processor(at, what.clone()));
         }
-        records.push(Record::device("disk0", DeviceEvent::Dma { at: 0x1000, len: 512, write: true }));
+        for (n, purpose) in DmaPurpose::ALL.into_iter().enumerate() {
+            let access = DmaAccess { at: PhysAddr(0x1000), len: 512, write: n % 2 == 0, purpose };
+            records.push(Record::device("disk0", DeviceEvent::Dma(access)));
+        }
         records.push(Record::device("disk1", DeviceEvent::Doorbell { queue: 3 }));
-        records.push(Record::device("disk0", DeviceEvent::Dma { at: 0, len: 0, write: false }));
         records
     }
 

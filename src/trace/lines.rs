@@ -3,6 +3,7 @@
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 use paravane_cpu::mmu::Access;
 use paravane_cpu::{TraceContext, TraceEvent};
+use paravane_devices::DmaAccess;
 use serde::Serialize;
 
 /// An event as it waits for the writer.
@@ -19,7 +20,7 @@ pub(super) struct Owned {
 
 /// What a device did.
 pub(super) enum DeviceEvent {
-    Dma { at: u64, len: u64, write: bool },
+    Dma(DmaAccess),
     Doorbell { queue: u64 },
 }
 
@@ -137,12 +138,13 @@ impl Record {
                 cr3: hex(at.cr3),
                 ..processor(at, what, owner)
             },
-            Record::Device(device, DeviceEvent::Dma { at, len, write }) => Line {
+            Record::Device(device, DeviceEvent::Dma(access)) => Line {
                 kind: "dma",
                 device: Some(device.clone()),
-                at: hex(*at),
-                size: Some(*len),
-                write: Some(*write),
+                at: hex(access.at.0),
+                size: Some(access.len),
+                write: Some(access.write),
+                what: Some(access.purpose.name().into()),
                 ..Line::default()
             },
             Record::Device(device, DeviceEvent::Doorbell { queue }) => {

@@ -16,6 +16,7 @@ use crate::machine::MachineBus;
 use binary::Encoder;
 use lines::{DeviceEvent, Record};
 use paravane_cpu::{TraceContext, TraceEvent, Tracer, VpIndex};
+use paravane_devices::DmaAccess;
 use serde::Serialize;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -174,8 +175,13 @@ impl Switch {
         std::mem::replace(&mut *now, trace)
     }
 
+    /// Whether there is one.
+    pub fn on(&self) -> bool {
+        self.on.load(Ordering::Acquire)
+    }
+
     fn device(&self, kind: usize, device: &str, at: u64, event: impl FnOnce() -> DeviceEvent) {
-        if !self.on.load(Ordering::Acquire) {
+        if !self.on() {
             return;
         }
         let trace = self.trace.lock().expect("trace").clone();
@@ -184,9 +190,9 @@ impl Switch {
         }
     }
 
-    /// `device` moves `len` bytes at physical address `at`; `write`: into guest memory.
-    pub fn dma(&self, device: &str, at: u64, len: u64, write: bool) {
-        self.device(spec::DMA, device, at, || DeviceEvent::Dma { at, len, write });
+    /// `device` accessed guest memory.
+    pub fn dma(&self, device: &str, access: DmaAccess) {
+        self.device(spec::DMA, device, access.at.0, || DeviceEvent::Dma(access));
     }
 
     /// The guest rang `queue` of `device`.

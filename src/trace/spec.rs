@@ -165,8 +165,8 @@ impl Filter {
     pub(super) fn takes_record(&self, record: &Record, owner: Option<&str>) -> bool {
         let (at, what) = match record {
             Record::Processor(at, what) => (at, what),
-            Record::Device(device, DeviceEvent::Dma { at, .. }) => {
-                return self.takes_device(DMA, device, *at);
+            Record::Device(device, DeviceEvent::Dma(access)) => {
+                return self.takes_device(DMA, device, access.at.0);
             }
             Record::Device(device, DeviceEvent::Doorbell { queue }) => {
                 return self.takes_device(DOORBELL, device, *queue);

@@ -11,6 +11,7 @@ use super::spec::{bus_master, control, device, error, status};
 use crate::block::{BlockBackend, BlockData, BlockError, BlockOp, BlockRequest, Completion, SECTOR_SIZE};
 use crate::counters::{Counter, Counters};
 use crate::device::{Device, Inspect, PioDevice, ResetKind, StringPio};
+use crate::dma::{DmaPurpose, DmaTap};
 use crate::irq::IrqLine;
 use crate::snapshot::{Snapshot, StateError, StateStream};
 use crate::{Port, Width};
@@ -72,6 +73,7 @@ pub struct Channel {
     // wiring
     label: String,
     memory: GuestMemory,
+    tap: DmaTap,
     irq: IrqLine,
     completion: Arc<dyn Completion>,
     pub(super) drives: [Option<Drive>; 2],
@@ -109,6 +111,7 @@ impl Channel {
     pub(super) fn new(
         label: &str,
         memory: GuestMemory,
+        tap: DmaTap,
         irq: IrqLine,
         counters: &Counters,
     ) -> Arc<Mutex<Channel>> {
@@ -117,6 +120,7 @@ impl Channel {
             Mutex::new(Channel {
                 label: label.to_owned(),
                 memory,
+                tap,
                 irq,
                 completion: Arc::new(Done(Weak::clone(me))),
                 drives: [None, None],
@@ -353,7 +357,7 @@ impl Channel {
         };
         let mut r = self.request(op, BlockData::Guest, job);
         let bytes = u64::from(job.left) * SECTOR_SIZE;
-        let fit = dma::regions(&self.memory, self.bm_table, bytes, &mut r.segments);
+        let fit = dma::regions(&self.memory, &self.tap, self.bm_table, bytes, &mut r.segments);
         if fit == dma::Fit::Short || (self.bm_command & bus_master::TO_MEMORY != 0) != to_memory {
             self.spare = Some(r);
             self.fail_job(job, BlockError::BadAddress);
@@ -378,6 +382,7 @@ impl Channel {
                 self.fail_job(job, BlockError::BadAddress);
                 return;
             }
+            self.tap.read(DmaPurpose::Request, s.at, s.len);
         }
         self.counters.bytes_copied.add(data.len() as u64);
         self.spare = Some(request);
@@ -657,12 +662,13 @@ crate::snapshot_enum!(Kind { PioRead, PioWrite, DmaRead, DmaWrite, Verify, Flush
 crate::snapshot_enum!(Phase { Idle, DataIn, DataOut, DmaWait, Busy });
 crate::snapshot!(Job { unit, kind, ext, lba, left, block });
 
-/// Saved while no back end works.
+/// Saved while no back end works; loading abandons what one was asked for.
 impl Snapshot for Channel {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
         let Channel {
             label: _,
             memory: _,
+            tap: _,
             irq,
             completion: _,
             drives,
@@ -683,7 +689,7 @@ impl Snapshot for Channel {
             bm_status,
             bm_table,
         } = self;
-        if *phase == Phase::Busy {
+        if *phase == Phase::Busy && !s.loads() {
             return Err(StateError::Busy("an IDE disk"));
         }
         s.field("irq", irq)?;

@@ -1,6 +1,7 @@
 //! Physical region descriptor tables (Programming Interface for Bus Master IDE Controller, section 1.2).
 
 use crate::block::Segment;
+use crate::dma::{DmaPurpose, DmaTap};
 use paravane_memory::{GuestMemory, PhysAddr};
 
 /// A table lies inside 64 KiB, eight bytes a descriptor.
@@ -18,8 +19,20 @@ pub(super) enum Fit {
     Short,
 }
 
-/// Reads the table at `table` into `segments` until `bytes` are covered.
-pub(super) fn regions(memory: &GuestMemory, table: u32, bytes: u64, segments: &mut Vec<Segment>) -> Fit {
+/// Reads the table at `table` into `segments` until `bytes` are covered, and tells `tap` of what was read.
+pub(super) fn regions(
+    memory: &GuestMemory,
+    tap: &DmaTap,
+    table: u32,
+    bytes: u64,
+    segments: &mut Vec<Segment>,
+) -> Fit {
+    let fit = read(memory, table, bytes, segments);
+    tap.read(DmaPurpose::Prd, PhysAddr(u64::from(table & !3)), segments.len() as u64 * 8);
+    fit
+}
+
+fn read(memory: &GuestMemory, table: u32, bytes: u64, segments: &mut Vec<Segment>) -> Fit {
     segments.clear();
     let mut left = bytes;
     for i in 0..MAX_DESCRIPTORS {

@@ -18,6 +18,7 @@ use crate::block::BlockBackend;
 use crate::bus::Bus;
 use crate::counters::Counters;
 use crate::device::{Device, DeviceHandle, Inspect, ResetKind};
+use crate::dma::DmaTap;
 use crate::irq::IrqLine;
 use crate::pci::{BarKind, PciConfig, PciDevice, PciIdentity};
 use crate::snapshot::Snapshot;
@@ -58,8 +59,13 @@ pub struct IdeController {
 }
 
 impl IdeController {
-    /// A controller without disks; `irqs` are the wires to ISA IRQ 14 and 15.
-    pub fn new(memory: &GuestMemory, irqs: [IrqLine; 2], counters: &Counters) -> IdeController {
+    /// A controller without disks; `irqs` are the wires to ISA IRQ 14 and 15, `taps` hear of the channels' accesses to memory.
+    pub fn new(
+        memory: &GuestMemory,
+        irqs: [IrqLine; 2],
+        taps: [DmaTap; 2],
+        counters: &Counters,
+    ) -> IdeController {
         let mut config = PciConfig::new(PciIdentity {
             vendor: 0x8086,
             device: 0x7010,
@@ -71,10 +77,10 @@ impl IdeController {
         config.preset(0x06, &0x0280u16.to_le_bytes());
         config.preset(0x40, &[0x00, 0x80, 0x00, 0x80]); // IDETIM: IDE decode enable
         config.allow_writes(0x40, &[0xFF, 0xF3, 0xFF, 0xF3, 0xFF]);
-        let [primary, secondary] = irqs;
+        let ([primary, secondary], [first, second]) = (irqs, taps);
         let channels = [
-            Channel::new("ide0", memory.clone(), primary, counters),
-            Channel::new("ide1", memory.clone(), secondary, counters),
+            Channel::new("ide0", memory.clone(), first, primary, counters),
+            Channel::new("ide1", memory.clone(), second, secondary, counters),
         ];
         IdeController { config, channels }
     }

@@ -44,7 +44,8 @@ fn rig_with(name: &str, faults: Option<Arc<dyn FaultInjector>>, read_only: bool)
     );
     let pic = Arc::new(Pic::default());
     let line = |n| IrqLine::new(Arc::clone(&pic) as Arc<dyn IrqSink>, n, counters.counter("ide", "irq"));
-    let mut ide = IdeController::new(&memory, [line(14), IrqLine::unconnected()], &counters);
+    let mut ide =
+        IdeController::new(&memory, [line(14), IrqLine::unconnected()], Default::default(), &counters);
     ide.attach(0, 0, Arc::new(queue.expect("queue"))).expect("attach");
     let channel = ide.channel(0);
     Rig { ide, channel, memory, pic, path }

@@ -6,7 +6,7 @@ use super::spec::{blk, device_type};
 use paravane_devices::block::{
     BlockBackend, BlockData, BlockError, BlockOp, BlockRequest, Completion, SECTOR_SIZE, Segment,
 };
-use paravane_devices::{Snapshot, StateError, StateStream};
+use paravane_devices::{DmaPurpose, Snapshot, StateError, StateStream};
 use paravane_memory::PhysAddr;
 use std::sync::Arc;
 
@@ -59,7 +59,7 @@ enum Asked {
     Malformed,
 }
 
-/// Saved while nothing is in flight: all slots are free then, and which is taken next nobody sees.
+/// Saved while nothing is in flight: all slots are free then, and which is taken next nobody sees. Loading abandons what is.
 impl Snapshot for VirtioBlk {
     fn state(&mut self, s: &mut StateStream<'_>) -> Result<(), StateError> {
         let VirtioBlk {
@@ -71,13 +71,14 @@ impl Snapshot for VirtioBlk {
             slots,
             free,
             epoch: _,
-            in_flight: _,
+            in_flight,
             write_through,
             config,
         } = self;
         if s.loads() {
             slots.clear();
             free.clear();
+            *in_flight = 0;
         }
         s.field("write_through", write_through)?;
         s.field("config", config)
@@ -178,7 +179,7 @@ impl VirtioBlk {
         let mut done = 0;
         for p in &self.chain.writable {
             let n = (p.len as usize).min(id.len() - done);
-            if rings.memory().write(p.at, &id[done..done + n]).is_err() {
+            if rings.write(DmaPurpose::Data, p.at, &id[done..done + n]).is_err() {
                 return Asked::Done(blk::S_IOERR, 0);
             }
             done += n;
@@ -239,7 +240,7 @@ impl VirtioBlk {
     }
 
     fn finish(&mut self, rings: &mut Rings, head: u16, status_at: PhysAddr, status: u8, written: u32) {
-        if rings.memory().write(status_at, &[status]).is_err() {
+        if rings.write(DmaPurpose::Request, status_at, &[status]).is_err() {
             rings.ask_for_reset();
             return;
         }
@@ -366,7 +367,7 @@ fn take(rings: &Rings, readable: &mut [Piece], out: &mut [u8]) -> bool {
     let mut done = 0;
     for p in readable {
         let n = (out.len() - done).min(p.len as usize);
-        if rings.memory().read(p.at, &mut out[done..done + n]).is_err() {
+        if rings.read(DmaPurpose::Request, p.at, &mut out[done..done + n]).is_err() {
             return false;
         }
         let Some(rest) = p.at.checked_add(n as u64) else { return false };

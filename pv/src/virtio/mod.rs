@@ -5,6 +5,7 @@
 //! returns them and interrupts. All state of one device lies behind the one mutex that the PCI bus locks as well.
 
 mod blk;
+mod memory;
 mod pci;
 mod rings;
 mod rng;
@@ -15,7 +16,7 @@ mod tests;
 pub use blk::VirtioBlk;
 pub use pci::{DoorbellWatch, VirtioPci, VirtioPciOptions, VirtioWiring};
 pub use rings::{Chain, Piece, Rings, VirtioCounters};
-pub use rng::{DmaWatch, EntropySource, HostEntropy, VirtioRng};
+pub use rng::{EntropySource, HostEntropy, VirtioRng};
 
 use paravane_devices::Snapshot;
 use paravane_devices::block::{BlockError, BlockRequest, Completion};

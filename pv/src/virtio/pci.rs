@@ -9,7 +9,7 @@ use super::rings::Rings;
 use super::spec::{MODERN_DEVICE_BASE, NO_VECTOR, VENDOR, capability, common, feature, legacy, status};
 use paravane_devices::block::{BlockError, BlockRequest, Completion};
 use paravane_devices::pci::{BarKind, MsixTable, PciConfig, PciDevice, PciIdentity, command};
-use paravane_devices::{Counters, Device, Inspect, IrqLine, MsiSink, ResetKind, Width};
+use paravane_devices::{Counters, Device, DmaTap, Inspect, IrqLine, MsiSink, ResetKind, Width};
 use paravane_devices::{Snapshot, StateError, StateStream};
 use paravane_memory::GuestMemory;
 use std::fmt;
@@ -60,6 +60,8 @@ pub struct VirtioWiring<'a> {
     pub counters: &'a Counters,
     /// Who hears of doorbells, by queue.
     pub doorbell: Option<DoorbellWatch>,
+    /// Who hears of accesses to guest memory, but for a disk's data.
+    pub dma: DmaTap,
 }
 
 /// Hears the number of the queue that was rung.
@@ -104,7 +106,8 @@ impl VirtioPci {
         let mut msix = MsixTable::new(queues + 1, wiring.msi, sent);
         let (config, pci_capability) = configuration(device.as_ref(), options, &mut msix);
         let sizes = device.queue_sizes();
-        let rings = Rings::new(sizes, wiring.memory, wiring.intx, msix, wiring.counters, wiring.label);
+        let (memory, counters) = (wiring.memory, wiring.counters);
+        let rings = Rings::new(sizes, memory, wiring.dma, wiring.intx, msix, counters, wiring.label);
         let generic = feature::VERSION_1 | feature::EVENT_IDX | feature::INDIRECT_DESC | feature::ANY_LAYOUT;
         let features = device.features() | generic;
         let (label, doorbell_watch) = (wiring.label.to_owned(), wiring.doorbell);
@@ -498,7 +501,7 @@ impl Snapshot for VirtioPci {
             driver_feature_select,
             queue_select,
         } = self;
-        if device.in_flight() != 0 {
+        if device.in_flight() != 0 && !s.loads() {
             return Err(StateError::Busy("a virtio device"));
         }
         s.field("config", config)?;

@@ -4,11 +4,12 @@
 //! is longer than the queue, or that has device-readable parts behind device-writable ones is malformed, and a device that sees
 //! one asks for a reset.
 
+use super::memory::RingMemory;
 use super::spec::{AVAIL_F_NO_INTERRUPT, NO_VECTOR, feature, isr, status};
 use paravane_devices::pci::MsixTable;
-use paravane_devices::{Counter, Counters, IrqLine};
+use paravane_devices::{Counter, Counters, DmaPurpose, DmaTap, IrqLine};
 use paravane_devices::{Snapshot, StateError, StateStream};
-use paravane_memory::{GuestMemory, PhysAddr, VmMemory};
+use paravane_memory::{GuestMemory, MemoryError, PhysAddr};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 /// One piece of a chain.
@@ -68,7 +69,7 @@ pub(super) struct Ring {
 pub struct Rings {
     // wiring
     memory: GuestMemory,
-    vm: VmMemory,
+    vm: RingMemory,
     pub(super) intx: IrqLine,
     pub(super) msix: MsixTable,
     counters: VirtioCounters,
@@ -117,6 +118,7 @@ impl Rings {
     pub(super) fn new(
         sizes: &[u16],
         memory: &GuestMemory,
+        tap: DmaTap,
         intx: IrqLine,
         msix: MsixTable,
         counters: &Counters,
@@ -125,7 +127,7 @@ impl Rings {
         let ring = |&size: &u16| Ring { queue: Queue::new(size).expect("a power of two"), vector: NO_VECTOR };
         Rings {
             memory: memory.clone(),
-            vm: VmMemory::new(memory),
+            vm: RingMemory::new(memory, tap),
             intx,
             msix,
             counters: VirtioCounters::new(counters, group),
@@ -147,9 +149,18 @@ impl Rings {
         self.intx.set(false);
     }
 
-    /// Guest memory.
-    pub fn memory(&self) -> &GuestMemory {
-        &self.memory
+    /// Reads guest memory for `purpose`; on error nothing was read.
+    pub fn read(&self, purpose: DmaPurpose, at: PhysAddr, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.memory.read(at, buf)?;
+        self.vm.tap().read(purpose, at, buf.len() as u64);
+        Ok(())
+    }
+
+    /// Writes guest memory for `purpose`; on error nothing was written.
+    pub fn write(&self, purpose: DmaPurpose, at: PhysAddr, buf: &[u8]) -> Result<(), MemoryError> {
+        self.memory.write(at, buf)?;
+        self.vm.tap().wrote(purpose, at, buf.len() as u64);
+        Ok(())
     }
 
     /// What is counted for this device.
@@ -257,7 +268,8 @@ impl Rings {
         let Some(r) = self.rings.get_mut(index).filter(|r| r.queue.ready()) else { return };
         let wanted = r.queue.add_used(&self.vm, head, len).and_then(|()| {
             let wanted = r.queue.needs_notification(&self.vm)?;
-            Ok(wanted && (r.queue.event_idx_enabled() || !no_interrupt(&self.memory, &r.queue)))
+            Ok(wanted
+                && (r.queue.event_idx_enabled() || !no_interrupt(&self.memory, self.vm.tap(), &r.queue)))
         });
         match wanted {
             Ok(true) => {
@@ -296,6 +308,8 @@ impl Rings {
 /// The driver broke the rules of the ring.
 struct Malformed;
 
-fn no_interrupt(memory: &GuestMemory, queue: &Queue) -> bool {
-    memory.read_u16(PhysAddr(queue.avail_ring())).is_ok_and(|flags| flags & AVAIL_F_NO_INTERRUPT != 0)
+fn no_interrupt(memory: &GuestMemory, tap: &DmaTap, queue: &Queue) -> bool {
+    let at = PhysAddr(queue.avail_ring());
+    tap.read(DmaPurpose::Ring, at, 2);
+    memory.read_u16(at).is_ok_and(|flags| flags & AVAIL_F_NO_INTERRUPT != 0)
 }

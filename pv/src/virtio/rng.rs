@@ -4,8 +4,7 @@ use super::VirtioDevice;
 use super::rings::{Chain, Rings};
 use super::spec::device_type;
 use paravane_devices::block::{BlockError, BlockRequest, Completion};
-use paravane_devices::{Snapshot, StateError, StateStream};
-use paravane_memory::PhysAddr;
+use paravane_devices::{DmaPurpose, Snapshot, StateError, StateStream};
 use std::fs::File;
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -55,27 +54,18 @@ impl EntropySource for HostEntropy {
     }
 }
 
-/// Hears of every write of a device to guest memory: where, and how many bytes.
-pub type DmaWatch = Box<dyn Fn(PhysAddr, u64) + Send>;
-
 /// virtio-rng.
 pub struct VirtioRng {
     source: Box<dyn EntropySource>,
     chain: Chain,
-    watch: Option<DmaWatch>,
 }
 
-paravane_devices::snapshot!(VirtioRng { source | chain, watch });
+paravane_devices::snapshot!(VirtioRng { source | chain });
 
 impl VirtioRng {
     /// A device that hands out `source`.
     pub fn new(source: Box<dyn EntropySource>) -> VirtioRng {
-        VirtioRng { source, chain: Chain::default(), watch: None }
-    }
-
-    /// `watch` hears of what is handed out.
-    pub fn watched(self, watch: DmaWatch) -> VirtioRng {
-        VirtioRng { watch: Some(watch), ..self }
+        VirtioRng { source, chain: Chain::default() }
     }
 
     fn serve(&mut self, rings: &mut Rings) {
@@ -84,11 +74,8 @@ impl VirtioRng {
         for p in &self.chain.writable {
             let n = (p.len as usize).min(MOST - done);
             let part = &mut bytes[..n];
-            if self.source.fill(part).is_err() || rings.memory().write(p.at, part).is_err() {
+            if self.source.fill(part).is_err() || rings.write(DmaPurpose::Data, p.at, part).is_err() {
                 break;
-            }
-            if let Some(watch) = &self.watch {
-                watch(p.at, n as u64);
             }
             done += n;
         }

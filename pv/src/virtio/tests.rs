@@ -6,7 +6,8 @@ use paravane_devices::block::{
 };
 use paravane_devices::pci::PciDevice;
 use paravane_devices::{
-    Counters, Device, IrqLine, IrqSink, MsiSink, ResetKind, StateError, StateStream, Width,
+    Counters, Device, DmaAccess, DmaPurpose, DmaTap, DmaWatch, IrqLine, IrqSink, MsiSink, ResetKind,
+    StateError, StateStream, Width,
 };
 use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr};
 use std::path::PathBuf;
@@ -66,6 +67,7 @@ fn wiring<'a>(memory: &'a GuestMemory, wires: &Arc<Wires>, counters: &'a Counter
         msi: Arc::clone(wires) as Arc<dyn MsiSink>,
         counters,
         doorbell: None,
+        dma: DmaTap::nobody(),
     }
 }
 
@@ -503,15 +505,37 @@ impl EntropySource for Counting {
     }
 }
 
+/// Writes down what a device does in memory.
+#[derive(Default)]
+struct Listener(Mutex<Vec<DmaAccess>>);
+
+impl DmaWatch for Listener {
+    fn listens(&self) -> bool {
+        true
+    }
+
+    fn accessed(&self, access: DmaAccess) {
+        self.0.lock().unwrap().push(access);
+    }
+}
+
+impl Listener {
+    /// Where accesses for `purpose` were, how long, and which of them wrote.
+    fn heard(&self, purpose: DmaPurpose) -> Vec<(u64, u64, bool)> {
+        let all = self.0.lock().unwrap();
+        all.iter().filter(|a| a.purpose == purpose).map(|a| (a.at.0, a.len, a.write)).collect()
+    }
+}
+
 #[test]
 fn entropy_fills_what_the_driver_offers() {
     let memory = GuestMemory::new(MemoryConfig::pc(4 << 20)).expect("memory");
     let (wires, counters) = (Arc::new(Wires::default()), Counters::default());
-    let (tell, told) = std::sync::mpsc::channel();
-    let watch = Box::new(move |at: PhysAddr, len| tell.send((at.0, len)).expect("receiver"));
-    let device = Box::new(VirtioRng::new(Box::new(Counting(0))).watched(watch));
-    let function =
-        VirtioPci::new(device, wiring(&memory, &wires, &counters), VirtioPciOptions { modern_only: true });
+    let listener = Arc::new(Listener::default());
+    let dma = DmaTap::new(Arc::clone(&listener) as Arc<dyn DmaWatch>);
+    let wiring = VirtioWiring { dma, ..wiring(&memory, &wires, &counters) };
+    let device = Box::new(VirtioRng::new(Box::new(Counting(0))));
+    let function = VirtioPci::new(device, wiring, VirtioPciOptions { modern_only: true });
     let mut d = Driver { function, memory, wires, path: PathBuf::new(), avail: 0 };
     assert_eq!(d.negotiate(VERSION_1), 11);
     d.store(24, Width::W16, 64);
@@ -527,7 +551,14 @@ fn entropy_fills_what_the_driver_offers() {
     let mut bytes = [0; 10];
     d.memory.read(PhysAddr(DATA), &mut bytes).unwrap();
     assert_eq!(bytes, [1, 2, 3, 0, 0, 0, 0, 0, 4, 5]);
-    assert_eq!(told.try_iter().collect::<Vec<_>>(), [(DATA, 3), (DATA + 8, 2)]);
+    assert_eq!(listener.heard(DmaPurpose::Data), [(DATA, 3, true), (DATA + 8, 2, true)]);
+    // VIRTIO 1.2, 2.7.5, 2.7.6 and 2.7.8: two descriptors of 16 bytes; the index and the first entry of the available ring; the first
+    // element of the used ring, then its index.
+    assert_eq!(listener.heard(DmaPurpose::Descriptor), [(DESC, 16, false), (DESC + 16, 16, false)]);
+    let ring = listener.heard(DmaPurpose::Ring);
+    assert!(ring.contains(&(AVAIL + 2, 2, false)) && ring.contains(&(AVAIL + 4, 2, false)), "{ring:x?}");
+    let written: Vec<_> = ring.iter().filter(|a| a.2).collect();
+    assert_eq!(written, [&(USED + 4, 8, true), &(USED + 2, 2, true)]);
     assert!(HostEntropy::new().and_then(|mut s| s.fill(&mut [0; 5000])).is_ok());
 }
 

@@ -8,10 +8,10 @@ use paravane_devices::pci::{HostBridge, IsaBridge, PciBus, PirqRouter, PowerFunc
 use paravane_devices::uart::spec as uart;
 use paravane_devices::{
     A20Gate, AcpiPm, AcpiPmWiring, Bus, CharSource, Clock, CoprocessorError, CoprocessorPins, Counter,
-    Counters, DebugConsole, Device, DeviceHandle, FabricConfig, Hpet, HpetWiring, I8042, InterruptFabric,
-    IoApicWindow, IrqLine, IrqSink, LegacyRoute, MachineControl, ManualClock, MsiSink, PicPorts, Pit,
-    ResetKind, Rtc, SystemPorts, Timer, TimerQueue, TscClock, Uart, UartWiring, VcpuKick, VmTime, bind_timer,
-    hpet, share,
+    Counters, DebugConsole, Device, DeviceHandle, DmaTap, FabricConfig, Hpet, HpetWiring, I8042,
+    InterruptFabric, IoApicWindow, IrqLine, IrqSink, LegacyRoute, MachineControl, ManualClock, MsiSink,
+    PicPorts, Pit, ResetKind, Rtc, SystemPorts, Timer, TimerQueue, TscClock, Uart, UartWiring, VcpuKick,
+    VmTime, bind_timer, hpet, share,
 };
 use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, Port, VpIndex, Width};
 use paravane_pv::virtio::{
@@ -233,7 +233,12 @@ impl Pc {
         pci.insert(0, 0, share(HostBridge::new())).expect("free slot");
         pci.insert(1, 0, share(IsaBridge::new(router.clone()))).expect("free slot");
         pci.insert(1, 3, share(PowerFunction::new())).expect("free slot");
-        let mut ide = IdeController::new(&self.memory, [self.line(14), self.line(15)], &self.counters);
+        let mut ide = IdeController::new(
+            &self.memory,
+            [self.line(14), self.line(15)],
+            Default::default(),
+            &self.counters,
+        );
         for (channel, unit) in [(0, 0), (0, 1), (1, 0)] {
             ide.attach(channel, unit, self.disk()).expect("free unit");
         }
@@ -250,6 +255,7 @@ impl Pc {
                 msi: self.fabric.clone() as Arc<dyn MsiSink>,
                 counters: &self.counters,
                 doorbell: None,
+                dma: DmaTap::nobody(),
             };
             let options = VirtioPciOptions { modern_only: slot == VIRTIO_SLOTS[2] };
             pci.insert(slot, 0, VirtioPci::new(device, wiring, options)).expect("free slot");
