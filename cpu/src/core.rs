@@ -14,7 +14,7 @@ use crate::fetch::{Decoded, Fetcher};
 use crate::interp;
 use crate::mmu::{Flushes, PagingFeatures, Tlb};
 use crate::plan::{DebugPlan, DebugStop, WatchHit};
-use crate::post_mortem::{Attempt, Chain, PostMortem, Trail};
+use crate::post_mortem::{Attempt, Chain, PostMortem, Trail, Visit};
 use crate::state::{CpuState, LinAddr, SegReg, Shadow, cr0, flags, gpr};
 use crate::trace::{TraceContext, TraceEvent, TracedBus, Tracer};
 use crate::vme::virtual_interrupt_due;
@@ -425,13 +425,24 @@ impl Core {
 
     /// How the processor came to where it is.
     pub fn post_mortem(&self) -> PostMortem {
-        PostMortem { attempts: self.chain.list(), trail: self.trail.list() }
+        self.post_mortem_with(|_, _| Vec::new())
+    }
+
+    /// The same; `between` tells by what places translated code came from one linear address to another.
+    pub fn post_mortem_with(&self, between: impl FnMut(u64, u64) -> Vec<Visit>) -> PostMortem {
+        PostMortem::new(self.chain.list(), &self.trail, between)
     }
 
     /// Notes that execution goes on at linear `at`, by an engine that runs code itself.
     #[inline]
     pub fn passed(&mut self, at: u64) {
         self.trail.push(at);
+    }
+
+    /// Notes that translated code, entered at the place noted before, was left at linear `at`.
+    #[inline]
+    pub fn left(&mut self, at: u64) {
+        self.trail.push_left(at);
     }
 
     /// One instruction for a debugger: see [`crate::Engine::step`]. A halted processor stays so until something wakes it.

@@ -47,7 +47,7 @@ pub use mmu::{
 };
 pub use paravane_memory::{Port, VpIndex};
 pub use plan::{DEVICE_PAGES, DebugPlan, DebugStop, Space, WatchHit, WatchKind, Watchpoint};
-pub use post_mortem::{Attempt, PostMortem, Trail};
+pub use post_mortem::{Attempt, Evidence, PostMortem, Trail, Visit};
 pub use state::*;
 pub use trace::{TraceContext, TraceEvent, Tracer};
 pub use vme::virtual_interrupt_due;

@@ -334,6 +334,13 @@ impl BlockTable {
         *first = at;
     }
 
+    /// The links that jump to block `to`.
+    pub(crate) fn incoming(&self, to: BlockId) -> impl Iterator<Item = &Link> {
+        let first = self.incoming.get(self.blocks[to as usize].incoming as usize);
+        let list = std::iter::successors(first, |link| self.incoming.get(link.next as usize));
+        list.filter_map(|incoming| self.links.get(incoming.link as usize))
+    }
+
     /// Takes one link off those that jump to block `to`.
     pub(crate) fn take_incoming(&mut self, to: BlockId) -> Option<&Link> {
         let first = &mut self.blocks[to as usize].incoming;

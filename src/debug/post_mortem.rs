@@ -5,12 +5,12 @@ use super::{memory, show};
 use crate::machine::DeviceAccess;
 use crate::run::dossier;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Formatter, IntelFormatter};
-use paravane_cpu::{Attempt, CpuState, PostMortem, Trail, Vector, instruction_address};
+use paravane_cpu::{Attempt, CpuState, Evidence, PostMortem, Vector, Visit, instruction_address};
 use paravane_memory::GuestMemory;
 use std::fmt::Write;
 
 /// Blocks shown, and instructions of each.
-const BLOCKS: usize = 8;
+const BLOCKS: usize = 12;
 const INSTRUCTIONS: usize = 6;
 /// Device accesses shown.
 const ACCESSES: usize = 12;
@@ -125,23 +125,34 @@ fn gate(cpu: &CpuState, mem: &GuestMemory, vector: Vector) -> String {
 }
 
 /// The last blocks, with their instructions as they are in memory now.
-fn blocks(cpu: &CpuState, mem: &GuestMemory, trail: &[u64], symbols: &Symbols) -> String {
-    let mut places: Vec<u64> = trail.to_vec();
-    places.dedup();
+fn blocks(cpu: &CpuState, mem: &GuestMemory, trail: &[Visit], symbols: &Symbols) -> String {
+    let mut visits = trail.to_vec();
+    visits.dedup();
     let here = instruction_address(cpu).0;
-    if places.last() != Some(&here) {
-        places.push(here);
+    if visits.last().is_none_or(|visit| visit.at != here) {
+        visits.push(Visit { at: here, evidence: Evidence::Recorded });
     }
-    debug_assert!(places.len() <= Trail::LEN + 1);
-    let mut out = String::from(
-        "last blocks, the latest last (blocks that jump straight to each other show as the first of them)\n",
-    );
-    for &at in &places[places.len().saturating_sub(BLOCKS)..] {
-        let label = symbols.name(at).map_or(String::new(), |s| format!(" <{s}>"));
-        let _infallible = writeln!(out, "  {at:#x}{label}");
-        out.push_str(&disassembly(cpu, mem, at, INSTRUCTIONS));
+    let mut out = String::from("last blocks, the latest last\n");
+    for visit in &visits[visits.len().saturating_sub(BLOCKS)..] {
+        let place = place(visit.at, symbols);
+        let _infallible = match &visit.evidence {
+            Evidence::Recorded => writeln!(out, "  {place}"),
+            Evidence::Inferred => writeln!(out, "  {place}, by the only way in translated code"),
+            Evidence::OneOf(places) => {
+                let places: Vec<String> = places.iter().map(|&at| self::place(at, symbols)).collect();
+                writeln!(out, "  … in translated code, at last one of {}", places.join(", "))
+            }
+        };
+        if !matches!(visit.evidence, Evidence::OneOf(_)) {
+            out.push_str(&disassembly(cpu, mem, visit.at, INSTRUCTIONS));
+        }
     }
     out
+}
+
+fn place(at: u64, symbols: &Symbols) -> String {
+    let name = symbols.name(at).map_or(String::new(), |s| format!(" <{s}>"));
+    format!("{at:#x}{name}")
 }
 
 /// Up to `count` instructions at linear `at`, to the end of the block.

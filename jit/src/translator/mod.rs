@@ -15,6 +15,7 @@ mod fill;
 mod run;
 mod stats;
 mod traces;
+mod way;
 
 use crate::block::{BlockId, BlockTable};
 use crate::classify::Forms;
@@ -310,7 +311,7 @@ impl Engine for Translator {
     }
 
     fn post_mortem(&self) -> PostMortem {
-        self.core.post_mortem()
+        self.core.post_mortem_with(|from, to| self.way_between(from, to))
     }
 
     fn host_code(&self, lin: u64) -> Vec<HostCode> {

@@ -358,7 +358,7 @@ impl Translator {
                 return Rest::Nothing;
             }
             let address = self.context().rip;
-            self.core.passed(mode.linear(address));
+            self.core.left(mode.linear(address));
             let resets = self.stats.cache_flushes;
             match reason {
                 Reason::Interpret => {

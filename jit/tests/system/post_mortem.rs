@@ -33,12 +33,33 @@ fn an_empty_idt() {
             &[(Fault::UD, idt(6), "limit"), (idt(6), idt(13), "limit"), (double, idt(8), "limit")],
         );
         assert!(history.attempts.iter().all(|a| a.rip == CODE + p.at));
-        assert_eq!(history.trail.first(), Some(&CODE));
-        assert!(
-            history.trail.contains(&(CODE + p.at)) || history.trail.contains(&(CODE + 3)),
-            "{:x?}",
-            history.trail
-        );
+        let trail: Vec<u64> = history.trail.iter().map(|visit| visit.at).collect();
+        assert_eq!(trail.first(), Some(&CODE));
+        assert!(trail.contains(&(CODE + p.at)) || trail.contains(&(CODE + 3)), "{trail:x?}");
+    });
+}
+
+/// The third time through the same three blocks ends in the last of them: the way there is told block by block, by jumps that were taken
+/// straight from one to the next before.
+#[test]
+fn the_way_through_blocks_that_are_chained() {
+    both(Start::Long, |bed| {
+        bed.cpu.idtr = DescriptorTable { base: IDT, limit: 0 };
+        let p = program!(64:
+            "mov ebx, 0x200000", "xor ecx, ecx",
+            "2: call 4f", "3: inc ecx", "cmp ecx, 2", "jne 2b", "mov rbx, 0x0100000000000000", "jmp 2b",
+            "4: jmp 5f", "nop",
+            "5: jmp 6f", "nop",
+            "6: nop"; "mov [rbx], cl", "ret");
+        bed.load(&p);
+        assert_eq!(bed.go(), Exit::TripleFault);
+        let history = bed.post_mortem();
+        // The last block begins with the NOP before the fault; the jumps have two bytes each, and a NOP behind.
+        let last = CODE + p.at - 1;
+        let way = [last - 6, last - 3, last];
+        let named: Vec<u64> =
+            history.trail.iter().map(|visit| visit.at).filter(|at| way.contains(at)).collect();
+        assert_eq!(named.last_chunk(), Some(&way), "{:x?}", history.trail);
     });
 }
 
