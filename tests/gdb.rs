@@ -701,6 +701,55 @@ fn ctrl_c_stops_a_guest_that_goes_back() {
     }
 }
 
+/// A register of up to eight bytes in the debugger's own form: digits of bytes, the lowest first, with runs (GDB manual, E.1).
+fn register(answer: &str) -> u64 {
+    let mut digits = String::new();
+    let mut rest = answer.chars();
+    while let Some(c) = rest.next() {
+        match c {
+            '*' => {
+                let (last, times) = (digits.chars().last().expect("a digit"), rest.next().expect("a count"));
+                digits.extend(std::iter::repeat_n(last, times as usize - 29));
+            }
+            digit => digits.push(digit),
+        }
+    }
+    let bytes: Vec<u8> =
+        (0..8).map(|i| u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).expect("digits")).collect();
+    u64::from_le_bytes(bytes.try_into().expect("eight bytes"))
+}
+
+#[test]
+fn back_from_inside_a_repetition_nothing_later_is_found() {
+    for engine in ENGINES {
+        let dir = Scratch::new(&format!("gdb-repetition-{engine}"));
+        let kernel = sector(&dir, &REPEAT);
+        let (running, socket) = small(&dir, &kernel, engine, &["--clock", "instructions", "--wait"]);
+        let mut raw = Raw::connect(&socket);
+        assert!(raw.ask("?").starts_with("T05"));
+        raw.send("vCont;c");
+        std::thread::sleep(Duration::from_millis(300));
+        raw.0.write_all(&[3]).expect("Ctrl-C");
+        assert!(raw.answer().starts_with("T02"));
+        // RSI counts up from 0: the last byte that was read.
+        let here = register(&raw.ask("p4"));
+        assert!(here > 0);
+        let last = format!("3,{:x},1", here - 1);
+        assert_eq!(raw.ask(&format!("Z{last}")), "OK");
+        assert!(raw.ask("bc").contains("rwatch"), "{engine}");
+        // An access is undone with the step that made it: here that is all of the repetition so far.
+        assert_eq!(register(&raw.ask("p4")), 0, "{engine}");
+        assert!(raw.ask("vCont;c").contains("rwatch"), "{engine}");
+        assert_eq!(register(&raw.ask("p4")), here, "{engine}");
+        assert_eq!(raw.ask(&format!("z{last}")), "OK");
+        // What it will read next it has not read yet.
+        assert_eq!(raw.ask(&format!("Z3,{here:x},1")), "OK");
+        assert!(raw.ask("bc").contains("replaylog:begin"), "{engine}");
+        raw.send("k");
+        assert_eq!(running.finish(SOON).0, Some(0), "{engine}");
+    }
+}
+
 #[test]
 fn breakpoints_survive_a_reset_and_tcp_works() {
     let dir = Scratch::new("gdb-reset");

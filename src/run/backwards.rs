@@ -24,6 +24,16 @@ struct Place {
     cs: u16,
 }
 
+impl Place {
+    /// Whether this is an earlier iteration of the repeated string instruction that stands still at `other`.
+    fn iterates_to(&self, other: &Place) -> bool {
+        self.rcx > other.rcx && Place { rcx: other.rcx, now: other.now, ..*self } == *other
+    }
+}
+
+/// One step of what ran before: whose it was, whether it was one, and what was watched and accessed.
+type Stepped = (usize, bool, Option<DebugStop>);
+
 /// Something the debugger would have stopped at.
 struct Event {
     who: usize,
@@ -140,8 +150,28 @@ impl Rota {
         if self.debugger_wants_stop() { Err(Cut::Paused) } else { Ok(()) }
     }
 
-    /// One step of what ran before, whoever's turn it is: whose it was, whether it was one, and what was watched and accessed.
-    fn step_again(&mut self) -> Result<(usize, bool, Option<DebugStop>), Cut> {
+    /// As [`Self::step_again`], but not beyond `until`, inside a repetition; whether that was reached by it.
+    fn step_towards(&mut self, until: Place) -> Result<(Stepped, bool), Cut> {
+        let here = self.place();
+        if !here.iterates_to(&until) {
+            return Ok((self.step_again()?, false));
+        }
+        // The iterations behind `until` are put aside. What the counter says nobody but the instruction sees.
+        let turn = self.turn();
+        let before = self.vcpus[turn].cpu.instructions;
+        self.vcpus[turn].cpu.gpr[gpr::RCX] = here.rcx - until.rcx;
+        let stepped = self.step_again();
+        let cpu = &mut self.vcpus[turn].cpu;
+        cpu.gpr[gpr::RCX] = cpu.gpr[gpr::RCX].wrapping_add(until.rcx);
+        let reached = cpu.instructions != before;
+        if reached {
+            (cpu.rip, cpu.instructions) = (here.rip, before);
+        }
+        Ok((stepped?, reached))
+    }
+
+    /// One step of what ran before, whoever's turn it is.
+    fn step_again(&mut self) -> Result<Stepped, Cut> {
         let turn = self.turn();
         if self.vcpus[turn].waiting {
             self.ran(u64::MAX)?;
@@ -205,8 +235,12 @@ impl Rota {
             if watched && place == until {
                 return Ok(last);
             }
-            if !watched && let (who, _, Some(stop)) = self.step_again()? {
-                last = self.event(who, stop).or(last);
+            if !watched {
+                let ((who, _, stop), reached) = self.step_towards(until)?;
+                last = stop.and_then(|stop| self.event(who, stop)).or(last);
+                if reached {
+                    return Ok(last);
+                }
             }
         }
     }
@@ -266,9 +300,13 @@ impl Rota {
         self.arm_again();
         let (mut steps, mut last) = (0, None);
         while self.place() != place && self.retired() <= place.instructions {
-            match self.step_again() {
-                Ok((stepped, true, _)) if stepped == who => last = Some(steps),
-                Ok(_) => {}
+            match self.step_towards(place) {
+                Ok(((stepped, stepped_on, _), reached)) => {
+                    last = (stepped == who && stepped_on).then_some(steps).or(last);
+                    if reached {
+                        return Ok(last);
+                    }
+                }
                 Err(Cut::ShutDown(down)) => {
                     // Nothing was done but what shut it down.
                     return Ok(if down == who { Some(steps) } else { last });

@@ -18,6 +18,9 @@ pub fn build(programs: &[Program], manifest: &Manifest) -> Outcome<PathBuf> {
     fs::create_dir_all(&folder).context(folder.display())?;
     let own = [("gentext".to_owned(), "gentext", false), ("distinct".to_owned(), "distinct", false)];
     let files: BTreeSet<_> = programs.iter().map(source).chain(own).collect();
+    if files.iter().any(|&(_, _, narrow)| narrow) {
+        check_narrow(&host::text(host::command("gcc").args(["-m32", "-print-file-name=crt1.o"]))?)?;
+    }
     for (file, source, narrow) in files {
         compile(&folder.join(file), source, narrow, &folder)?;
     }
@@ -53,6 +56,16 @@ fn source(program: &Program) -> (String, &'static str, bool) {
         Kind::Compiled { source, narrow, .. } => (program.file(), source, narrow),
         Kind::Tool(_) => (program.file(), "tool", false),
     }
+}
+
+/// Whether gcc can make 32-bit programs: where it finds a file of its 32-bit C library it says where (`found`), else it repeats the name.
+fn check_narrow(found: &str) -> Outcome<()> {
+    if Path::new(found.trim()).is_absolute() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        "gcc makes no 32-bit programs for the rows of 32-bit guests; apt-get install gcc-multilib",
+    ))
 }
 
 fn compile(program: &Path, source: &str, narrow: bool, folder: &Path) -> Outcome<()> {
@@ -182,4 +195,16 @@ fn python_files(python: &str) -> Outcome<Vec<String>> {
     let version = program.file_name().unwrap_or_default().to_string_lossy();
     let files = ["os", "encodings/__init__", "encodings/aliases", "encodings/utf_8", "encodings/ascii"];
     Ok(files.map(|file| format!("/usr/lib/{version}/{file}.py")).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_compiler_without_32_bit_libraries_is_told_by_name() {
+        assert!(check_narrow("/usr/lib/gcc/x86_64-linux-gnu/12/../../../../lib32/crt1.o\n").is_ok());
+        let told = check_narrow("crt1.o\n").expect_err("no library").to_string();
+        assert!(told.contains("apt-get install gcc-multilib"), "{told}");
+    }
 }
