@@ -134,6 +134,10 @@ fn every_processor_is_a_thread() {
             &socket,
             &[
                 "info threads",
+                // That looked at the others.
+                "monitor vcpu 0",
+                "monitor gdt",
+                "monitor vcpu 9",
                 &format!("hbreak *{:#x}", places.watching),
                 "continue",
                 "set $hit = $_thread",
@@ -167,6 +171,9 @@ fn every_processor_is_a_thread() {
             &[
                 "Thread 1.1 (vcpu0: 32-bit protected mode, CPL 0)",
                 "Thread 1.3 (vcpu2: real mode, CPL 0, waits for a start-up IPI)",
+                "the monitor speaks of vcpu0",
+                "of vcpu0:\ngdt at",
+                "'9' is the number of no vCPU",
                 "at 1, other 1",
                 "vcpu0: 32-bit",
                 "vcpu1: ",

@@ -32,6 +32,7 @@ trace on FILE[,KIND]…[,FILTER]…, trace off   events as JSON lines, as with -
 why                   why the guest stands still, and how it came there
 last                  the registers, the last blocks executed and the last device accesses
 vcpus [all]           a line for each vCPU; all: and how it came to where it is
+vcpu N                the monitor speaks of this one, until the next stop or until gdb looks at another
 EXPR, ADDR: numbers, registers, [e] b[e] w[e] d[e] for memory, C's operators
 ";
 
@@ -40,11 +41,20 @@ pub(super) fn command(target: &mut Target, line: &str) -> String {
     let line = line.trim();
     let (word, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
     let rest = rest.trim();
+    // gdb looks at all threads for 'info threads', and does not say when it is back.
+    let whose = target.current.0;
     match run(target, word, rest) {
+        Ok(text) if target.vcpus().count() > 1 && OF_A_VCPU.contains(&word) => {
+            format!("of vcpu{whose}:\n{text}")
+        }
         Ok(text) => text,
         Err(text) => format!("{text}\n"),
     }
 }
+
+/// What is about the state of one vCPU.
+const OF_A_VCPU: [&str; 10] =
+    ["registers", "regs", "walk", "gdt", "ldt", "idt", "tss", "blocks", "why", "last"];
 
 type Said = Result<String, String>;
 
@@ -99,6 +109,7 @@ fn run(target: &mut Target, word: &str, rest: &str) -> Said {
         "why" => why(target),
         "last" => history(target),
         "vcpus" => vcpus(target, rest),
+        "vcpu" => choose(target, rest),
         _ => Err(format!("'{word}' is no monitor command; 'monitor help' lists them")),
     }
 }
@@ -288,6 +299,14 @@ fn vcpus(target: &Target, rest: &str) -> Said {
         out.push_str(&text.map_err(|_| GONE)?);
     }
     Ok(out)
+}
+
+/// Whom the monitor speaks of.
+fn choose(target: &mut Target, rest: &str) -> Said {
+    let chosen = rest.parse().ok().map(VpIndex).filter(|vp| target.vcpus().any(|v| v == *vp));
+    let none = || format!("'{rest}' is the number of no vCPU (see 'monitor vcpus')");
+    target.current = chosen.ok_or_else(none)?;
+    Ok(format!("the monitor speaks of vcpu{}\n", target.current.0))
 }
 
 fn blocks(target: &Target, at: &str) -> Said {

@@ -12,6 +12,8 @@ use std::fmt::Write;
 /// Blocks shown, and instructions of each.
 const BLOCKS: usize = 12;
 const INSTRUCTIONS: usize = 6;
+/// Places named that translated code may have come from.
+const WAYS: usize = 4;
 /// Device accesses shown.
 const ACCESSES: usize = 12;
 
@@ -139,8 +141,13 @@ fn blocks(cpu: &CpuState, mem: &GuestMemory, trail: &[Visit], symbols: &Symbols)
             Evidence::Recorded => writeln!(out, "  {place}"),
             Evidence::Inferred => writeln!(out, "  {place}, by the only way in translated code"),
             Evidence::OneOf(places) => {
-                let places: Vec<String> = places.iter().map(|&at| self::place(at, symbols)).collect();
-                writeln!(out, "  … in translated code, at last one of {}", places.join(", "))
+                let named: Vec<String> =
+                    places.iter().take(WAYS).map(|&at| self::place(at, symbols)).collect();
+                let more = match places.len() - named.len() {
+                    0 => String::new(),
+                    n => format!(" and {n} more"),
+                };
+                writeln!(out, "  … in translated code, at last one of {}{more}", named.join(", "))
             }
         };
         if !matches!(visit.evidence, Evidence::OneOf(_)) {

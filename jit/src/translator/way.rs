@@ -7,7 +7,7 @@ use super::Translator;
 use crate::block::{Block, BlockId};
 use paravane_cpu::{Evidence, Visit};
 
-/// Blocks that are inferred in a row, and ways that are named, at most.
+/// Blocks that are inferred in a row at most.
 const FAR: usize = 16;
 
 impl Translator {
@@ -34,6 +34,7 @@ impl Translator {
             match self.sources(at)[..] {
                 [] => break,
                 [only] if only == from => break,
+                _ if self.leads_only_to(from, at) => break,
                 [only] if only != at && way.iter().all(|v| v.at != only) => {
                     at = only;
                     way.push(Visit { at, evidence: Evidence::Inferred });
@@ -53,6 +54,17 @@ impl Translator {
         blocks.filter(move |(_, b)| b.live && wanted(b)).map(|(id, b)| (id as BlockId, b.key.linear()))
     }
 
+    /// Whether what begins at `from` ends with one jump, and that leads to `to`.
+    fn leads_only_to(&self, from: u64, to: u64) -> bool {
+        self.live(|block| block.key.linear() == from).all(|(id, _)| {
+            let block = &self.blocks.blocks[id as usize];
+            let code = block.start.0..block.start.0 + block.code_len;
+            let links =
+                self.blocks.links.iter().filter(|link| !link.ungrouped && code.contains(&link.site.0));
+            links.map(|link| block.key.mode.linear(link.target)).eq([to])
+        })
+    }
+
     /// Where the blocks begin that jump straight to the code at linear `at`; nothing where it is also reached in other ways.
     fn sources(&self, at: u64) -> Vec<u64> {
         let mut sources = Vec::new();
@@ -69,7 +81,6 @@ impl Translator {
         }
         sources.sort_unstable();
         sources.dedup();
-        sources.truncate(FAR);
         sources
     }
 }
