@@ -113,11 +113,13 @@ pub trait Engine: Send {
     fn nmi_waits(&self) -> bool;
 }
 
-/// Host code of one guest instruction, or of a block's entry.
+/// Host code of one guest instruction, of a block's entry, or of what a block seldom does.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct HostCode {
-    /// Linear address of the guest instruction; `None` for what comes before the block's first.
+    /// Linear address of the guest instruction; `None` for what comes before the block's first, and for what lies apart.
     pub guest: Option<u64>,
+    /// Lies apart from the block: misses and exits.
+    pub cold: bool,
     /// Where the code is.
     pub host: u64,
     /// x86-64 machine code.

@@ -6,6 +6,7 @@ use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use paravane_memory::{PAGE_SHIFT, RamOffset};
 use std::hash::BuildHasher;
 use std::num::NonZeroU32;
+use std::ops::Range;
 
 /// Everything the translation of a block depends on besides its bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -180,15 +181,17 @@ impl InstructionSite {
 /// A translated block.
 pub(crate) struct Block {
     pub(crate) key: BlockKey,
-    /// Code: the indirect entry, which checks the code address in r11.
+    /// Code that does what the block does.
     pub(crate) start: CodeOffset,
-    /// Code: the direct entry.
+    /// Code: where direct jumps enter.
     pub(crate) entry: CodeOffset,
-    /// Code: the direct entry with the status flags in `JitContext::saved_flags`.
+    /// Code: where jumps enter that leave the status flags in `JitContext::saved_flags`, all indirect ones among them.
     pub(crate) saved_entry: CodeOffset,
     /// From here on in the code the status flags are in `JitContext::saved_flags`.
     pub(crate) flags_saved: CodeOffset,
     pub(crate) code_len: u32,
+    /// Code: misses and exits.
+    pub(crate) cold: Range<u32>,
     /// Instructions counted at the entry.
     pub(crate) counted: u8,
     /// Jump-cache tables hold this block.
@@ -227,6 +230,7 @@ pub(crate) struct NewBlock<'a> {
     pub(crate) saved_entry: CodeOffset,
     pub(crate) flags_saved: CodeOffset,
     pub(crate) code_len: u32,
+    pub(crate) cold: Range<u32>,
     /// What of its page it was made from: its bytes, and those that were looked at to see which flags matter behind it.
     pub(crate) granules: Granules,
     pub(crate) counted: u8,
@@ -296,6 +300,7 @@ impl BlockTable {
             saved_entry: new.saved_entry,
             flags_saved: new.flags_saved,
             code_len: new.code_len,
+            cold: new.cold,
             counted: new.counted,
             cached: false,
             live: true,
@@ -411,7 +416,7 @@ impl BlockTable {
         }
     }
 
-    /// The block whose code holds `at`.
+    /// The block whose hot code holds `at`: no other touches the guest's memory.
     pub(crate) fn by_code(&self, at: CodeOffset) -> Option<&Block> {
         let i = self.blocks.partition_point(|b| b.start <= at).checked_sub(1)?;
         let b = &self.blocks[i];
@@ -444,6 +449,7 @@ mod tests {
             saved_entry: start,
             flags_saved: CodeOffset(u32::MAX),
             code_len: 20,
+            cold: 0..0,
             granules,
             counted: 2,
             crosses_into: crosses_into.and_then(NonZeroPage::new),

@@ -10,6 +10,10 @@ use iced_x86::{Decoder, EncodingKind, Instruction, OpKind};
 
 /// Instructions in a block at most.
 const MAX_INSTRUCTIONS: usize = 64;
+/// Instructions of a block behind which it does not go on beyond another branch.
+const EXTENDED: usize = 24;
+/// Conditional branches beyond which a block goes on.
+const MAX_BRANCHES: usize = 3;
 /// Instructions looked at beyond a direct exit to find which flags are live there.
 const LOOK_AHEAD: usize = 12;
 
@@ -189,7 +193,7 @@ impl Frontend {
         let room = if source.reaches(source.rip) { (source.limit - source.rip).saturating_add(1) } else { 0 };
         let bytes = &bytes[..bytes.len().min(room.min(1 << 16) as usize)];
         let mut decoder = Decoder::with_ip(source.mode.bits(), bytes, source.rip, source.options);
-        let mut len = 0;
+        let (mut len, mut branches) = (0, 0);
         while self.instrs.len() < MAX_INSTRUCTIONS && source.stop.is_none_or(|stop| len < stop) {
             let mut instr = Instruction::default();
             decoder.decode_out(&mut instr);
@@ -200,11 +204,24 @@ impl Frontend {
             self.instrs.push(instr);
             self.forms.push(form);
             len += instr.len() as u32;
-            if !form.class.straight() || crossing {
+            if crossing || !form.class.straight() && !self.goes_on(source, branches) {
                 break;
             }
+            branches += usize::from(form.class == Class::Jcc);
         }
         len
+    }
+
+    /// Whether a block goes on behind its last instruction, a branch, as `branches` were passed already: where compilers put
+    /// what is likelier.
+    fn goes_on(&self, source: &Source<'_>, branches: usize) -> bool {
+        let (Some(last), Some(form)) = (self.instrs.last(), self.forms.last()) else { return false };
+        let ends = Mode::COUNTED | Mode::UNGROUPED | Mode::SEGMENTED | Mode::LEGACY;
+        form.class == Class::Jcc
+            && branches < MAX_BRANCHES
+            && self.instrs.len() < EXTENDED
+            && last.near_branch_target() > last.ip()
+            && source.mode.0 & ends == 0
     }
 
     /// Where conditional branch `i`, on a trace that goes on behind it, leads otherwise; `true` if it is taken then.
@@ -279,7 +296,6 @@ impl Frontend {
         self.liveness(source, forms, &out_flags, exact_flags(source.mode));
         let LiveOut { taken, next, .. } = out_flags;
         let live_in = self.live.first().copied().unwrap_or(FlagSet::ALL);
-        emitter.indirect_entry(source.rip);
         let (saved_entry, entry);
         if let Some(c) = &crossing {
             // Where the second page is another one now, other code follows, which may want any flag.

@@ -2,8 +2,8 @@
 //!
 //! Each linear code page in use owns a cell of `JitContext::xslots`, which holds its backing page number + 1 while
 //! that translation is known to hold. Jumps chained across pages compare it; whatever drops translations (CR3, INVLPG, …)
-//! clears it. A jump cache maps 16 bits made from a linear address to a block's indirect entry, which checks the
-//! whole address; it holds only blocks whose page is validated.
+//! clears it. A jump cache maps 16 bits made from a linear address to a code address and the host code for it, which indirect
+//! transfers compare; it holds only blocks whose page is validated.
 
 use crate::block::Mode;
 use crate::context::XSLOTS;
@@ -19,6 +19,16 @@ fn index(lin: u64) -> usize {
 
 /// Entries of a jump cache.
 const ENTRIES: usize = 1 << 16;
+
+/// A code address, and the host address of the code to go to there. Host pages of a table come as it fills: an empty entry is
+/// zero.
+type Entry = [u64; 2];
+
+/// The empty entry number `at`. Only entry 0 could be taken for one of code address 0.
+fn empty(at: usize) -> Entry {
+    [if at == 0 { u64::MAX } else { 0 }, 0]
+}
+
 /// Jump caches kept at a time; modes beyond share by eviction.
 const MAX_CACHES: usize = 24;
 
@@ -26,22 +36,22 @@ const MAX_CACHES: usize = 24;
 struct JumpCache {
     mode: Mode,
     space: Option<usize>,
-    table: Box<[u64]>,
+    table: Box<[Entry]>,
     /// Entries and the linear pages they lead to: non-global, global.
     filled: [Vec<(u16, u64)>; 2],
 }
 
 impl JumpCache {
-    fn clear(&mut self, global: bool, miss: u64) {
+    fn clear(&mut self, global: bool) {
         for (at, _) in self.filled[usize::from(global)].drain(..) {
-            self.table[usize::from(at)] = miss;
+            self.table[usize::from(at)] = empty(usize::from(at));
         }
     }
 
-    fn clear_page(&mut self, global: bool, page: u64, miss: u64) {
+    fn clear_page(&mut self, global: bool, page: u64) {
         self.filled[usize::from(global)].retain(|&(at, of)| {
             if of == page {
-                self.table[usize::from(at)] = miss;
+                self.table[usize::from(at)] = empty(usize::from(at));
             }
             of != page
         });
@@ -77,13 +87,12 @@ pub(crate) struct CodePages {
     caches: Vec<JumpCache>,
     /// The caches found last: supervisor, user.
     recent: [usize; 2],
-    miss: u64,
     next_victim: usize,
 }
 
 impl CodePages {
-    /// For `spaces` address spaces. `miss` is the executable address an empty jump-cache entry leads to.
-    pub(crate) fn new(miss: u64, spaces: usize) -> CodePages {
+    /// For `spaces` address spaces.
+    pub(crate) fn new(spaces: usize) -> CodePages {
         CodePages {
             numbers: HashMap::new(),
             slots: Vec::new(),
@@ -93,7 +102,6 @@ impl CodePages {
             large: LargePages::default(),
             caches: Vec::new(),
             recent: [0; 2],
-            miss,
             next_victim: 0,
         }
     }
@@ -151,7 +159,8 @@ impl CodePages {
 
     fn add_cache(&mut self, mode: Mode) -> usize {
         let space = mode.has(Mode::USER).then_some(self.active);
-        let table = vec![self.miss; ENTRIES].into();
+        let mut table: Box<[Entry]> = vec![[0; 2]; ENTRIES].into();
+        table[0] = empty(0);
         let cache = JumpCache { mode, space, table, filled: [Vec::new(), Vec::new()] };
         if self.caches.len() < MAX_CACHES {
             self.caches.push(cache);
@@ -163,31 +172,34 @@ impl CodePages {
         victim
     }
 
-    /// Where an indirect jump to `lin` goes now.
-    pub(crate) fn lookup(&mut self, mode: Mode, lin: u64) -> u64 {
-        self.find(mode).map_or(self.miss, |c| self.caches[c].table[index(lin)])
+    /// Where an indirect jump to code address `address` goes now.
+    pub(crate) fn lookup(&mut self, mode: Mode, address: u64) -> Option<u64> {
+        let cache = self.find(mode)?;
+        let [known, entry] = self.caches[cache].table[index(address)];
+        (known == address).then_some(entry)
     }
 
-    /// Lets indirect jumps to `lin` go straight to `entry`; `slot` validates its page.
-    pub(crate) fn cache(&mut self, mode: Mode, lin: u64, entry: u64, slot: u32) {
+    /// Lets indirect jumps to `address` go straight to `entry`; `slot` validates its page.
+    pub(crate) fn cache(&mut self, mode: Mode, address: u64, entry: u64, slot: u32) {
         let global = self.slots[slot as usize].global;
         let Some(c) = self.find(mode) else { return };
-        let (c, miss) = (&mut self.caches[c], self.miss);
+        let c = &mut self.caches[c];
         if c.filled[usize::from(global)].len() >= 2 * ENTRIES {
             // Targets that share entries took turns: start over, so that the record stays bounded.
-            c.clear(false, miss);
-            c.clear(true, miss);
+            c.clear(false);
+            c.clear(true);
         }
-        c.table[index(lin)] = entry;
-        c.filled[usize::from(global)].push((index(lin) as u16, lin >> 12));
+        let at = index(address);
+        c.table[at] = [address, entry];
+        c.filled[usize::from(global)].push((at as u16, mode.linear(address) >> 12));
     }
 
-    /// Removes `entry`, a block of `mode`, wherever indirect jumps to `lin` may find it.
-    pub(crate) fn uncache(&mut self, mode: Mode, lin: u64, entry: u64) {
+    /// Removes `entry`, a block of `mode`, wherever indirect jumps to `address` may find it.
+    pub(crate) fn uncache(&mut self, mode: Mode, address: u64, entry: u64) {
+        let at = index(address);
         for c in self.caches.iter_mut().filter(|c| c.mode == mode) {
-            let e = &mut c.table[index(lin)];
-            if *e == entry {
-                *e = self.miss;
+            if c.table[at] == [address, entry] {
+                c.table[at] = empty(at);
             }
         }
     }
@@ -213,8 +225,7 @@ impl CodePages {
                 *cell = 0;
             }
         }
-        let miss = self.miss;
-        self.caches.iter_mut().filter(|c| c.space.is_none()).for_each(|c| c.clear(false, miss));
+        self.caches.iter_mut().filter(|c| c.space.is_none()).for_each(|c| c.clear(false));
         self.active = space;
         let mut new = std::mem::take(&mut self.aside[space]);
         for (slot, value) in new.drain(..) {
@@ -226,7 +237,7 @@ impl CodePages {
             } else {
                 // Another space says the page is global.
                 let page = s.key.page;
-                self.caches_of(space).for_each(|c| c.clear_page(false, page, miss));
+                self.caches_of(space).for_each(|c| c.clear_page(false, page));
             }
         }
         self.aside[space] = new;
@@ -246,8 +257,7 @@ impl CodePages {
             self.invalidate_listed(cells, false);
         }
         self.aside[space].clear();
-        let miss = self.miss;
-        self.caches_of(space).for_each(|c| c.clear(false, miss));
+        self.caches_of(space).for_each(|c| c.clear(false));
     }
 
     /// Translations of all spaces were dropped; `keep_global` spares global pages.
@@ -257,8 +267,7 @@ impl CodePages {
         }
         if !keep_global {
             self.invalidate_listed(cells, true);
-            let miss = self.miss;
-            self.caches.iter_mut().for_each(|c| c.clear(true, miss));
+            self.caches.iter_mut().for_each(|c| c.clear(true));
             self.large.clear();
         }
     }
@@ -268,20 +277,20 @@ impl CodePages {
         if self.large.extent(lin) != Extent::Page {
             return self.flush(cells, false);
         }
-        let (page, miss) = (lin >> 12, self.miss);
+        let page = lin >> 12;
         for user in [false, true] {
             let Some(&slot) = self.numbers.get(&PageKey { page, user }) else { continue };
             if let Some(space) = space.filter(|&space| space != self.active) {
                 self.aside[space].retain(|&(s, _)| s != slot);
-                self.caches_of(space).for_each(|c| c.clear_page(false, page, miss));
+                self.caches_of(space).for_each(|c| c.clear_page(false, page));
             }
             let global = self.slots[slot as usize].global;
             if cells[slot as usize] == 0 || !(global || space == Some(self.active)) {
                 continue;
             }
             cells[slot as usize] = 0;
-            self.caches_of(self.active).for_each(|c| c.clear_page(false, page, miss));
-            self.caches.iter_mut().for_each(|c| c.clear_page(true, page, miss));
+            self.caches_of(self.active).for_each(|c| c.clear_page(false, page));
+            self.caches.iter_mut().for_each(|c| c.clear_page(true, page));
         }
     }
 
@@ -297,7 +306,6 @@ impl CodePages {
 mod tests {
     use super::*;
 
-    const MISS: u64 = 7;
     const USER: Mode = Mode(Mode::USER);
     const SUPERVISOR: Mode = Mode(0);
 
@@ -309,7 +317,7 @@ mod tests {
 
     impl Bed {
         fn new() -> Bed {
-            Bed { pages: CodePages::new(MISS, 3), cells: Box::new([0; XSLOTS]) }
+            Bed { pages: CodePages::new(3), cells: Box::new([0; XSLOTS]) }
         }
 
         /// Validates the page of `lin` with `value` and caches a jump to `lin` that goes to `value` too.
@@ -325,7 +333,7 @@ mod tests {
         fn known(&mut self, mode: Mode, lin: u64) -> Option<u32> {
             let slot = self.pages.slot(lin, mode.has(Mode::USER)).expect("slot");
             let cell = Some(self.cells[slot as usize]).filter(|&v| v != 0);
-            let cached = Some(self.pages.lookup(mode, lin) as u32).filter(|&v| u64::from(v) != MISS);
+            let cached = self.pages.lookup(mode, lin).map(|v| v as u32);
             assert_eq!(cell, cached, "{lin:#x}");
             cell
         }
@@ -346,6 +354,22 @@ mod tests {
             b.pages.cache(SUPERVISOR, taking_turns[i & 1], 100, slot);
         }
         assert!(b.pages.caches[0].filled.iter().map(Vec::len).sum::<usize>() <= 2 * ENTRIES);
+    }
+
+    #[test]
+    fn an_empty_entry_is_no_block_at_address_0() {
+        let mut b = Bed::new();
+        for round in 0..2 {
+            for lin in [0, 1, 0xFFFF, u64::MAX] {
+                assert_eq!(b.pages.lookup(USER, lin), None, "{lin:#x}, round {round}");
+            }
+            b.use_code(USER, 0, 1, false);
+            assert_eq!(b.known(USER, 0), Some(1));
+            b.pages.flush(&mut b.cells, false);
+        }
+        b.use_code(USER, 0, 1, false);
+        b.pages.uncache(USER, 0, 1);
+        assert_eq!(b.pages.lookup(USER, 0), None);
     }
 
     #[test]

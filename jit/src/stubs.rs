@@ -17,7 +17,7 @@ pub(crate) struct Stubs {
     pub(crate) exit: CodeOffset,
     /// Leaves by the link with the number in r10d.
     pub(crate) link: CodeOffset,
-    /// Leaves at a block's indirect entry, whose code address is in r11, because of attention.
+    /// Leaves before an indirect jump to the code address in r11, because of attention.
     pub(crate) attention: CodeOffset,
     /// Called with EA in r10 and [`MissInfo`] in r11, guest flags restored: fills the delta table. Returns behind the
     /// [`JMP_BYTES`] byte jump after the call to try again, and to that jump if the access is for the interpreter.
@@ -120,17 +120,17 @@ fn jmp_to(ops: &mut SimpleAssembler, start: CodeOffset, target: CodeOffset) {
 
 /// Puts the status flags aside, in `saved_flags`; uses r10.
 pub(crate) fn save_flags(ops: &mut SimpleAssembler) {
-    let at = ctx!(saved_flags);
-    dynasm!(ops ; .arch x64 ; mov r10, rax ; lahf ; seto al ; mov [rsp + at], ax ; mov rax, r10);
+    let at = ctx!(saved_flags) as i8;
+    dynasm!(ops ; .arch x64 ; mov r10, rax ; lahf ; seto al ; mov [BYTE rsp + at], ax ; mov rax, r10);
 }
 
 /// Brings the status flags back from `saved_flags`; uses host register `scratch`.
 pub(crate) fn restore_flags(ops: &mut SimpleAssembler, scratch: u8) {
-    let at = ctx!(saved_flags);
+    let at = ctx!(saved_flags) as i8;
     dynasm!(ops
         ; .arch x64
         ; mov Rq(scratch), rax
-        ; movzx eax, WORD [rsp + at]
+        ; movzx eax, WORD [BYTE rsp + at]
         ; add al, 127
         ; sahf
         ; mov rax, Rq(scratch)

@@ -3,32 +3,48 @@
 use super::memory;
 use super::symbols::Symbols;
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
-use paravane_cpu::{CpuState, Engine};
+use paravane_cpu::{CpuState, Engine, HostCode};
 use paravane_memory::GuestMemory;
 use std::fmt::Write;
 use std::ops::Range;
 
-/// `bytes` at `ip` in the manual's syntax, `most` instructions at most; `address` writes the first column. In `block`, jumps
-/// name their targets by the distance from its first byte; what lies outside is the translator's own code.
+/// Where the host code of a block is.
+#[derive(Default)]
+struct Parts {
+    hot: Range<u64>,
+    cold: Range<u64>,
+}
+
+impl Parts {
+    /// The name of host address `at`, if it is in the block: its distance from the first byte of its part.
+    fn name(&self, at: u64) -> Option<String> {
+        let within = |part: &Range<u64>| part.contains(&at).then(|| at - part.start);
+        let cold = || within(&self.cold).map(|n| format!("cold+{n:x}"));
+        within(&self.hot).map(|n| format!("+{n:x}")).or_else(cold)
+    }
+}
+
+/// `bytes` at `ip` in the manual's syntax, `most` instructions at most; `address` writes the first column. In `block`, if
+/// there is one, jumps name their targets as it does; what lies outside is the translator's own code.
 fn instructions(
     bits: u32,
     ip: u64,
     bytes: &[u8],
     most: usize,
-    block: &Range<u64>,
+    block: Option<&Parts>,
     mut address: impl FnMut(u64) -> String,
 ) -> String {
     let mut out = String::new();
     let mut formatter = IntelFormatter::new();
     for instr in Decoder::with_ip(bits, bytes, ip, DecoderOptions::NONE).iter().take(most) {
         let mut text = String::new();
-        if instr.near_branch_target() != 0 && !block.is_empty() {
-            formatter.format_mnemonic(&instr, &mut text);
-            let target = instr.near_branch_target();
-            let inside = block.contains(&target).then(|| format!(" +{:x}", target - block.start));
-            text.push_str(&inside.unwrap_or_else(|| " (out)".into()));
-        } else {
-            formatter.format(&instr, &mut text);
+        match block.filter(|_| instr.near_branch_target() != 0) {
+            Some(block) => {
+                formatter.format_mnemonic(&instr, &mut text);
+                let target = block.name(instr.near_branch_target());
+                let _infallible = write!(text, " {}", target.as_deref().unwrap_or("(out)"));
+            }
+            None => formatter.format(&instr, &mut text),
         }
         let _infallible = writeln!(out, "{}  {text}", address(instr.ip()));
     }
@@ -37,11 +53,11 @@ fn instructions(
 
 /// Guest code at linear `ip`.
 pub fn disassembly(bits: u32, ip: u64, bytes: &[u8], most: usize) -> String {
-    instructions(bits, ip, bytes, most, &(0..0), |at| format!("  {at:016x}"))
+    instructions(bits, ip, bytes, most, None, |at| format!("  {at:016x}"))
 }
 
 /// The newest block that begins at linear `at` or else holds it: every guest instruction, and under it, by its distance
-/// from the block's first byte, the host code made of it. `None` where the engine has no such block.
+/// from the block's first byte, the host code made of it; then what lies apart from it. `None` where the engine has no such block.
 pub fn translated(
     cpu: &CpuState,
     mem: &GuestMemory,
@@ -52,23 +68,29 @@ pub fn translated(
     let pieces = engine.host_code(at);
     let start = pieces.first()?.host;
     let first = pieces.iter().find_map(|piece| piece.guest)?;
+    let extent = |cold: bool| {
+        let mut part = pieces.iter().filter(|piece| piece.cold == cold);
+        let ends = |piece: &HostCode| piece.host..piece.host + piece.bytes.len() as u64;
+        let first = part.next().map_or(0..0, ends);
+        first.start..part.next_back().map_or(first.end, |last| ends(last).end)
+    };
+    let block = Parts { hot: extent(false), cold: extent(true) };
     let len: usize = pieces.iter().map(|piece| piece.bytes.len()).sum();
-    let block = start..start + len as u64;
     let name = symbols.name(first).map_or(String::new(), |s| format!(" <{s}>"));
     let mut out = format!("block at {first:#x}{name}: {len} bytes of host code at {start:#x}\n");
     for piece in pieces {
         match piece.guest {
+            None if piece.cold => out.push_str("apart\n"),
             None => out.push_str("entry\n"),
             Some(lin) => {
                 let mut bytes = [0; 15];
                 let n = memory::read(cpu, mem, lin, &mut bytes, false);
-                let guest =
-                    instructions(cpu.code_bits(), lin, &bytes[..n], 1, &(0..0), |at| format!("{at:x}"));
+                let guest = instructions(cpu.code_bits(), lin, &bytes[..n], 1, None, |at| format!("{at:x}"));
                 out.push_str(&guest);
             }
         }
-        let distance = |at: u64| format!("    +{:<4x}", at - start);
-        out.push_str(&instructions(64, piece.host, &piece.bytes, usize::MAX, &block, distance));
+        let distance = |at: u64| format!("    {:<7}", block.name(at).unwrap_or_default());
+        out.push_str(&instructions(64, piece.host, &piece.bytes, usize::MAX, Some(&block), distance));
     }
     Some(out)
 }

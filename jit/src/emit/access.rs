@@ -110,7 +110,10 @@ impl Emitter {
             }
             let b = b.map(|b| self.guest(b, R10));
             let x = x.map(|x| self.guest(x, R11));
-            self.lea(R10, b, x, instr.memory_index_scale(), disp as i32, narrow);
+            let loaded = (b, x, disp) == (Some(R10), None, 0) && !(narrow && self.code64);
+            if !loaded {
+                self.lea(R10, b, x, instr.memory_index_scale(), disp as i32, narrow);
+            }
         }
         if based {
             let at = ctx!(seg_base) + if segment == Register::FS { 32 } else { 40 };
@@ -276,7 +279,9 @@ impl Emitter {
         let last = size as i32 - 1;
         match size {
             1 => {
-                dynasm!(self.hot ; .arch x64 ; test r11, r11);
+                if !dead {
+                    dynasm!(self.hot ; .arch x64 ; test r11, r11);
+                }
                 let cold = self.cold_here();
                 self.hot_jcc(8, cold);
                 self.cold_miss(ea, access, retry);
@@ -322,7 +327,9 @@ impl Emitter {
             }
             _ => {
                 // Vectors are seldom aligned: tell poison by its sign, then whether the access leaves the page.
-                dynasm!(self.hot ; .arch x64 ; test r11, r11);
+                if !dead {
+                    dynasm!(self.hot ; .arch x64 ; test r11, r11);
+                }
                 let cold = self.cold_here();
                 self.hot_jcc(8, cold);
                 self.cold_miss(ea, access, retry);

@@ -1,7 +1,7 @@
 //! Ways into and out of a block: direct exits that are chained later, indirect jumps through the jump cache, exits to
 //! the run loop and the interpreter, and the checks at the entries.
 
-use super::{Emitter, PendingLink, Pos, Site, Target, Unfit, load};
+use super::{Emitter, PendingLink, Pos, Site, Target, Unfit, load, store};
 use crate::assembler::SimpleAssembler;
 use crate::block::Link;
 use crate::classify::stack_word;
@@ -153,10 +153,10 @@ impl Emitter {
             }
         }
         if let Some(next) = call {
-            dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
+            store(&mut self.hot, ctx!(tmp), R11);
             self.push_return(next, stack_word(instr) as i32, site.before);
             self.sync_rsp();
-            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp)]);
+            load(&mut self.hot, R11, ctx!(tmp));
         }
         self.indirect_exit();
         Ok(())
@@ -176,7 +176,7 @@ impl Emitter {
         give_back(&mut self.hot, self.remaining);
         let address = self.code_address(rip);
         Self::constant(&mut self.hot, R10, address);
-        dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
+        store(&mut self.hot, ctx!(rip), R10);
         self.hot.push(0xE9);
         let stub = self.interpret_stub();
         self.hot_rel32(Target::Cache(stub));
@@ -205,7 +205,7 @@ impl Emitter {
     fn poll(&mut self, target: u64, live: FlagSet) {
         load(&mut self.hot, R10, ctx!(attention));
         if live.is_empty() {
-            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
+            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], BYTE 0);
             let cold = self.cold_here();
             self.hot_jcc(5, cold);
         } else {
@@ -226,7 +226,7 @@ impl Emitter {
         dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
     }
 
-    /// Jumps to the offset in r11 through the jump cache, with the status flags put aside; r13 tells where from.
+    /// Jumps to the offset in r11 through the jump cache, with the status flags put aside; polls for attention.
     pub(super) fn indirect_exit(&mut self) {
         if self.flags_saved.is_none() {
             self.save_flags();
@@ -244,38 +244,25 @@ impl Emitter {
         dynasm!(self.hot
             ; .arch x64
             ; rorx r10, r11, 16
-            ; lea r10, [r10 + r11]
+            ; add r10d, r11d
             ; movzx r10d, r10w
+            ; shl r10d, 4
+            ; add r10, [BYTE rsp + ctx!(jump_cache) as i8]
+            ; cmp r11, [r10]
         );
-        load(&mut self.hot, R13, ctx!(jump_cache));
-        dynasm!(self.hot
-            ; .arch x64
-            ; lea r10, [r13 + r10 * 8]
-            ; lea r13, [rip - 1]
-            ; jmp QWORD [r10]
-        );
-    }
-
-    /// The indirect entry: checks that r11 is this block's code address and polls, then falls into the entry for flags that
-    /// are put aside. Keeps r13, which names the source of the jump, until it is known to be right.
-    pub(crate) fn indirect_entry(&mut self, rip: u64) {
-        let address = self.code_address(rip);
-        if let Ok(address) = i32::try_from(address as i64) {
-            dynasm!(self.hot ; .arch x64 ; cmp r11, address);
-        } else {
-            Self::constant(&mut self.hot, R10, address);
-            dynasm!(self.hot ; .arch x64 ; cmp r11, r10);
-        }
-        self.hot_jne(Target::Cache(self.stubs.indirect));
-        load(&mut self.hot, R10, ctx!(attention));
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
-        self.hot_jne(Target::Cache(self.stubs.attention));
-    }
-
-    fn hot_jne(&mut self, target: Target) {
+        let unknown = self.cold_here();
+        self.hot_jcc(5, unknown);
+        // lea r13, [rip + …]: where from.
+        self.cold.extend([0x4C, 0x8D, 0x2D]);
+        let here = self.hot_here();
+        self.cold_rel32(Target::Here(here));
+        self.cold_jmp(Target::Cache(self.stubs.indirect));
+        load(&mut self.hot, R13, ctx!(attention));
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r13], BYTE 0);
         self.hot.push(0x0F);
         self.hot.push(0x85);
-        self.hot_rel32(target);
+        self.hot_rel32(Target::Cache(self.stubs.attention));
+        dynasm!(self.hot ; .arch x64 ; jmp QWORD [r10 + 8]);
     }
 
     /// The direct entries: the one for status flags that are put aside, then the one for flags in EFLAGS, where all are put
@@ -423,11 +410,8 @@ impl Emitter {
     pub(super) fn cold_leave(&mut self, rip: u64, reason: Reason) {
         let address = self.code_address(rip);
         Self::constant(&mut self.cold, R10, address);
-        dynasm!(self.cold
-            ; .arch x64
-            ; mov [rsp + ctx!(rip)], r10
-            ; mov r10d, reason as i32
-        );
+        store(&mut self.cold, ctx!(rip), R10);
+        dynasm!(self.cold ; .arch x64 ; mov r10d, reason as i32);
         let saved = self.flags_saved.is_some();
         self.cold_jmp(Target::Cache(if saved { self.stubs.exit_saved } else { self.stubs.exit }));
     }
@@ -436,7 +420,7 @@ impl Emitter {
         give_back(&mut self.cold, self.remaining);
         let address = self.code_address(rip);
         Self::constant(&mut self.cold, R10, address);
-        dynasm!(self.cold ; .arch x64 ; mov [rsp + ctx!(rip)], r10);
+        store(&mut self.cold, ctx!(rip), R10);
         let stub = self.interpret_stub();
         self.cold_jmp(Target::Cache(stub));
     }

@@ -73,12 +73,16 @@ impl Emitter {
         self.cold_jmp(Target::Here(retry));
         debug_assert_eq!(leave, self.cold_here());
         let ungrouped = self.ungrouped_exit();
-        dynasm!(self.hot ; .arch x64 ; lea Rq(delta), [Rq(delta) + r10]);
+        dynasm!(self.hot ; .arch x64 ; add Rq(delta), r10);
         if let Some(slot) = plan.slot {
             store(&mut self.hot, slot_offset(slot), R11);
         }
         let last = plan.hi - plan.lo - 1;
-        dynasm!(self.hot ; .arch x64 ; lea r11, [r10 + last] ; xor r11, r10 ; test r11, !0xFFF);
+        match i8::try_from(last) {
+            Ok(last) => dynasm!(self.hot ; .arch x64 ; lea r11d, [BYTE r10 + last]),
+            Err(_) => dynasm!(self.hot ; .arch x64 ; lea r11d, [r10 + last]),
+        }
+        dynasm!(self.hot ; .arch x64 ; xor r11d, r10d ; shr r11d, 12);
         let cross = self.cold_here();
         self.hot_jcc(5, cross);
         Self::restore(&mut self.cold, keep, true);

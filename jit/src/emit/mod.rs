@@ -1,7 +1,7 @@
 //! Emits the host code of one block: identity for what needs no change, the delta-table access around memory
 //! operands, and the jumps out.
 //!
-//! Code goes to two buffers, `hot` (the straight line) and `cold` (misses, exits), joined at the end. Within an instruction
+//! Code goes to two buffers, `hot` (the straight line) and `cold` (misses, exits), placed apart. Within an instruction
 //! all guest registers stay as they were until nothing can fault any more, so that the instruction can be given
 //! to the interpreter at any faulting point.
 //!
@@ -38,6 +38,16 @@ use paravane_memory::split_locks_are_dear;
 pub(crate) enum Pos {
     Hot(usize),
     Cold(usize),
+}
+
+impl Pos {
+    /// Where it is once hot code begins at `hot` and cold code at `cold`.
+    pub(crate) fn place(self, hot: CodeOffset, cold: CodeOffset) -> CodeOffset {
+        match self {
+            Pos::Hot(n) => CodeOffset(hot.0 + n as u32),
+            Pos::Cold(n) => CodeOffset(cold.0 + n as u32),
+        }
+    }
 }
 
 /// What a fixup's displacement must reach.
@@ -427,28 +437,26 @@ impl Emitter {
         self.fixups.retain(|(at, _)| !matches!(at, Pos::Hot(p) if *p >= len));
     }
 
-    /// Offset in the finished code.
-    pub(crate) fn offset(&self, pos: Pos) -> u32 {
-        match pos {
-            Pos::Hot(n) => n as u32,
-            Pos::Cold(n) => (self.hot.ops.len() + n) as u32,
-        }
+    /// Bytes of hot and of cold code.
+    pub(crate) fn lengths(&self) -> (usize, usize) {
+        (self.hot.ops.len(), self.cold.ops.len())
     }
 
-    /// Joins the buffers into `out` for placement at `start`.
-    pub(crate) fn finish(&mut self, start: CodeOffset, out: &mut Vec<u8>) {
-        out.clear();
-        out.extend_from_slice(&self.hot.ops);
-        out.extend_from_slice(&self.cold.ops);
+    /// The block's hot and cold code, for placement at `hot` and `cold`.
+    pub(crate) fn finish(&mut self, hot: CodeOffset, cold: CodeOffset) -> (&[u8], &[u8]) {
         for &(at, target) in &self.fixups {
-            let site = self.offset(at);
             let target = match target {
-                Target::Here(p) => self.offset(p),
-                Target::Cache(c) => c.0.wrapping_sub(start.0),
+                Target::Here(p) => p.place(hot, cold),
+                Target::Cache(c) => c,
             };
-            let rel = target.wrapping_sub(site + 4);
-            out[site as usize..site as usize + 4].copy_from_slice(&rel.to_le_bytes());
+            let rel = target.0.wrapping_sub(at.place(hot, cold).0 + 4);
+            let (ops, n) = match at {
+                Pos::Hot(n) => (&mut self.hot.ops, n),
+                Pos::Cold(n) => (&mut self.cold.ops, n),
+            };
+            ops[n..n + 4].copy_from_slice(&rel.to_le_bytes());
         }
+        (&self.hot.ops, &self.cold.ops)
     }
 }
 

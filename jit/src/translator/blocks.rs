@@ -121,17 +121,19 @@ impl Translator {
         };
         let first_link = self.blocks.links.len() as u32;
         let t = self.frontend.translate(&source, &mut self.forms, &mut self.emitter, first_link, crossing);
-        let start = self.cache.next();
-        self.emitter.finish(start, &mut self.code);
-        if self.code.len() > self.cache.free() {
+        let (hot_len, cold_len) = self.emitter.lengths();
+        if hot_len + cold_len > self.cache.free() {
             return None;
         }
-        self.cache.append(&self.code);
+        let (start, cold) = (self.cache.next(), self.cache.next_cold(cold_len));
+        let (hot_code, cold_code) = self.emitter.finish(start, cold);
+        self.cache.append(hot_code);
+        self.cache.append_cold(cold_code);
         for l in &self.emitter.links {
             self.blocks.links.push(Link {
                 target: l.target,
-                site: CodeOffset(start.0 + self.emitter.offset(l.site)),
-                stub: CodeOffset(start.0 + self.emitter.offset(l.stub)),
+                site: l.site.place(start, cold),
+                stub: l.stub.place(start, cold),
                 flags: l.flags,
                 same_page: l.same_page && extra.is_none(),
                 ungrouped: l.ungrouped,
@@ -141,19 +143,21 @@ impl Translator {
         }
         if let Some(map) = &mut self.perf_map {
             let user = key.mode.has(Mode::USER);
-            map.block(self.cache.address(start), self.code.len() as u64, key.linear(), user);
+            map.block(self.cache.address(start), hot_len as u64, key.linear(), user);
+            map.block(self.cache.address(cold), cold_len as u64, key.linear(), user);
         }
         self.stats.blocks += 1;
         self.stats.instructions += u64::from(t.instructions);
         self.stats.guest_bytes += u64::from(t.len);
-        self.stats.code_bytes += self.code.len() as u64;
+        self.stats.code_bytes += (hot_len + cold_len) as u64;
         let block = NewBlock {
             key,
             start,
             entry: CodeOffset(start.0 + t.entry),
             saved_entry: CodeOffset(start.0 + t.saved_entry),
             flags_saved: CodeOffset(self.emitter.flags_saved.map_or(u32::MAX, |at| start.0 + at)),
-            code_len: self.code.len() as u32,
+            code_len: hot_len as u32,
+            cold: cold.0..cold.0 + cold_len as u32,
             granules: t.granules,
             counted: t.counted as u8,
             crosses_into: extra,
@@ -235,15 +239,14 @@ impl Translator {
     /// Ends a block that its pages do not list any more: nothing jumps to it.
     fn retire(&mut self, id: BlockId) {
         let block = &self.blocks.blocks[id as usize];
-        let BlockKey { mode, .. } = block.key;
-        let lin = block.key.linear();
-        let (start, cached) = (block.start, block.cached);
+        let BlockKey { mode, address, .. } = block.key;
+        let (entry, cached) = (block.saved_entry, block.cached);
         while let Some(link) = self.blocks.take_incoming(id) {
             self.cache.patch_rel32(link.site, link.stub);
         }
         if cached {
-            let entry = self.cache.address(start);
-            self.pages.uncache(mode, lin, entry);
+            let entry = self.cache.address(entry);
+            self.pages.uncache(mode, address, entry);
         }
         self.blocks.retire(id);
         self.stats.invalidated += 1;
@@ -303,7 +306,7 @@ impl Translator {
         self.blocks.clear();
         let (pages, cells) = self.code_pages();
         pages.clear(cells);
-        self.cache.truncate(CodeOffset(0));
+        self.cache.clear();
         self.stubs = stubs::emit(&mut self.cache, miss_helper);
         self.stats.cache_flushes += 1;
     }

@@ -47,12 +47,16 @@ impl Translator {
             sites.map(|site| (u32::from(site.host), Some(block.key.mode.linear(site.address(&block.key)))));
         let pieces: Vec<_> = std::iter::once((0, None)).chain(sites).collect();
         let ends = pieces.iter().skip(1).map(|p| p.0).chain([block.code_len]);
-        let piece = |(&(from, guest), to): (&(u32, Option<u64>), u32)| {
-            let at = CodeOffset(block.start.0 + from);
-            let bytes = self.cache.bytes(at, to.saturating_sub(from));
-            HostCode { guest, host: self.cache.address(at), bytes }
+        let piece = |guest, at: u32, len, cold| {
+            let at = CodeOffset(at);
+            HostCode { guest, cold, host: self.cache.address(at), bytes: self.cache.bytes(at, len) }
         };
-        pieces.iter().zip(ends).map(piece).filter(|c| !c.bytes.is_empty()).collect()
+        let hot = pieces
+            .iter()
+            .zip(ends)
+            .map(|(&(from, guest), to)| piece(guest, block.start.0 + from, to.saturating_sub(from), false));
+        let cold = piece(None, block.cold.start, block.cold.len() as u32, true);
+        hot.chain([cold]).filter(|c| !c.bytes.is_empty()).collect()
     }
 
     /// The backing of a physical address.

@@ -131,7 +131,6 @@ pub struct Translator {
     /// Less is left than the next block needs: the interpreter runs the rest.
     budget_short: bool,
     perf_map: Option<PerfMap>,
-    code: Vec<u8>,
     /// Room for the blocks that a write takes.
     taken: Vec<BlockId>,
     /// A loop became hot: the path through it is being found.
@@ -170,7 +169,7 @@ impl Translator {
         let stubs = stubs::emit(&mut cache, miss_helper);
         let vectors = LiveVectors::new(context, HostVectorUnit::new()?);
         let delta = DeltaTables::for_one_of(options.vcpus)?;
-        let pages = CodePages::new(cache.address(stubs.indirect), delta.spaces());
+        let pages = CodePages::new(delta.spaces());
         let spaces = Spaces::new(delta.spaces());
         // SAFETY: freshly mapped zeroed memory of the right size and alignment; all-zero is a valid context.
         unsafe { (*context).mxcsr = 0x1F80 };
@@ -204,7 +203,6 @@ impl Translator {
             nmi_pending: false,
             limit: u64::MAX,
             budget_short: false,
-            code: Vec::new(),
             taken: Vec::new(),
             recorder: None,
             page_bytes: Box::new([0; 4096]),

@@ -337,8 +337,8 @@ impl Translator {
         }
         let address = self.code_address(cpu);
         self.load_registers(cpu, mode, address);
-        // The jump cache holds the indirect entry, which checks the address, or the way to `Reason::Indirect`.
-        let mut entry = self.pages.lookup(mode, address);
+        let known = self.pages.lookup(mode, address);
+        let mut entry = known.unwrap_or_else(|| self.cache.address(self.stubs.indirect));
         if self.options.single_blocks {
             let Some((id, _)) = self.block_at(cpu, address, mode) else {
                 self.store_registers(cpu);
@@ -415,8 +415,8 @@ impl Translator {
                     };
                     let block = &mut self.blocks.blocks[to as usize];
                     block.cached = true;
-                    let start = self.cache.address(block.start);
-                    self.pages.cache(mode, mode.linear(address), start, slot);
+                    let saved_entry = self.cache.address(block.saved_entry);
+                    self.pages.cache(mode, address, saved_entry, slot);
                     entry = self.cache.address(self.blocks.blocks[to as usize].entry);
                 }
             }
