@@ -6,14 +6,14 @@
 //!
 //! | host | holds |
 //! |---|---|
-//! | rax rcx rdx rbx rbp rsi rdi r8 r9 | the guest register of that name |
-//! | r12 | guest RSP |
+//! | rax rcx rdx rbx rbp rsi rdi r12 r13 | the guest register of that name |
+//! | r8 | guest RSP |
 //! | r14, r15 | write view, read view (address of the delta table plus a constant, see `delta`) |
-//! | r10, r11, r13 | scratch |
+//! | r9, r10, r11 | scratch |
 //! | EFLAGS status bits | the guest's, unless they are in [`JitContext::saved_flags`] |
 //! | x87, MMX, XMM/YMM, MXCSR | the guest's |
 //!
-//! Guest R10–R15 live in [`JitContext::home`].
+//! Guest R8–R11, R14 and R15 live in [`JitContext::home`].
 
 use crate::segments::Bounds;
 
@@ -40,7 +40,7 @@ pub(crate) enum Reason {
 /// See the module documentation. Offsets are taken with `offset_of!`.
 #[repr(C, align(64))]
 pub(crate) struct JitContext {
-    /// Guest R10–R15.
+    /// Guest registers, by [`crate::regs::HOMES`].
     pub(crate) home: [u64; 6],
     pub(crate) tmp: [u64; 2],
     /// Address of the vCPU's attention word.
@@ -51,7 +51,7 @@ pub(crate) struct JitContext {
     /// Status flags that were put aside, as LAHF and SETO AL leave them in AX: they travel here across indirect transfers, and
     /// where a block's checks would have to keep them for who knows whom (see `frontend`).
     pub(crate) saved_flags: u64,
-    /// Host addresses of the base groups beyond the one in r13.
+    /// Host addresses of the base groups beyond the one in r9.
     pub(crate) group_slots: [u64; crate::groups::SLOTS],
     /// Linear bases of ES, CS, SS, DS, FS, GS.
     pub(crate) seg_base: [u64; 6],
@@ -83,7 +83,7 @@ pub(crate) struct JitContext {
     pub(crate) instructions: u64,
     /// What `instructions` may reach.
     pub(crate) budget: u64,
-    /// Spill area: host rax..r9, then r12, by `SPILL_*`.
+    /// What host registers hold, by guest number, while translated code does not run.
     pub(crate) spill: [u64; 16],
     pub(crate) host_rsp: u64,
     pub(crate) host_mxcsr: u32,
@@ -99,6 +99,8 @@ pub(crate) struct JitContext {
     pub(crate) miss_info: u64,
     pub(crate) miss_return: u64,
     pub(crate) miss_flags: u64,
+    /// r9 at a miss.
+    pub(crate) miss_group: u64,
     pub(crate) ymm: [[u8; 32]; 16],
     /// For each linear code page in use: its backing page number + 1 while that translation is known to hold.
     pub(crate) xslots: [u32; XSLOTS],

@@ -2,8 +2,8 @@
 //!
 //! Struct fields, pushes, pops, stack slots and neighbours in arrays use small displacements off registers that do not change in
 //! between, or by constants; so do variables at fixed addresses. A group checks once that the range of its members lies on one
-//! page that the view allows, keeps the host address of its beginning in r13, and each member becomes a single instruction with
-//! `[r13 + disp]`. Where the check
+//! page that the view allows, keeps the host address of its beginning in r9, and each member becomes a single instruction with
+//! `[r9 + disp]`. Where the check
 //! fails the block goes on in its ungrouped copy; a group check never raises the guest's fault.
 
 use crate::classify::{Class, Form, stack_word};
@@ -74,7 +74,7 @@ pub(crate) struct Plan {
     pub(crate) check: usize,
     /// The last member.
     pub(crate) last: usize,
-    /// Where the host address of `lo` is kept: in r13, or in this slot of the context.
+    /// Where the host address of `lo` is kept: in r9, or in this slot of the context.
     pub(crate) slot: Option<usize>,
 }
 
@@ -284,7 +284,7 @@ impl Planner {
     }
 }
 
-/// Gives a region r13 or a slot of the context that no other uses in between.
+/// Gives a region r9 or a slot of the context that no other uses in between.
 fn place(region: &Region, plans: &[Plan]) -> Option<Plan> {
     let plan = region.plan();
     let free = |slot: &Option<usize>| {

@@ -41,10 +41,11 @@ impl PerfMap {
         self.line(at, len, format_args!("paravane_{name}"));
     }
 
-    /// The block translated from linear address `lin`.
-    pub(crate) fn block(&mut self, at: u64, len: u64, lin: u64, user: bool) {
-        let side = if user { "user" } else { "kernel" };
-        self.line(at, len, format_args!("guest_{side}@{lin:x}"));
+    /// Code of the block translated from linear address `lin`, if there is any; `part` says which.
+    pub(crate) fn block(&mut self, at: u64, len: usize, lin: u64, part: &str) {
+        if len > 0 {
+            self.line(at, len as u64, format_args!("guest_{part}@{lin:x}"));
+        }
     }
 
     fn line(&mut self, at: u64, len: u64, name: std::fmt::Arguments<'_>) {

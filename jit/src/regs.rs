@@ -3,11 +3,11 @@
 use iced_x86::Register;
 
 /// Host register of guest RSP.
-pub(crate) const HOST_RSP: u8 = 12;
+pub(crate) const HOST_RSP: u8 = 8;
 /// Scratch registers, in the order operands get them.
 pub(crate) const R10: u8 = 10;
 pub(crate) const R11: u8 = 11;
-pub(crate) const R13: u8 = 13;
+pub(crate) const R9: u8 = 9;
 
 /// Where a guest general register is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -18,12 +18,18 @@ pub(crate) enum Place {
     Home(u8),
 }
 
+/// Guest registers in `JitContext::home`, in this order: those that compilers use least.
+pub(crate) const HOMES: [usize; 6] = [8, 9, 10, 11, 14, 15];
+/// Guest registers in host registers of the same number.
+pub(crate) const PINNED: [u8; 9] = [0, 1, 2, 3, 5, 6, 7, 12, 13];
+
 /// The place of guest register `number` (0–15).
 pub(crate) fn place(number: u8) -> Place {
     match number {
         4 => Place::Host(HOST_RSP),
-        n if n < 10 => Place::Host(n),
-        n => Place::Home(n - 10),
+        n @ 8..=11 => Place::Home(n - 8),
+        n @ 14..=15 => Place::Home(n - 10),
+        n => Place::Host(n),
     }
 }
 

@@ -5,7 +5,7 @@
 use crate::assembler::SimpleAssembler;
 use crate::code_cache::{CodeCache, CodeOffset};
 use crate::context::{Reason, ctx};
-use crate::regs::R11;
+use crate::regs::{PINNED, R11};
 use dynasmrt::{DynasmApi, dynasm};
 
 /// Where the stubs are.
@@ -22,7 +22,7 @@ pub(crate) struct Stubs {
     /// Called with EA in r10 and [`MissInfo`] in r11, guest flags restored: fills the delta table. Returns behind the
     /// [`JMP_BYTES`] byte jump after the call to try again, and to that jump if the access is for the interpreter.
     pub(crate) miss: CodeOffset,
-    /// Jumped to with the target in r11 and the source in r13 when the jump cache has no block for it.
+    /// Jumped to with the target in r11 and the source in r9 when the jump cache has no block for it.
     pub(crate) indirect: CodeOffset,
     /// Leaves to interpret the instruction at the stored `rip`.
     pub(crate) interpret: CodeOffset,
@@ -92,15 +92,12 @@ fn load_vectors(ops: &mut SimpleAssembler) {
     }
 }
 
-/// Guest registers with a host register, host number = guest number (RSP apart).
-const PINNED: [u8; 9] = [0, 1, 2, 3, 5, 6, 7, 8, 9];
-
 fn save_gprs(ops: &mut SimpleAssembler) {
     for r in PINNED {
         let at = ctx!(spill) + i32::from(r) * 8;
         dynasm!(ops ; .arch x64 ; mov [rsp + at], Rq(r));
     }
-    dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(spill) + 32], r12);
+    dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(spill) + 32], r8);
 }
 
 fn load_gprs(ops: &mut SimpleAssembler) {
@@ -108,7 +105,7 @@ fn load_gprs(ops: &mut SimpleAssembler) {
         let at = ctx!(spill) + i32::from(r) * 8;
         dynasm!(ops ; .arch x64 ; mov Rq(r), [rsp + at]);
     }
-    dynasm!(ops ; .arch x64 ; mov r12, [rsp + ctx!(spill) + 32]);
+    dynasm!(ops ; .arch x64 ; mov r8, [rsp + ctx!(spill) + 32]);
 }
 
 /// `jmp` to another place of the cache, emitted for code that will start at `start`.
@@ -164,11 +161,11 @@ fn emit_enter() -> SimpleAssembler {
         ; sahf
     );
     load_gprs(&mut ops);
-    // A jump-cache entry wants the target in r11; r13 names no source.
+    // A jump-cache entry wants the target in r11; r9 names no source.
     dynasm!(ops
         ; .arch x64
         ; mov r11, [rsp + ctx!(rip)]
-        ; mov r13d, 0
+        ; mov r9d, 0
         ; jmp QWORD [rsp + ctx!(entry)]
     );
     ops
@@ -238,7 +235,7 @@ fn emit_interpret(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
 }
 
 /// The return address into the block's cold code waits in the context, so that field offsets from RSP stay plain and
-/// the stack is aligned for the call. r13 (a group's delta) survives: the helper preserves it.
+/// the stack is aligned for the call. r9 (a group's host address) survives.
 fn emit_miss(helper: MissHelper) -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
     dynasm!(ops
@@ -251,6 +248,7 @@ fn emit_miss(helper: MissHelper) -> SimpleAssembler {
     save_gprs(&mut ops);
     dynasm!(ops
         ; .arch x64
+        ; mov [rsp + ctx!(miss_group)], r9
         ; lahf
         ; seto al
         ; mov [rsp + ctx!(miss_flags)], rax
@@ -274,6 +272,7 @@ fn emit_miss(helper: MissHelper) -> SimpleAssembler {
     load_gprs(&mut ops);
     dynasm!(ops
         ; .arch x64
+        ; mov r9, [rsp + ctx!(miss_group)]
         ; mov r10, [rsp + ctx!(miss_ea)]
         ; jmp QWORD [rsp + ctx!(miss_return)]
     );
@@ -296,7 +295,7 @@ pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
     dynasm!(ops
         ; .arch x64
         ; mov [rsp + ctx!(rip)], r11
-        ; mov [rsp + ctx!(source)], r13
+        ; mov [rsp + ctx!(source)], r9
         ; mov r10d, Reason::Indirect as i32
     );
     restore_flags(&mut ops, R11);

@@ -223,7 +223,7 @@ impl Emitter {
         }
     }
 
-    /// Saves the flags of `keep`, in r13 or, while a group owns it, in the context.
+    /// Saves the flags of `keep`, in r9 or, while a group owns it, in the context.
     pub(super) fn save(ops: &mut SimpleAssembler, keep: Keep, grouped: bool) {
         let tmp = ctx!(tmp) + 8;
         match keep {
@@ -231,9 +231,9 @@ impl Emitter {
             Keep::Carry if grouped => dynasm!(ops ; .arch x64 ; setb [rsp + tmp]),
             Keep::Zero if grouped => dynasm!(ops ; .arch x64 ; setz [rsp + tmp]),
             Keep::All if grouped => dynasm!(ops ; .arch x64 ; mov [rsp + tmp], rax ; lahf ; seto al),
-            Keep::Carry => dynasm!(ops ; .arch x64 ; setb r13b),
-            Keep::Zero => dynasm!(ops ; .arch x64 ; setz r13b),
-            Keep::All => dynasm!(ops ; .arch x64 ; mov r13, rax ; lahf ; seto al),
+            Keep::Carry => dynasm!(ops ; .arch x64 ; setb r9b),
+            Keep::Zero => dynasm!(ops ; .arch x64 ; setz r9b),
+            Keep::All => dynasm!(ops ; .arch x64 ; mov r9, rax ; lahf ; seto al),
         }
     }
 
@@ -244,14 +244,14 @@ impl Emitter {
             Keep::Carry if grouped => dynasm!(ops ; .arch x64 ; add BYTE [rsp + tmp], -1),
             Keep::Zero if grouped => dynasm!(ops ; .arch x64 ; cmp BYTE [rsp + tmp], 1),
             Keep::All if grouped => dynasm!(ops ; .arch x64 ; add al, 127 ; sahf ; mov rax, [rsp + tmp]),
-            Keep::Carry => dynasm!(ops ; .arch x64 ; add r13b, -1),
-            Keep::Zero => dynasm!(ops ; .arch x64 ; cmp r13b, 1),
-            Keep::All => dynasm!(ops ; .arch x64 ; add al, 127 ; sahf ; mov rax, r13),
+            Keep::Carry => dynasm!(ops ; .arch x64 ; add r9b, -1),
+            Keep::Zero => dynasm!(ops ; .arch x64 ; cmp r9b, 1),
+            Keep::All => dynasm!(ops ; .arch x64 ; add al, 127 ; sahf ; mov rax, r9),
         }
     }
 
     /// Turns the linear address in host register `ea` into a host address in r11 for an access of `size` bytes;
-    /// keeps `live`. Uses r13 (while flags are live and no group owns it) and may overwrite r10.
+    /// keeps `live`. Uses r9 (while flags are live and no group owns it) and may overwrite r10.
     pub(super) fn access(&mut self, ea: u8, size: u32, write: bool, live: FlagSet) {
         self.access_as(ea, MissInfo::of(size, write), live);
     }
@@ -274,7 +274,7 @@ impl Emitter {
             dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
         }
         if !saved {
-            Self::save(&mut self.hot, keep, self.r13_busy);
+            Self::save(&mut self.hot, keep, self.r9_busy);
         }
         let last = size as i32 - 1;
         match size {
@@ -294,7 +294,7 @@ impl Emitter {
                 self.hot_jcc(5, cold);
                 dynasm!(self.cold ; .arch x64 ; test r11, r11);
                 let miss = self.cold_js(false);
-                Self::restore(&mut self.cold, keep, self.r13_busy);
+                Self::restore(&mut self.cold, keep, self.r9_busy);
                 self.cold_interpret(self.rip);
                 if let Err(site) = miss {
                     self.cold_land(site);
@@ -317,7 +317,7 @@ impl Emitter {
                 if let Some(site) = outside {
                     self.cold_land(site);
                 }
-                Self::restore(&mut self.cold, keep, self.r13_busy);
+                Self::restore(&mut self.cold, keep, self.r9_busy);
                 self.cold_interpret(self.rip);
                 match miss {
                     Ok(short) => self.cold.ops[short] = (self.cold.ops.len() - short - 1) as u8,
@@ -336,11 +336,11 @@ impl Emitter {
                 dynasm!(self.hot ; .arch x64 ; lea r10d, [r11 + last] ; xor r10d, r11d ; test r10d, !0xFFF);
                 let cross = self.cold_here();
                 self.hot_jcc(5, cross);
-                Self::restore(&mut self.cold, keep, self.r13_busy);
+                Self::restore(&mut self.cold, keep, self.r9_busy);
                 self.cold_interpret(self.rip);
             }
         }
-        Self::restore(&mut self.hot, keep, self.r13_busy);
+        Self::restore(&mut self.hot, keep, self.r9_busy);
     }
 
     /// Whether misaligned accesses of the kind `info` says leave for the interpreter, wherever they lie.
@@ -379,7 +379,7 @@ impl Emitter {
     /// Cold code of a poisoned access: fills the table and tries again, or leaves to interpret the instruction.
     fn cold_miss(&mut self, ea: u8, access: Access, retry: Pos) {
         let Access { info, keep, saved, .. } = access;
-        Self::restore(&mut self.cold, keep, self.r13_busy);
+        Self::restore(&mut self.cold, keep, self.r9_busy);
         if ea != R10 {
             dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea));
         }
@@ -390,7 +390,7 @@ impl Emitter {
         self.cold.push(0xE9);
         let fail = self.cold_site();
         if saved {
-            Self::save(&mut self.cold, keep, self.r13_busy);
+            Self::save(&mut self.cold, keep, self.r9_busy);
         }
         self.cold_jmp(Target::Here(retry));
         self.cold_land(fail);

@@ -8,7 +8,7 @@ use crate::classify::stack_word;
 use crate::code_cache::CodeOffset;
 use crate::context::{JitContext, Reason, ctx};
 use crate::flags::{FlagSet, FlagsOut};
-use crate::regs::{self, R10, R11, R13};
+use crate::regs::{self, R9, R10, R11};
 use crate::stubs;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
@@ -215,15 +215,15 @@ impl Emitter {
         self.cold_leave(target, Reason::Attention);
     }
 
-    /// Goes on if r10 is zero, to the cold code that follows otherwise; keeps flags. Uses r13.
+    /// Goes on if r10 is zero, to the cold code that follows otherwise; keeps flags. Uses r9.
     fn jump_unless_zero(&mut self) {
-        dynasm!(self.hot ; .arch x64 ; mov r13, rcx ; mov rcx, r10 ; .u8 0xE3, 8);
-        // jrcxz over `mov rcx, r13; jmp cold`: 3 + 5 bytes.
-        dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
+        dynasm!(self.hot ; .arch x64 ; mov r9, rcx ; mov rcx, r10 ; .u8 0xE3, 8);
+        // jrcxz over `mov rcx, r9; jmp cold`: 3 + 5 bytes.
+        dynasm!(self.hot ; .arch x64 ; mov rcx, r9);
         self.hot.push(0xE9);
         let cold = self.cold_here();
         self.hot_rel32(Target::Here(cold));
-        dynasm!(self.hot ; .arch x64 ; mov rcx, r13);
+        dynasm!(self.hot ; .arch x64 ; mov rcx, r9);
     }
 
     /// Jumps to the offset in r11 through the jump cache, with the status flags put aside; polls for attention.
@@ -252,13 +252,13 @@ impl Emitter {
         );
         let unknown = self.cold_here();
         self.hot_jcc(5, unknown);
-        // lea r13, [rip + …]: where from.
-        self.cold.extend([0x4C, 0x8D, 0x2D]);
+        // lea r9, [rip + …]: where from.
+        self.cold.extend([0x4C, 0x8D, 0x0D]);
         let here = self.hot_here();
         self.cold_rel32(Target::Here(here));
         self.cold_jmp(Target::Cache(self.stubs.indirect));
-        load(&mut self.hot, R13, ctx!(attention));
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r13], BYTE 0);
+        load(&mut self.hot, R9, ctx!(attention));
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r9], BYTE 0);
         self.hot.push(0x0F);
         self.hot.push(0x85);
         self.hot_rel32(Target::Cache(self.stubs.attention));
@@ -288,14 +288,14 @@ impl Emitter {
     /// that crosses into a page whose mapping may have changed).
     pub(crate) fn check_page(&mut self, slot: u32, page: u32, rip: u64, live: FlagSet) {
         let keep = Self::keep(live);
-        Self::save(&mut self.hot, keep, self.r13_busy);
+        Self::save(&mut self.hot, keep, self.r9_busy);
         let at = xslot_offset(slot);
         dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
         let cold = self.cold_here();
         self.hot_jcc(5, cold);
-        Self::restore(&mut self.cold, keep, self.r13_busy);
+        Self::restore(&mut self.cold, keep, self.r9_busy);
         self.cold_leave(rip, Reason::Indirect);
-        Self::restore(&mut self.hot, keep, self.r13_busy);
+        Self::restore(&mut self.hot, keep, self.r9_busy);
     }
 
     /// Adds to the retired-instruction counter.
@@ -312,7 +312,7 @@ impl Emitter {
     /// At the direct entry: leaves if the `instructions` of this block are more than the budget has left.
     pub(crate) fn check_budget(&mut self, instructions: u32, lin: u64, live: FlagSet) {
         let (n, keep) = (instructions as i32, Self::keep(live));
-        Self::save(&mut self.hot, keep, self.r13_busy);
+        Self::save(&mut self.hot, keep, self.r9_busy);
         dynasm!(self.hot
             ; .arch x64
             ; mov r10, [rsp + ctx!(instructions)]
@@ -321,9 +321,9 @@ impl Emitter {
         );
         let cold = self.cold_here();
         self.hot_jcc(7, cold);
-        Self::restore(&mut self.cold, keep, self.r13_busy);
+        Self::restore(&mut self.cold, keep, self.r9_busy);
         self.cold_leave(lin, Reason::Budget);
-        Self::restore(&mut self.hot, keep, self.r13_busy);
+        Self::restore(&mut self.hot, keep, self.r9_busy);
     }
 
     /// A jump to `to`, to be placed at `start`, that first checks page-validation cell `slot` and leaves by `link` unless it
@@ -346,15 +346,15 @@ impl Emitter {
             let minus = (page as i32).wrapping_neg();
             dynasm!(ops
                 ; .arch x64
-                ; mov r13, rcx
+                ; mov r9, rcx
                 ; mov ecx, [rsp + at]
                 ; lea ecx, [rcx + minus]
                 ; .u8 0xE3, 8 // jrcxz over the next two
-                ; mov rcx, r13
+                ; mov rcx, r9
             );
             ops.push(0xE9);
             rel(ops, link.stub);
-            dynasm!(ops ; .arch x64 ; mov rcx, r13);
+            dynasm!(ops ; .arch x64 ; mov rcx, r9);
         } else {
             dynasm!(ops ; .arch x64 ; cmp DWORD [rsp + at], page as i32);
             ops.push(0x0F);
@@ -384,16 +384,16 @@ impl Emitter {
         if !link.flags.live().is_empty() {
             dynasm!(ops
                 ; .arch x64
-                ; mov r13, rcx
+                ; mov r9, rcx
                 ; mov ecx, [rsp + at]
                 ; lea ecx, [rcx - 1]
                 ; mov [rsp + at], ecx
                 ; .u8 0xE3, 8 // jrcxz over the next two
-                ; mov rcx, r13
+                ; mov rcx, r9
             );
             ops.push(0xE9);
             rel(ops, to);
-            dynasm!(ops ; .arch x64 ; mov rcx, r13);
+            dynasm!(ops ; .arch x64 ; mov rcx, r9);
             ops.push(0xE9);
             rel(ops, link.stub);
         } else {

@@ -1,5 +1,5 @@
 //! Base groups: one check, and the host address of its beginning at hand for all accesses (planned by
-//! [`crate::groups`]): in r13 for the most useful group of a block, in the context for others. Where the check fails the block goes on in its ungrouped copy.
+//! [`crate::groups`]): in r9 for the most useful group of a block, in the context for others. Where the check fails the block goes on in its ungrouped copy.
 
 use super::access::Keep;
 use super::flow::give_back;
@@ -7,7 +7,7 @@ use super::{Emitter, PendingLink, Pos, Target, load, store};
 use crate::context::ctx;
 use crate::flags::FlagSet;
 use crate::groups::{self, Key, Plan};
-use crate::regs::{R10, R11, R13};
+use crate::regs::{R9, R10, R11};
 use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Register};
@@ -22,7 +22,7 @@ pub(super) struct Group {
     write: bool,
     /// How far the address moved since the check.
     moved: i32,
-    /// Where the host address of `lo` is: r13, or a slot of the context.
+    /// Where the host address of `lo` is: r9, or a slot of the context.
     slot: Option<usize>,
     last: usize,
 }
@@ -48,7 +48,7 @@ impl Emitter {
     pub(crate) fn group(&mut self, plan: &Plan, live: FlagSet) {
         let keep = Self::keep(live);
         let retry = self.hot_here();
-        let delta = if plan.slot.is_some() { R11 } else { R13 };
+        let delta = if plan.slot.is_some() { R11 } else { R9 };
         let Key { base, index, scale } = plan.key;
         if base.is_none() && index.is_none() {
             Self::constant(&mut self.hot, R10, plan.anchor.wrapping_add(i64::from(plan.lo) as u64));
@@ -88,7 +88,7 @@ impl Emitter {
         Self::restore(&mut self.cold, keep, true);
         self.cold_jmp(Target::Here(ungrouped));
         Self::restore(&mut self.hot, keep, true);
-        self.r13_busy |= plan.slot.is_none();
+        self.r9_busy |= plan.slot.is_none();
         self.groups.push(Group {
             key: plan.key,
             anchor: plan.anchor,
@@ -127,12 +127,12 @@ impl Emitter {
     /// No member of `plan` follows.
     pub(crate) fn end_group(&mut self, plan: &Plan) {
         self.groups.retain(|g| (g.slot, g.last) != (plan.slot, plan.last));
-        self.r13_busy &= plan.slot.is_some();
+        self.r9_busy &= plan.slot.is_some();
     }
 
-    /// The host register that holds the address a member counts from: r13, or r11, loaded here.
+    /// The host register that holds the address a member counts from: r9, or r11, loaded here.
     pub(super) fn pointer(&mut self, m: Member) -> u8 {
-        let Some(slot) = m.slot else { return R13 };
+        let Some(slot) = m.slot else { return R9 };
         load(&mut self.hot, R11, slot_offset(slot));
         R11
     }

@@ -25,7 +25,7 @@ use crate::code_cache::CodeOffset;
 use crate::context::ctx;
 use crate::flags::{FlagSet, FlagsOut};
 use crate::groups;
-use crate::regs::{self, Place, R10, R11, R13};
+use crate::regs::{self, Place, R9, R10, R11};
 use crate::stubs::{MissInfo, Stubs};
 use dynasmrt::{DynasmApi, dynasm};
 use group::Group;
@@ -101,8 +101,8 @@ pub(crate) struct Emitter {
     groups: Vec<Group>,
     /// Locked accesses that cross a cache line are the interpreter's.
     splits_are_dear: bool,
-    /// A group keeps its delta in r13.
-    r13_busy: bool,
+    /// A group keeps its delta in r9.
+    r9_busy: bool,
     /// Instructions from the current one on that the block counted when it was entered.
     remaining: u32,
     /// Where in hot code the status flags were put aside, for good.
@@ -128,7 +128,7 @@ impl Emitter {
             rip: 0,
             groups: Vec::new(),
             splits_are_dear: split_locks_are_dear(),
-            r13_busy: false,
+            r9_busy: false,
             remaining: 0,
             flags_saved: None,
             rsp_pending: 0,
@@ -148,7 +148,7 @@ impl Emitter {
         self.start_rip = rip;
         self.rip = rip;
         self.groups.clear();
-        self.r13_busy = false;
+        self.r9_busy = false;
         self.remaining = 0;
         self.flags_saved = None;
         self.rsp_pending = 0;
@@ -276,8 +276,8 @@ impl Emitter {
         }
         let mut new = *instr;
         normalize(&mut new)?;
-        let grouped = self.r13_busy;
-        let mut free: &[u8] = if grouped { &[R10, R11] } else { &[R10, R11, R13] };
+        let grouped = self.r9_busy;
+        let mut free: &[u8] = if grouped { &[R10, R11] } else { &[R10, R11, R9] };
         let mut high_byte = false;
         if let Some(op) = memory {
             let size = instr.memory_size().size() as u32;
@@ -292,7 +292,7 @@ impl Emitter {
             new.set_segment_prefix(Register::None);
             if let Some(m) = self.member(instr, size, write).filter(|_| !high_byte) {
                 self.address_member(&mut new, m);
-                free = if new.memory_base() == Register::R13 { &[R10, R11] } else { &[R10] };
+                free = if new.memory_base() == Register::R9 { &[R10, R11] } else { &[R10] };
             } else {
                 let mut info = MissInfo::of(size, write);
                 info |= if operand_alignment(instr) > 1 { MissInfo::ALIGNED } else { 0 };
@@ -303,7 +303,7 @@ impl Emitter {
                 new.set_memory_index_scale(1);
                 new.set_memory_displacement64(0);
                 new.set_memory_displ_size(0);
-                free = if grouped { &[R10] } else { &[R10, R13] };
+                free = if grouped { &[R10] } else { &[R10, R9] };
             }
         }
         if memory.is_none() {

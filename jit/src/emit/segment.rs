@@ -72,7 +72,7 @@ impl Emitter {
         // A misaligned vector would stay on the fast path.
         let free = plain && (self.mode.has(Mode::CODE32) || narrow && size <= 10);
         if !free {
-            Self::save(&mut self.hot, keep, self.r13_busy);
+            Self::save(&mut self.hot, keep, self.r9_busy);
             self.check_bounds(n, size, end, keep);
         }
         if !free || keep == Keep::Nothing {
@@ -154,7 +154,7 @@ impl Emitter {
             dynasm!(self.hot ; .arch x64 ; cmp r10, [rsp + lower]);
             self.hot_jcc(2, slow);
         }
-        Self::restore(&mut self.cold, keep, self.r13_busy);
+        Self::restore(&mut self.cold, keep, self.r9_busy);
         self.cold_interpret(self.rip);
     }
 

@@ -109,11 +109,11 @@ impl Emitter {
     /// Sets guest RSP, under the stack's address size, to host register `from` plus `n`. May overwrite r10.
     pub(super) fn add_rsp(&mut self, from: u8, n: i32) {
         if self.code64 {
-            dynasm!(self.hot ; .arch x64 ; lea r12, [Rq(from) + n]);
+            dynasm!(self.hot ; .arch x64 ; lea r8, [Rq(from) + n]);
         } else if self.mode.has(Mode::STACK16) {
-            dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + n] ; mov r12w, r10w);
+            dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + n] ; mov r8w, r10w);
         } else {
-            dynasm!(self.hot ; .arch x64 ; lea r12d, [Rq(from) + n]);
+            dynasm!(self.hot ; .arch x64 ; lea r8d, [Rq(from) + n]);
         }
     }
 
@@ -207,7 +207,7 @@ impl Emitter {
                 self.load_top(R11, word, site.before);
                 self.rsp_pending += word;
                 self.sync_rsp();
-                dynasm!(self.hot ; .arch x64 ; mov r12w, r11w);
+                dynasm!(self.hot ; .arch x64 ; mov r8w, r11w);
                 return;
             }
             Place::Host(HOST_RSP) => return self.load_top(HOST_RSP, word, site.before),

@@ -100,7 +100,7 @@ impl Emitter {
     pub(crate) fn set_interrupt_flag(&mut self, on: bool, site: Site) {
         if on {
             let keep = Self::keep(site.before);
-            let grouped = self.r13_busy;
+            let grouped = self.r9_busy;
             Self::save(&mut self.hot, keep, grouped);
             dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + ctx!(interrupt_pending)], 0);
             let slow = self.cold_here();
@@ -161,7 +161,7 @@ impl Emitter {
             dynasm!(self.hot ; .arch x64 ; mov r11, Rq(r));
         }
         let keep = Self::keep(site.before);
-        let grouped = self.r13_busy;
+        let grouped = self.r9_busy;
         Self::save(&mut self.hot, keep, grouped);
         dynasm!(self.hot ; .arch x64 ; mov r10, r11 ; shl r10, 16 ; sar r10, 16 ; cmp r10, r11);
         let slow = self.cold_here();

@@ -143,8 +143,9 @@ impl Translator {
         }
         if let Some(map) = &mut self.perf_map {
             let user = key.mode.has(Mode::USER);
-            map.block(self.cache.address(start), hot_len as u64, key.linear(), user);
-            map.block(self.cache.address(cold), cold_len as u64, key.linear(), user);
+            let side = if user { "user" } else { "kernel" };
+            map.block(self.cache.address(start), hot_len, key.linear(), side);
+            map.block(self.cache.address(cold), cold_len, key.linear(), &format!("{side}_cold"));
         }
         self.stats.blocks += 1;
         self.stats.instructions += u64::from(t.instructions);

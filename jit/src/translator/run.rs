@@ -11,6 +11,7 @@ use super::{Translator, canonical};
 use crate::block::Mode;
 use crate::context::{JitContext, Reason};
 use crate::delta::View;
+use crate::regs::HOMES;
 use crate::segments::{self, Bounds, CodeSegment, CodeSegments};
 use crate::signal::{self, FaultContext, FaultScope};
 use crate::vectors;
@@ -288,8 +289,8 @@ impl Translator {
         c.tsc_offset = tsc_offset;
         c.tsc_aux = cpu.msr.tsc_aux as u32;
         c.kernel_gs_base = cpu.msr.kernel_gs_base;
-        c.spill[..10].copy_from_slice(&cpu.gpr[..10]);
-        c.home.copy_from_slice(&cpu.gpr[10..]);
+        c.spill.copy_from_slice(&cpu.gpr);
+        c.home = HOMES.map(|n| cpu.gpr[n]);
         c.rip = address;
         c.status = cpu.rflags & flags::STATUS;
         if !mode.code64() {
@@ -310,8 +311,10 @@ impl Translator {
         let rip = self.context().rip;
         cpu.rip = self.rip_of(cpu, rip);
         let c = self.context();
-        cpu.gpr[..10].copy_from_slice(&c.spill[..10]);
-        cpu.gpr[10..].copy_from_slice(&c.home);
+        cpu.gpr.copy_from_slice(&c.spill);
+        for (n, home) in HOMES.into_iter().zip(c.home) {
+            cpu.gpr[n] = home;
+        }
         cpu.rflags = c.system_flags | (c.status & flags::STATUS);
         if c.interrupt_flag != 0 {
             cpu.rflags |= flags::IF;
