@@ -423,6 +423,16 @@ impl BlockTable {
         (at.0 - b.start.0 < b.code_len).then_some(b)
     }
 
+    /// The block with the jump whose displacement is at `site`, in its hot or its cold code. Later blocks have theirs further up, and
+    /// further down.
+    pub(crate) fn by_site(&self, site: CodeOffset) -> Option<&Block> {
+        let cold = || {
+            let b = self.blocks.get(self.blocks.partition_point(|b| b.cold.start > site.0))?;
+            b.cold.contains(&site.0).then_some(b)
+        };
+        self.by_code(site).or_else(cold)
+    }
+
     /// All pages with blocks.
     pub(crate) fn pages(&self) -> impl Iterator<Item = u64> + '_ {
         self.pages.keys().copied()
@@ -439,7 +449,8 @@ mod tests {
     use crate::flags::FlagSet;
 
     fn insert(table: &mut BlockTable, at: u64, granules: Granules, crosses_into: Option<u64>) -> BlockId {
-        let start = CodeOffset(table.blocks.len() as u32 * 64);
+        let n = table.blocks.len() as u32;
+        let start = CodeOffset(n * 64);
         let (sites, mode) =
             ([InstructionSite { host: 4, guest: 0 }, InstructionSite { host: 9, guest: 3 }], Mode(0));
         table.insert(NewBlock {
@@ -449,7 +460,7 @@ mod tests {
             saved_entry: start,
             flags_saved: CodeOffset(u32::MAX),
             code_len: 20,
-            cold: 0..0,
+            cold: 4096 - n * 64 - 10..4096 - n * 64,
             granules,
             counted: 2,
             crosses_into: crosses_into.and_then(NonZeroPage::new),
@@ -539,5 +550,23 @@ mod tests {
         assert_eq!(t.rip_at(block, CodeOffset(64 + 10)), Some((0x1043, 1)));
         assert_eq!(t.rip_at(block, CodeOffset(64 + 2)), None);
         assert!(t.by_code(CodeOffset(64 + 20)).is_none());
+    }
+
+    #[test]
+    fn jumps_by_where_they_are() {
+        let mut t = BlockTable::default();
+        for n in 0..5 {
+            insert(&mut t, 0x1000 + n * 64, Granules(1), None);
+        }
+        // One without cold code, as its last jump.
+        t.blocks[2].cold = t.blocks[1].cold.start..t.blocks[1].cold.start;
+        let of = |at| t.by_site(CodeOffset(at)).map(|b| b.key.address);
+        for n in [0, 1, 3, 4] {
+            let (hot, cold) = (n * 64 + 19, 4096 - n * 64 - 10);
+            let block = Some(0x1000 + u64::from(n) * 64);
+            assert_eq!((of(hot), of(cold), of(cold + 9)), (block, block, block), "block {n}");
+            assert_eq!((of(hot + 1), of(cold + 10), of(cold - 1)), (None, None, None), "block {n}");
+        }
+        assert_eq!(of(2 * 64), Some(0x1080));
     }
 }

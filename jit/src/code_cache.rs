@@ -14,6 +14,8 @@ use std::io;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub(crate) struct CodeOffset(pub u32);
 
+/// Hot code begins at multiples of this.
+pub(crate) const ALIGNMENT: usize = 16;
 /// Bytes for which host pages are asked for at a time.
 const POPULATE: usize = 128 << 10;
 
@@ -87,7 +89,7 @@ impl CodeCache {
             self.unpopulated.start = to;
         }
         self.write(at, code);
-        self.used = (at + code.len()).next_multiple_of(16).min(self.cold);
+        self.used = (at + code.len()).next_multiple_of(ALIGNMENT).min(self.cold);
         CodeOffset(at as u32)
     }
 

@@ -1,4 +1,4 @@
-//! Guest bytes to a block: decodes one basic block and drives the emitter over it.
+//! Guest bytes to a block: decodes a basic block, and those behind forward branches, and drives the emitter over them.
 
 use crate::block::{Granules, InstructionSite, Mode};
 use crate::classify::{Class, Form, Forms, stack_word};
@@ -66,7 +66,7 @@ pub(crate) struct Frontend {
     /// What each of them is.
     forms: Vec<Form>,
     live: Vec<FlagSet>,
-    /// At each conditional branch on a trace, how flags go where the trace does not.
+    /// At each conditional branch that the block goes on behind, how flags go where it does not.
     aside: Vec<FlagsOut>,
     /// Before which instruction status flags are put aside.
     save: Option<usize>,
@@ -224,7 +224,7 @@ impl Frontend {
             && source.mode.0 & ends == 0
     }
 
-    /// Where conditional branch `i`, on a trace that goes on behind it, leads otherwise; `true` if it is taken then.
+    /// Where conditional branch `i`, behind which the block goes on, leads otherwise; `true` if it is taken then.
     fn branch_aside(&self, source: &Source<'_>, i: usize) -> Option<(u64, bool)> {
         if self.forms[i].class != Class::Jcc {
             return None;
@@ -398,7 +398,7 @@ impl Frontend {
         out
     }
 
-    /// Emits branch `i` of a trace that goes on behind it; false if it may leave the segment.
+    /// Emits branch `i`, behind which the block goes on; false if it may leave the segment.
     fn go_on(&self, source: &Source<'_>, emitter: &mut Emitter, i: usize) -> bool {
         let Some((target, taken)) = self.branch_aside(source, i) else { return true };
         let cc = self.instrs[i].condition_code() as u8 - 1;

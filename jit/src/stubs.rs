@@ -161,7 +161,7 @@ fn emit_enter() -> SimpleAssembler {
         ; sahf
     );
     load_gprs(&mut ops);
-    // A jump-cache entry wants the target in r11; r9 names no source.
+    // Where the target is not known the way to look it up wants it in r11; r9 names no source.
     dynasm!(ops
         ; .arch x64
         ; mov r11, [rsp + ctx!(rip)]

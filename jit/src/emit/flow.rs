@@ -205,7 +205,7 @@ impl Emitter {
     fn poll(&mut self, target: u64, live: FlagSet) {
         load(&mut self.hot, R10, ctx!(attention));
         if live.is_empty() {
-            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], BYTE 0);
+            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
             let cold = self.cold_here();
             self.hot_jcc(5, cold);
         } else {
@@ -258,7 +258,7 @@ impl Emitter {
         self.cold_rel32(Target::Here(here));
         self.cold_jmp(Target::Cache(self.stubs.indirect));
         load(&mut self.hot, R9, ctx!(attention));
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r9], BYTE 0);
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r9], 0);
         self.hot.push(0x0F);
         self.hot.push(0x85);
         self.hot_rel32(Target::Cache(self.stubs.attention));

@@ -5,7 +5,7 @@ use super::fill::miss_helper;
 use super::traces::heat_cell;
 use super::{Translator, canonical};
 use crate::block::{BlockId, BlockKey, Granules, Link, Mode, NewBlock, NonZeroPage};
-use crate::code_cache::CodeOffset;
+use crate::code_cache::{ALIGNMENT, CodeOffset};
 use crate::frontend::{Crossing, Source};
 use crate::stubs;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
@@ -122,7 +122,7 @@ impl Translator {
         let first_link = self.blocks.links.len() as u32;
         let t = self.frontend.translate(&source, &mut self.forms, &mut self.emitter, first_link, crossing);
         let (hot_len, cold_len) = self.emitter.lengths();
-        if hot_len + cold_len > self.cache.free() {
+        if hot_len.next_multiple_of(ALIGNMENT) + cold_len > self.cache.free() {
             return None;
         }
         let (start, cold) = (self.cache.next(), self.cache.next_cold(cold_len));

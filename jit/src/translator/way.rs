@@ -73,7 +73,7 @@ impl Translator {
                 return Vec::new();
             }
             let links = self.blocks.incoming(id);
-            let jumping = links.filter_map(|link| Some((link.ungrouped, self.blocks.by_code(link.site)?)));
+            let jumping = links.filter_map(|link| Some((link.ungrouped, self.blocks.by_site(link.site)?)));
             let jumping = jumping.filter(|(_, block)| block.live);
             let jumping = jumping.map(|(ungrouped, block)| (ungrouped, block.key.linear()));
             // The ungrouped copy of a block is no other place.
