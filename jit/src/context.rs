@@ -118,6 +118,9 @@ macro_rules! ctx {
 }
 pub(crate) use ctx;
 
+// Emitted code reaches these with displacements of one byte.
+const _: () = assert!(ctx!(saved_flags) < 128 && ctx!(jump_cache) < 128);
+
 /// Bytes of private stack below the context.
 const STACK: usize = 256 * 1024;
 
