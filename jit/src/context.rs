@@ -29,9 +29,9 @@ pub(crate) enum Reason {
     Interpret = 2,
     /// The attention word was set; go on at `rip`.
     Attention = 3,
-    /// SYSCALL at `rip`, from CPL 3 in 64-bit mode.
+    /// SYSCALL at `rip`, from CPL 3 in 64-bit mode, not to be done in translated code.
     Syscall = 4,
-    /// SYSRETQ at `rip`, at CPL 0 in 64-bit mode.
+    /// SYSRETQ at `rip`, at CPL 0 in 64-bit mode, likewise.
     Sysret = 5,
     /// The block at `rip` has more instructions than the budget has left.
     Budget = 6,
@@ -77,8 +77,20 @@ pub(crate) struct JitContext {
     pub(crate) pauses: i32,
     /// An address in the code of the indirect jump that found no block.
     pub(crate) source: u64,
-    /// Read and write bases of the supervisor views without and with EFLAGS.AC.
-    pub(crate) views: [[u64; 2]; 2],
+    /// Read and write bases of the supervisor views without and with EFLAGS.AC, and of the user view.
+    pub(crate) views: [[u64; 2]; 3],
+    /// Whether SYSCALL and SYSRET are done in translated code; what follows is for them.
+    pub(crate) system_calls: u32,
+    /// Which they change.
+    pub(crate) cpl: u32,
+    /// Selectors of CS and SS that SYSCALL and SYSRET load.
+    pub(crate) level_selectors: [[u16; 2]; 2],
+    /// The status flags that SYSCALL keeps, laid out as in `saved_flags`.
+    pub(crate) syscall_keeps: u32,
+    /// Where SYSCALL leads.
+    pub(crate) lstar: u64,
+    /// Bases of the jump caches for CPL 0 and 3.
+    pub(crate) jump_caches: [u64; 2],
     /// Retired instructions, counted at block entry when the mode asks for it.
     pub(crate) instructions: u64,
     /// What `instructions` may reach.
@@ -109,6 +121,9 @@ pub(crate) struct JitContext {
     /// Bounds of ES, CS, SS, DS, FS, GS (current outside 64-bit code).
     pub(crate) bounds: [Bounds; 6],
 }
+
+/// The user view among the [`JitContext::views`].
+pub(crate) const USER: usize = 2;
 
 /// Offset of a field from host RSP.
 macro_rules! ctx {

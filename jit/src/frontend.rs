@@ -2,7 +2,6 @@
 
 use crate::block::{Granules, InstructionSite, Mode};
 use crate::classify::{Class, Form, Forms, stack_word};
-use crate::context::Reason;
 use crate::emit::{Emitter, Site};
 use crate::flags::{self, FlagSet, FlagsOut};
 use crate::groups::{self, Planner};
@@ -432,12 +431,9 @@ impl Frontend {
                 LiveOut::live(t.or(n), t, n)
             }
             Class::Ret | Class::JmpIndirect | Class::CallIndirect => LiveOut::SAVED,
-            Class::Syscall | Class::Sysret | Class::Interpret if self.accesses_behind_flags() => {
-                LiveOut::SAVED
-            }
-            Class::Syscall | Class::Sysret | Class::Interpret => {
-                LiveOut::live(FlagSet::ALL, FlagSet::ALL, FlagSet::ALL)
-            }
+            Class::Syscall | Class::Sysret => LiveOut::SAVED,
+            Class::Interpret if self.accesses_behind_flags() => LiveOut::SAVED,
+            Class::Interpret => LiveOut::live(FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
             class => {
                 let target = if matches!(class, Class::Jmp | Class::Call) {
                     last.near_branch_target()
@@ -562,15 +558,15 @@ fn emit_one(
             Ok(())
         }
         Class::LoadSegment => emitter.load_segment(instr, site),
-        // 64-bit SYSCALL from CPL 3 and SYSRET to it are done by the run loop; the rest is the interpreter's.
+        // 64-bit SYSCALL from CPL 3 and SYSRET to it; the rest is the interpreter's.
         Class::Syscall if mode.has(Mode::USER) && mode.code64() => {
             *ended = true;
-            emitter.leave_for(instr.ip(), Reason::Syscall);
+            emitter.syscall(next_rip);
             Ok(())
         }
         Class::Sysret if !unprivileged && mode.code64() => {
             *ended = true;
-            emitter.leave_for(instr.ip(), Reason::Sysret);
+            emitter.sysret();
             Ok(())
         }
         Class::Syscall | Class::Sysret => Err(crate::emit::Unfit),

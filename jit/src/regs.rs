@@ -8,6 +8,8 @@ pub(crate) const HOST_RSP: u8 = 8;
 pub(crate) const R10: u8 = 10;
 pub(crate) const R11: u8 = 11;
 pub(crate) const R9: u8 = 9;
+/// Host and guest RCX.
+pub(crate) const RCX: u8 = 1;
 
 /// Where a guest general register is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

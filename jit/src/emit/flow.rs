@@ -21,6 +21,13 @@ impl Emitter {
         self.flags_saved = Some(self.hot_len() as u32);
     }
 
+    /// The same, unless they are there.
+    pub(super) fn put_flags_aside(&mut self) {
+        if self.flags_saved.is_none() {
+            self.save_flags();
+        }
+    }
+
     /// Where status flags are at this point, of which some later instruction may read `live`.
     pub(super) fn flags_here(&self, live: FlagSet) -> FlagsOut {
         if self.flags_saved.is_some() { FlagsOut::Saved } else { FlagsOut::Live(live) }
@@ -162,15 +169,6 @@ impl Emitter {
         Ok(())
     }
 
-    /// Ends the block: the run loop does what `reason` says at `rip`.
-    pub(crate) fn leave_for(&mut self, rip: u64, reason: Reason) {
-        let cold = self.cold_here();
-        give_back(&mut self.cold, self.remaining);
-        self.cold_leave(rip, reason);
-        self.hot.push(0xE9);
-        self.hot_rel32(Target::Here(cold));
-    }
-
     /// Leaves to interpret the instruction at `rip`.
     pub(crate) fn interpret(&mut self, rip: u64) {
         give_back(&mut self.hot, self.remaining);
@@ -228,9 +226,7 @@ impl Emitter {
 
     /// Jumps to the offset in r11 through the jump cache, with the status flags put aside; polls for attention.
     pub(super) fn indirect_exit(&mut self) {
-        if self.flags_saved.is_none() {
-            self.save_flags();
-        }
+        self.put_flags_aside();
         let start = self.code_address(0);
         if !self.code64 && start != 0 {
             // The code address: base added, and the number of the code segment.

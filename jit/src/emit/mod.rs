@@ -17,6 +17,7 @@ mod segment;
 mod stack;
 mod string;
 mod system;
+mod system_call;
 
 use crate::assembler::SimpleAssembler;
 use crate::block::Mode;
@@ -224,8 +225,8 @@ impl Emitter {
         }
     }
 
-    fn home_offset(n: u8) -> i32 {
-        ctx!(home) + i32::from(n) * 8
+    const fn home_offset(n: u8) -> i32 {
+        ctx!(home) + n as i32 * 8
     }
 
     /// Loads guest register `number` into a host register: its own, or `scratch`.

@@ -14,6 +14,7 @@ mod debug;
 mod fill;
 mod run;
 mod stats;
+mod system_call;
 mod traces;
 mod way;
 

@@ -1,5 +1,4 @@
-//! Running: between `CpuState` and the context, in and out of translated code, and what each exit asks for. Also attention,
-//! and SYSCALL and SYSRET.
+//! Running: between `CpuState` and the context, in and out of translated code, and what each exit asks for. Also attention.
 //!
 //! Invariants this unsafe island relies on, beside those of [`super`]:
 //! * the `enter` stub keeps the host's callee-saved registers and stack;
@@ -7,7 +6,7 @@
 
 use super::fill::{applied_base, operand_address};
 use super::traces::Recorder;
-use super::{Translator, canonical};
+use super::{Translator, canonical, system_call};
 use crate::block::Mode;
 use crate::context::{JitContext, Reason};
 use crate::delta::View;
@@ -17,8 +16,8 @@ use crate::signal::{self, FaultContext, FaultScope};
 use crate::vectors;
 use iced_x86::Mnemonic;
 use paravane_cpu::{
-    Attention, CpuBus, CpuState, Exit, Fault, SegReg, Segment, Shadow, Step, attr, cr0, cr4, efer, flags,
-    gpr, virtual_interrupt_due, x87_opcode,
+    Attention, CpuBus, CpuState, Exit, Fault, SegReg, Shadow, Step, cr0, cr4, flags, gpr,
+    virtual_interrupt_due, x87_opcode,
 };
 use paravane_memory::RamOffset;
 use std::io;
@@ -183,8 +182,13 @@ impl Translator {
         {
             return None;
         }
+        Some(self.mode_at(cpu, cpu.cpl))
+    }
+
+    /// The mode bits of `cpu` where translated code may run, with `cpl` for CPL.
+    pub(super) fn mode_at(&self, cpu: &CpuState, cpl: u8) -> Mode {
         let mut m = if cpu.code64() { 0 } else { segments::mode_bits(cpu) };
-        m |= match cpu.cpl {
+        m |= match cpl {
             0 => 0,
             3 => Mode::USER,
             _ => Mode::MIDDLE,
@@ -204,7 +208,7 @@ impl Translator {
                 m |= Mode::AVX;
             }
         }
-        if self.options.tsc_base.is_some() && (cpu.cr4 & cr4::TSD == 0 || cpu.cpl == 0) {
+        if self.options.tsc_base.is_some() && (cpu.cr4 & cr4::TSD == 0 || cpl == 0) {
             m |= Mode::TSC;
         }
         if cpu.cr4 & cr4::FSGSBASE != 0 {
@@ -218,7 +222,7 @@ impl Translator {
         } else if self.options.count_instructions {
             m |= Mode::COUNTED;
         }
-        Some(Mode(m))
+        Mode(m)
     }
 
     pub(super) fn view(&self, cpu: &CpuState) -> View {
@@ -269,7 +273,7 @@ impl Translator {
         let view = self.view(cpu);
         let (read_base, write_base) = (self.delta.read_base(view), self.delta.write_base(view));
         let jump_cache = self.pages.jump_cache(mode);
-        let views = [View::Supervisor, View::SupervisorAc]
+        let views = [View::Supervisor, View::SupervisorAc, View::User]
             .map(|v| [self.delta.read_base(v), self.delta.write_base(v)]);
         let pending = u32::from(self.interrupt_pending);
         let tsc_base = self.options.tsc_base.as_ref().map_or(0, |base| base.load(Ordering::Relaxed));
@@ -305,6 +309,7 @@ impl Translator {
         c.read_base = read_base;
         c.write_base = write_base;
         c.jump_cache = jump_cache;
+        self.prepare_system_calls(cpu, mode);
     }
 
     fn store_registers(&mut self, cpu: &mut CpuState) {
@@ -334,7 +339,7 @@ impl Translator {
 
     /// Runs translated code, chaining and caching on the way, until the interpreter or attention is needed.
     /// On return all registers are in `cpu`.
-    pub(super) fn run_translated(&mut self, cpu: &mut CpuState, mode: Mode) -> Rest {
+    pub(super) fn run_translated(&mut self, cpu: &mut CpuState, mut mode: Mode) -> Rest {
         if self.recorder.is_some() && self.record(cpu, mode) {
             return Rest::Interpret;
         }
@@ -352,6 +357,9 @@ impl Translator {
         self.core.passed(mode.linear(address));
         loop {
             let reason = self.enter(cpu, entry);
+            if self.follow_level(cpu) {
+                mode = self.mode_at(cpu, cpu.cpl);
+            }
             if self.options.single_blocks && self.ends_block(reason, mode) {
                 self.store_registers(cpu);
                 return Rest::Nothing;
@@ -401,7 +409,10 @@ impl Translator {
                 }
                 Reason::Syscall | Reason::Sysret => {
                     self.store_registers(cpu);
-                    let done = if reason == Reason::Syscall { syscall(cpu) } else { sysret(cpu) };
+                    let done = match reason {
+                        Reason::Syscall => system_call::syscall(cpu),
+                        _ => system_call::sysret(cpu),
+                    };
                     cpu.instructions += u64::from(done);
                     return if done { Rest::Nothing } else { Rest::Interpret };
                 }
@@ -425,6 +436,7 @@ impl Translator {
             }
             if resets != self.stats.cache_flushes {
                 self.context().jump_cache = self.pages.jump_cache(mode);
+                self.prepare_system_calls(cpu, mode);
             }
         }
     }
@@ -497,42 +509,5 @@ impl Translator {
     }
 }
 
-/// SYSCALL in 64-bit mode (SDM 2B); false if the interpreter must raise its fault.
-fn syscall(cpu: &mut CpuState) -> bool {
-    if cpu.efer & efer::SCE == 0 {
-        return false;
-    }
-    cpu.gpr[gpr::RCX] = cpu.rip.wrapping_add(SYSCALL_LEN);
-    cpu.gpr[R11] = cpu.rflags;
-    cpu.rip = cpu.msr.lstar;
-    cpu.rflags &= !(cpu.msr.sfmask | flags::RF);
-    let selector = (cpu.msr.star >> 32) as u16 & !3;
-    cpu.seg[SegReg::Cs as usize] = Segment::flat(selector, CODE64);
-    cpu.seg[SegReg::Ss as usize] = Segment::flat(selector.wrapping_add(8), DATA);
-    cpu.cpl = 0;
-    true
-}
-
-/// SYSRETQ (SDM 2B); false if the interpreter must raise its fault or knows flags we do not handle.
-fn sysret(cpu: &mut CpuState) -> bool {
-    let (rip, rflags) = (cpu.gpr[gpr::RCX], cpu.gpr[R11]);
-    if cpu.efer & efer::SCE == 0 || !canonical(rip) || rflags & (flags::TF | flags::NT | flags::VIP) != 0 {
-        return false;
-    }
-    cpu.rip = rip;
-    cpu.rflags = (rflags & 0x3C_7FD7) | flags::FIXED;
-    let selector = (cpu.msr.star >> 48) as u16;
-    cpu.seg[SegReg::Cs as usize] = Segment::flat(selector.wrapping_add(16) | 3, CODE64 | DPL3);
-    cpu.seg[SegReg::Ss as usize] = Segment::flat(selector.wrapping_add(8) | 3, DATA | DPL3);
-    cpu.cpl = 3;
-    true
-}
-
 /// PAUSEs in a row before the host's processor is given away: some microseconds.
 const PAUSES: i32 = 100;
-const R11: usize = 11;
-const SYSCALL_LEN: u64 = 2;
-/// Attributes that SYSCALL and SYSRET load: accessed 64-bit code, accessed writable 32-bit data.
-const CODE64: u16 = attr::G | attr::L | attr::P | attr::S | attr::CODE | attr::READ_WRITE | attr::ACCESSED;
-const DATA: u16 = attr::G | attr::DB | attr::P | attr::S | attr::READ_WRITE | attr::ACCESSED;
-const DPL3: u16 = 3 << attr::DPL_SHIFT;

@@ -325,3 +325,57 @@ fn segment_bases() {
         bed.faults(&program!(32: ; ".byte 0x0F, 0x01, 0xF8"), 6, None); // SWAPGS
     });
 }
+
+/// The plain case, over and over: flags travel through R11 one by one, IF is clear in between, and privilege
+/// follows: what either level may not touch is refused with its own error code (SDM 2B, SYSCALL and SYSRET; 3A, 4.7).
+#[test]
+fn levels_follow_system_calls() {
+    for masked in
+        [flags::IF, flags::IF | flags::CF | flags::OF, flags::STATUS | flags::IF | flags::DF | flags::TF]
+    {
+        for image in [0x202, 0xAD7, 0x203, 0x206, 0x212, 0x242, 0x282, 0xA02, 0x2] {
+            both(Start::Long, |bed| {
+                set_up(bed);
+                bed.cpu.msr.sfmask = masked;
+                let kernel = program!(64: "pushfq", "pop r8", "mov r9, r11", "mov esi, cs", "mov edi, ss", "mov r11, r14", "sysretq");
+                bed.put(CODE + 0x800, kernel.bytes);
+                bed.user();
+                bed.cpu.gpr[14] = image;
+                bed.run(&program!(64: "mov ebx, 40", "2: xor eax, eax", "stc", "syscall", "pushfq", "pop r13", "mov r15d, cs", "dec ebx", "jnz 2b", "int 0x50"));
+                let (t, g) = (bed.taken(), bed.cpu.gpr);
+                assert_eq!((t.vector, t.cs, t.ss, t.sp), (0x50, 0x33, 0x2B, USER_STACK));
+                // XOR leaves AF undefined.
+                let before = flags::ZF | flags::PF | flags::CF | flags::FIXED | image & flags::IF;
+                assert_eq!(g[9] & !flags::AF, before, "R11");
+                assert_eq!(g[gpr::R8] & !flags::AF, before & !masked, "flags at CPL 0 with {masked:#x}");
+                assert_eq!((g[gpr::RSI], g[gpr::RDI], g[15]), (0x10, 0x18, 0x33));
+                assert_eq!(g[13], image, "flags at CPL 3");
+            });
+        }
+    }
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.cpu.msr.sfmask = flags::IF;
+        bed.map(DATA, DATA, pte::P | pte::RW);
+        bed.put(CODE + 0x800, program!(64: "inc dword ptr [0x200000]", "sysretq").bytes);
+        bed.user();
+        bed.run(&program!(64: "mov ebx, 20", "2: syscall", "dec ebx", "jnz 2b", "mov eax, [0x200000]"));
+        assert_eq!((bed.taken().vector, bed.taken().error, bed.get32(DATA)), (14, Some(pf::P | pf::U), 20));
+    });
+    // An interrupt that waits for IF is taken behind SYSRET, at CPL 3.
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.cpu.msr.sfmask = flags::IF;
+        bed.put(
+            CODE + 0x800,
+            program!(64: "test ebx, ebx", "jnz 2f", "out 0x80, al", "2: inc r8", "sysretq").bytes,
+        );
+        bed.gate(0x60, 14, 0, HANDLERS + 0x600);
+        bed.interrupt_at_port(0x60);
+        bed.user();
+        bed.cpu.rflags |= flags::IF;
+        bed.run(&program!(64: "mov ebx, 20", "2: syscall", "dec ebx", "jns 2b", "inc r8", "int 0x50"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.cs, t.sp, bed.cpu.gpr[gpr::R8]), (0x60, 0x33, USER_STACK, 21));
+    });
+}
