@@ -15,7 +15,8 @@
 //! | far transfers, call gates, conforming segments, LDT                                 | transfers, tasks              |
 //! | tasks, task gates, nesting                                                          | tasks, switches               |
 //! | limits, types, expand-down, null selectors, 16-bit code                             | segments, segmented           |
-//! | virtual-8086 mode, VME, PVI, the I/O bitmap                                         | tasks, vme                    |
+//! | privileged instructions, loads by CPL, RPL and DPL, LAR, LSL, VERR, VERW            | privilege                     |
+//! | virtual-8086 mode, VME, PVI, the I/O bitmap                                         | tasks, v8086, vme             |
 //! | SYSCALL, SYSENTER, segment bases, addresses that are not canonical                  | syscalls                      |
 //! | page permissions, SMEP, SMAP, accessed and dirty bits, large pages                  | paging                        |
 //! | reserved bits of entries, PDPTEs, CRs, MSRs, CPUID, TSC, RDPMC, RDRAND              | registers                     |
@@ -71,6 +72,8 @@ mod paging;
 mod plan;
 #[path = "system/post_mortem.rs"]
 mod post_mortem;
+#[path = "system/privilege.rs"]
+mod privilege;
 #[path = "system/registers.rs"]
 mod registers;
 #[path = "system/segmented.rs"]
@@ -91,6 +94,8 @@ mod tlb;
 mod traces;
 #[path = "system/transfers.rs"]
 mod transfers;
+#[path = "system/v8086.rs"]
+mod v8086;
 #[path = "system/vme.rs"]
 mod vme;
 #[path = "system/wild.rs"]

@@ -215,3 +215,126 @@ fn the_t_bit_of_a_task() {
         assert_ne!(bed.cpu.gpr[gpr::RSP], STACK);
     });
 }
+
+/// Breakpoints are linear addresses: segment bases count, in every mode.
+#[test]
+fn breakpoints_are_linear_addresses() {
+    both(Start::Real, |bed| {
+        // The same byte by CS 0 and by CS 900H.
+        let p = program!(16: ".byte 0xEA", ".word 2f - 770b", ".word 0x900"; "2: nop");
+        bed.cpu.dr[0] = bed.code() + p.at;
+        bed.cpu.dr[7] = 0x401;
+        bed.run(&p);
+        assert_eq!((bed.taken().vector, bed.taken().cs, bed.taken().rip), (1, 0x900, p.at));
+        // A byte that is written through DS 2000H.
+        bed.reset();
+        bed.cpu.dr[1] = 0x2_0011;
+        bed.cpu.dr[7] = 0x400 | 1 << 2 | 0b0001 << 20;
+        let p = program!(16: "mov ax, 0x2000", "mov ds, ax", "mov [0x10], al", "mov [0x12], ax", "mov al, [0x11]", "mov [0x10], ax"; "nop");
+        bed.run(&p);
+        assert_eq!((bed.taken().vector, bed.taken().rip), (1, bed.code() + p.at));
+        assert_eq!(bed.cpu.dr[6] & 0xE00F, 2);
+    });
+    both(Start::Protected, |bed| {
+        bed.gdt(crate::bed::sel::FREE, crate::segments::descriptor(DATA, 0xFFFF, 0x4093));
+        bed.cpu.dr[2] = DATA + 0x20;
+        bed.cpu.dr[7] = 0x400 | 1 << 4 | 0b1111 << 24;
+        let p = program!(32: "mov eax, 0x58", "mov fs, eax", "mov ecx, 3", "2: mov eax, [0x20]", "mov eax, fs:[0x24]", "mov eax, fs:[0x1C]", "dec ecx", "jnz 2b", "inc dword ptr fs:[0x20]"; "nop");
+        bed.run(&p);
+        assert_eq!((bed.taken().vector, bed.taken().rip, bed.cpu.dr[6] & 0xE00F), (1, CODE + p.at, 4));
+    });
+    both(Start::Protected, |bed| {
+        // Virtual-8086 mode.
+        bed.cpu.dr[0] = 0x9_0001;
+        bed.cpu.dr[7] = 0x401;
+        crate::tasks::v8086_with(bed, 0, program!(16: "nop", "nop").bytes);
+        assert_eq!((bed.taken().vector, bed.taken().cs, bed.taken().rip), (1, 0x9000, 1));
+    });
+}
+
+/// An instruction that faults has accessed nothing: its data breakpoint is not reported (SDM 3B, 17.2.4 and 17.3.1.2).
+#[test]
+fn no_trap_of_an_instruction_that_faults() {
+    both(Start::Long, |bed| {
+        bed.ist(14);
+        bed.cpu.dr[0] = DATA;
+        bed.cpu.dr[7] = 0x400 | 1 | 0b1111 << 16;
+        bed.page_faults(&program!(64: "mov esi, 0x200000", "mov esp, 0x40000000"; "push [rsi]"), 0x3FFF_FFF8, 2);
+        assert_eq!(bed.cpu.dr[6] & 0xE00F, 0);
+        bed.page_faults(&program!(64: "mov esi, 0x200000", "mov edi, 0x40000000"; "movsd"), 0x4000_0000, 2);
+        assert_eq!(bed.cpu.dr[6] & 0xE00F, 0);
+    });
+}
+
+/// Data breakpoints against accesses of every kind: read-modify-write, locked, wide, strings, the stack.
+#[test]
+fn data_breakpoints_by_kind_of_access() {
+    both(Start::Long, |bed| {
+        let cell = DATA + 0x48;
+        for (p, reads, writes) in [
+            (program!(64: ; "mov al, [rsi + 0x4B]"), true, false),
+            (program!(64: ; "add [rsi + 0x44], rax"), true, true),
+            (program!(64: ; "cmp [rsi + 0x44], rax"), true, false),
+            (program!(64: ; "lock xadd [rsi + 0x48], eax"), true, true),
+            (program!(64: ; "lock cmpxchg16b [rsi + 0x40]"), true, true),
+            (program!(64: ; "bt dword ptr [rsi + 0x48], 3"), true, false),
+            (program!(64: ; "movups [rsi + 0x3C], xmm0"), false, true),
+            (program!(64: ; "vmovups [rsi + 0x2C], ymm0"), false, true),
+            (program!(64: ; "vmovups ymm0, [rsi + 0x2C]"), true, false),
+            (program!(64: ; "fld tbyte ptr [rsi + 0x40]"), true, false),
+            (program!(64: ; "fxsave [rsi]"), false, true),
+            (program!(64: ; "xchg rsp, rbx", "push rax", "xchg rsp, rbx"), false, true),
+            (program!(64: ; "xchg rsp, rdi", "pop rax", "xchg rsp, rdi"), true, false),
+            (program!(64: ; "lea rdi, [rsi + 0x44]", "mov ecx, 2", "rep stosd"), false, true),
+            (program!(64: ; "lea rdi, [rsi + 0x100]", "lea rsi, [rsi + 0x44]", "mov ecx, 2", "rep movsd"), true, false),
+            (program!(64: ; "movnti [rsi + 0x48], eax"), false, true),
+        ] {
+            // Writes, then reads and writes, of four bytes.
+            for (kind, hits) in [(0b1101u64, writes), (0b1111, reads || writes)] {
+                bed.reset();
+                bed.gate(1, 14, 0, HANDLERS + 0x10);
+                bed.cpu.gpr[gpr::RSI] = DATA;
+                bed.cpu.gpr[gpr::RBX] = cell + 8;
+                bed.cpu.gpr[gpr::RDI] = cell;
+                bed.cpu.dr[3] = cell;
+                bed.cpu.dr[7] = 0x400 | 1 << 6 | kind << 28;
+                bed.load(&p);
+                bed.go();
+                let note = format!("{:x?} {kind:b}", p.bytes);
+                if hits {
+                    assert_eq!((bed.taken().vector, bed.cpu.dr[6] & 0xE00F), (1, 8), "{note}");
+                } else {
+                    assert_eq!((bed.cpu.rip, bed.cpu.dr[6] & 0xF), (CODE + p.bytes.len() as u64, 0), "{note}");
+                }
+            }
+        }
+        // Neighbours.
+        for p in [
+            program!(64: ; "mov eax, [rsi + 0x44]", "mov [rsi + 0x4C], eax", "mov [rsi + 0x40], rax", "movups [rsi + 0x38], xmm0", "vmovups [rsi + 0x4C], ymm0"),
+            program!(64: ; "fstp tbyte ptr [rsi + 0x3E]", "lock inc dword ptr [rsi + 0x44]", "mov byte ptr [rsi + 0x47], 1"),
+        ] {
+            bed.reset();
+            bed.cpu.gpr[gpr::RSI] = DATA;
+            bed.cpu.dr[3] = cell;
+            bed.cpu.dr[7] = 0x400 | 1 << 6 | 0b1111 << 28;
+            bed.finish(&p);
+            assert_eq!(bed.cpu.dr[6] & 0xF, 0);
+        }
+    });
+}
+
+/// SYSENTER leaves TF: the trap comes at the kernel's first instruction (SDM 2B, SYSENTER: only VM and IF are cleared).
+#[test]
+fn single_step_over_sysenter() {
+    both(Start::Pae, |bed| {
+        bed.cpu.msr.sysenter_cs = 8;
+        bed.cpu.msr.sysenter_esp = STACK;
+        bed.cpu.msr.sysenter_eip = CODE + 0x800;
+        bed.put(CODE + 0x800, &[0x90, 0xF4]);
+        bed.user();
+        bed.cpu.rflags |= flags::TF;
+        bed.run(&program!(32: "sysenter"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.cs, t.rip, bed.cpu.dr[6] & 0xE00F), (1, 8, CODE + 0x800, BS));
+    });
+}

@@ -365,3 +365,95 @@ fn global_pages_need_pge() {
         assert_eq!(run(bed, true), (1, 2), "it survives CR3, not a change of PGE");
     });
 }
+
+/// CR4.PCIDE can be set in IA-32e mode only, while CR3[11:0] is zero; PG cannot be cleared under it (SDM 3A, 2.5 and 4.10.1).
+#[test]
+fn when_pcids_can_be_enabled() {
+    both(Start::Long, |bed| {
+        let set = program!(64: "mov rax, cr4", "bts rax, 17"; "mov cr4, rax");
+        bed.finish(&set);
+        assert_ne!(bed.cpu.cr4 & cr4::PCIDE, 0);
+        for low in [1, 0x18, 0x800] {
+            bed.reset();
+            bed.cpu.cr3 |= low;
+            bed.faults(&set, 13, 0);
+            assert_eq!(bed.cpu.cr4 & cr4::PCIDE, 0);
+        }
+    });
+    for start in [Start::Protected, Start::Pae, Start::Paged32] {
+        both(start, |bed| {
+            bed.faults(&program!(32: "mov eax, cr4", "bts eax, 17"; "mov cr4, eax"), 13, 0);
+        });
+    }
+    both(Start::Compat, |bed| {
+        bed.cpu.cr4 |= cr4::PCIDE;
+        bed.faults(&program!(32: "mov eax, cr0", "btr eax, 31"; "mov cr0, eax"), 13, 0);
+    });
+}
+
+/// SGDT and SIDT store six bytes, ten in 64-bit mode; LGDT and LIDT load 24 bits of the base with 16-bit operands, a canonical
+/// one in 64-bit mode (SDM 2A, LGDT, SGDT).
+#[test]
+fn descriptor_table_registers() {
+    both(Start::Protected, |bed| {
+        bed.put64(DATA, 0xAAAA_AAAA_AAAA_AAAA);
+        bed.put16(DATA + 8, 0x0FFF);
+        bed.put32(DATA + 10, 0xAB00_1000);
+        bed.finish(&program!(32: "mov esi, 0x200000", "sidt [esi]", ".byte 0x66", "lgdt [esi + 8]", "mov eax, 0x18", "mov es, eax"));
+        assert_eq!(bed.get64(DATA), 0xAAAA_0000_2000_0FFF);
+        assert_eq!((bed.cpu.gdtr.base, bed.cpu.gdtr.limit), (0x1000, 0xFFF));
+        bed.finish(&program!(32: "mov esi, 0x200000", ".byte 0x66", "lidt [esi + 8]"));
+        assert_eq!((bed.cpu.idtr.base, bed.cpu.idtr.limit), (0x1000, 0xFFF));
+        bed.finish(&program!(32: "mov esi, 0x200000", "lidt [esi + 8]"));
+        assert_eq!(bed.cpu.idtr.base, 0xAB00_1000);
+    });
+    both(Start::Long, |bed| {
+        bed.put(DATA, &[0xAA; 16]);
+        bed.put16(DATA + 0x20, 0x0FFF);
+        bed.put64(DATA + 0x22, 0xFFFF_8000_0000_1000);
+        // The operand-size prefix means nothing here.
+        bed.finish(&program!(64: "mov esi, 0x200000", ".byte 0x66", "sgdt [rsi]", "mov eax, [rsi + 10]", ".byte 0x66", "lidt [rsi + 0x20]"));
+        assert_eq!((bed.get16(DATA), bed.get64(DATA + 2)), (0xFFF, 0x1000));
+        assert_eq!((bed.cpu.gpr[gpr::RAX], bed.cpu.idtr.base), (0xAAAA_AAAA, 0xFFFF_8000_0000_1000));
+        bed.reset();
+        bed.put64(DATA + 0x22, 0x8000_0000_1000);
+        bed.faults(&program!(64: "mov esi, 0x200000"; "lgdt [rsi + 0x20]"), 13, 0);
+        bed.faults(&program!(64: "mov esi, 0x200000"; "lidt [rsi + 0x20]"), 13, 0);
+    });
+}
+
+/// SLDT, STR and SMSW store two bytes to memory whatever the operand size; into registers selectors are zero-extended.
+#[test]
+fn stores_of_selectors_and_the_status_word() {
+    for start in [Start::Protected, Start::Compat, Start::Long] {
+        both(start, |bed| {
+            bed.put(DATA, &[0xAA; 16]);
+            bed.cpu.ldtr.selector = 0x1230;
+            bed.finish(&program!(32: "mov esi, 0x200000", "sldt [esi]", "str [esi + 4]", "smsw [esi + 8]", "mov eax, -1", "sldt eax", "mov ecx, -1", "str ecx"));
+            assert_eq!([0, 4].map(|i| bed.get32(DATA + i)), [0xAAAA_1230, 0xAAAA_0048]);
+            assert_eq!(bed.get32(DATA + 8), 0xAAAA_0000 | bed.cpu.cr0 as u32 & 0xFFFF);
+            assert_eq!((bed.cpu.gpr[gpr::RAX], bed.cpu.gpr[gpr::RCX]), (0x1230, 0x48));
+        });
+    }
+}
+
+/// MOV to and from control and debug registers takes the ModRM byte for two registers whatever its mod field says (SDM 2B).
+#[test]
+fn moves_of_control_registers_have_no_memory_form() {
+    both(Start::Long, |bed| {
+        // MOV RBP, CR3 as mod 0, rm 5; MOV RSP, CR0 as mod 1, rm 4; MOV RDX, DR7 as mod 2.
+        bed.finish(&program!(64: "mov rcx, rsp", ".byte 0x0F, 0x20, 0x1D", ".byte 0x0F, 0x20, 0x44", "mov rax, rsp", "mov rsp, rcx", ".byte 0x0F, 0x21, 0xBA"));
+        let g = bed.cpu.gpr;
+        assert_eq!((g[gpr::RBP], g[gpr::RAX], g[gpr::RDX]), (bed.cpu.cr3, bed.cpu.cr0, 0x400));
+    });
+}
+
+/// INVLPG of an address that is not canonical does nothing (SDM 2A).
+#[test]
+fn invlpg_of_any_address() {
+    both(Start::Long, |bed| {
+        bed.finish(&program!(64: "mov rsi, 0x8000000000000000", "invlpg [rsi]", "mov rsi, 0x7FFFFFFFFFFF", "invlpg [rsi + 1]", "invlpg [0x40000000]"));
+        bed.faults(&program!(64: "nop"; ".byte 0x0F, 0x01, 0xFF"), 6, None); // of a register
+    });
+    both(Start::Protected, |bed| bed.finish(&program!(32: "invlpg [0x40000000]")));
+}

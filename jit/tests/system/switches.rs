@@ -266,3 +266,35 @@ fn a_virtual_8086_task() {
         assert_eq!((t.vector, t.error, t.cs, t.rip), (13, Some(0), 0x9000, 0x10));
     });
 }
+
+/// Faults whose handlers are tasks: the error code is pushed onto the new stack (SDM 3A, 6.12.2, 6.13 and 7.3).
+#[test]
+fn double_faults_and_page_faults_by_task_gate() {
+    for start in [Start::Protected, Start::Paged32] {
+        both(start, |bed| {
+            let prepare = |bed: &mut Bed, vector: u64| {
+                bed.restore();
+                second_task(bed);
+                bed.put32(TSS + 28, bed.cpu.cr3 as u32);
+                bed.put64(IDT + vector * 8, 0x0000_8500_0068_0000);
+                bed.put(CODE + 0x800, program!(32: "pop ebx", "mov edx, cr2").bytes);
+            };
+            prepare(bed, 8);
+            bed.put64(IDT, 0);
+            bed.put64(IDT + 13 * 8, 0);
+            bed.run(&program!(32: "mov ebx, 77", "xor ecx, ecx", "div ecx"));
+            assert_eq!((bed.cpu.tr.selector, bed.cpu.gpr[gpr::RBX], bed.get16(TSS2)), (0x68, 0, sel::TSS));
+            assert!(busy(bed, 0x48) && busy(bed, 0x68) && bed.cpu.rflags & flags::NT != 0);
+            assert_eq!((bed.get32(TSS + 52), bed.cpu.gpr[gpr::RSP]), (77, 0x6_8000), "EBX was saved");
+            if start == Start::Protected {
+                return;
+            }
+            prepare(bed, 14);
+            let p = program!(32: "mov ebx, 77", "stc"; "mov [0x40000000], eax");
+            bed.run(&p);
+            assert_eq!((bed.cpu.tr.selector, bed.cpu.gpr[gpr::RBX]), (0x68, 2), "a write");
+            assert_eq!((bed.cpu.gpr[gpr::RDX], u64::from(bed.get32(TSS + 32))), (0x4000_0000, CODE + p.at));
+            assert_eq!(u64::from(bed.get32(TSS + 36)) & flags::CF, flags::CF);
+        });
+    }
+}

@@ -69,7 +69,7 @@ fn interrupts_go_to_the_monitor() {
         // Method 4: the bit is set, IOPL 3.
         let t = run(bed, IOPL3, &program!(16: "nop", "int 0x10"));
         assert_eq!((t.vector, t.rip, t.cs), (0x10, 3, 0x9000));
-        // The same below IOPL 3: #GP(0), method 2.
+        // The same below IOPL 3: #GP(0), method 3.
         let t = run(bed, 0, &program!(16: "nop", "int 0x10"));
         assert_eq!((t.vector, t.error, t.rip), (13, Some(0), 1));
         // INT3 and INTO are not redirected.
@@ -82,7 +82,7 @@ fn interrupts_go_to_the_monitor() {
         bed.put16(TSS + 102, 0x400);
         v8086_with(bed, 0, &[0xCD, 0x21]);
         assert_eq!((bed.taken().vector, bed.taken().error, bed.taken().rip), (13, Some(0), 0));
-        // Without VME: #GP(0) below IOPL 3 whatever the bitmap says.
+        // Without VME: #GP(0) below IOPL 3 whatever the bitmap says, method 2 (1, with IOPL 3: `tasks`).
         vme(bed);
         bed.cpu.cr4 &= !cr4::VME;
         v8086_with(bed, 0, &[0xCD, 0x21]);
