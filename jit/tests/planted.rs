@@ -1,14 +1,18 @@
 //! The oracle notices: whatever an engine leaves wrong, one bit of anything, is a finding, alone and in programs.
+//!
+//! Invariant of the unsafe lines: emitted code is changed only between two runs of its engine, on the thread that runs it,
+//! one opcode byte into another that an instruction may have there.
 
 use iced_x86::Code;
 use paravane_cpu::{
     Attention, Budget, CpuBus, CpuState, DebugPlan, Engine, Exit, HostCode, HostFeatures, Interpreter,
     PostMortem, Tracer, VpIndex, flags, model_by_name,
 };
-use paravane_jit::fuzz::{Bench, Leave, Pools, Program, Random, Verdict};
+use paravane_jit::fuzz::{Bench, Leave, Pools, Program, Random, Verdict, admit};
 use paravane_jit::host::{HostVectorUnit, NativeMode};
 use paravane_jit::{JitOptions, Translator};
 use paravane_memory::{GuestMemory, PhysAddr, RamOffset};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 /// Benches map the same addresses.
@@ -18,6 +22,8 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 struct Crooked {
     engine: Box<dyn Engine>,
     error: Error,
+    /// Traces damaged so far.
+    damaged: u64,
 }
 
 impl Crooked {
@@ -37,10 +43,80 @@ enum Error {
     Resuming(fn(&mut CpuState)),
     /// After a loop that became a trace.
     Traced(fn(&mut CpuState)),
+    /// In the code of traces: an opcode becomes another.
+    InTraces(Opcode),
+}
+
+/// Makes another opcode of one.
+type Opcode = fn(u8) -> u8;
+
+/// The arena, the last three of the guest's pages.
+const ARENA: PhysAddr = PhysAddr((8 << 20) - 0x3000);
+/// Linear addresses at which programs have code.
+const CODE: std::ops::Range<u64> = 0x4000_0400..0x4000_1000;
+
+impl Crooked {
+    /// The code of traces: only there a guest instruction comes twice, where a short loop was unrolled.
+    fn unrolled(&self) -> Vec<HostCode> {
+        let traces = CODE.map(|lin| self.engine.host_code(lin)).filter(|code| {
+            let hot: Vec<u64> = code.iter().filter(|c| !c.cold).filter_map(|c| c.guest).collect();
+            let distinct: BTreeSet<u64> = hot.iter().copied().collect();
+            distinct.len() < hot.len()
+        });
+        traces.flatten().collect()
+    }
+
+    /// Changes the first opcode that can be changed in a trace; whether there is one.
+    fn damage(&self, change: Opcode) -> bool {
+        // ADD, OR, ADC, SBB, AND, SUB, XOR, CMP between registers, as they are in the guest's code.
+        let arithmetic = |c: &HostCode| match c.bytes[..] {
+            [opcode, modrm] | [_, opcode, modrm] => opcode < 0x40 && opcode & 7 < 4 && modrm >= 0xC0,
+            _ => false,
+        };
+        let Some(code) = self.unrolled().into_iter().find(|c| c.guest.is_some() && arithmetic(c)) else {
+            return false;
+        };
+        let at = code.bytes.len() - 2;
+        patch(code.host + at as u64, change(code.bytes[at]));
+        true
+    }
+
+    /// Runs once, and if that made a trace damages it and runs again from the same state.
+    fn run_damaged(
+        &mut self,
+        (cpu, mem, bus, budget): (&mut CpuState, &GuestMemory, &dyn CpuBus, Budget),
+        change: Opcode,
+    ) -> Exit {
+        let (start, traces) = (cpu.clone(), self.traces());
+        let mut arena = [0; 0x3000];
+        mem.read(ARENA, &mut arena).unwrap();
+        let exit = self.engine.run(cpu, mem, bus, budget);
+        if self.traces() == traces || !self.damage(change) {
+            return exit;
+        }
+        self.damaged += 1;
+        *cpu = start;
+        mem.write(ARENA, &arena).unwrap();
+        self.engine.run(cpu, mem, bus, budget)
+    }
+}
+
+/// Writes a byte of emitted code.
+fn patch(at: u64, byte: u8) {
+    let (page, all) = (at & !0xFFF, libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC);
+    // SAFETY: the page is one of the engine's code cache; it gets back what it had.
+    let allow = |prot| assert_eq!(unsafe { libc::mprotect(page as *mut _, 4096, prot) }, 0);
+    allow(all);
+    // SAFETY: the byte lies in that page, and nothing else refers to it now.
+    unsafe { (at as *mut u8).write_volatile(byte) };
+    allow(libc::PROT_READ | libc::PROT_EXEC);
 }
 
 impl Engine for Crooked {
     fn run(&mut self, cpu: &mut CpuState, mem: &GuestMemory, bus: &dyn CpuBus, budget: Budget) -> Exit {
+        if let Error::InTraces(change) = self.error {
+            return self.run_damaged((cpu, mem, bus, budget), change);
+        }
         match self.error {
             Error::Before(change) => change(cpu),
             Error::Resuming(change) if cpu.rflags & flags::RF != 0 => change(cpu),
@@ -74,7 +150,9 @@ impl Engine for Crooked {
         self.engine.post_mortem()
     }
     fn counters(&self) -> Vec<(String, u64)> {
-        self.engine.counters()
+        let mut counters = self.engine.counters();
+        counters.push(("damaged".into(), self.damaged));
+        counters
     }
     fn host_code(&self, lin: u64) -> Vec<HostCode> {
         self.engine.host_code(lin)
@@ -91,9 +169,9 @@ impl Engine for Crooked {
     }
 }
 
-/// A byte of the arena, the last three of the guest's pages, that nothing here touches.
+/// A byte of the arena that nothing here touches.
 fn flip_memory(_: &mut CpuState, mem: &GuestMemory) {
-    let at = PhysAddr((8 << 20) - 0x3000 + 0x1F0D);
+    let at = PhysAddr(ARENA.0 + 0x1F0D);
     let mut byte = [0];
     mem.read(at, &mut byte).unwrap();
     mem.write(at, &[byte[0] ^ 0x10]).unwrap();
@@ -124,7 +202,7 @@ fn bench(mode: NativeMode, error: Error) -> Option<Bench> {
     let model = model_by_name("max", &HostFeatures::detect()).unwrap();
     let vector = Box::new(HostVectorUnit::new().unwrap());
     let engine = Box::new(Interpreter::new(model, vector, Attention::default(), VpIndex(0)));
-    bench.add("crooked", Box::new(Crooked { engine, error }), Leave::Nothing);
+    bench.add("crooked", Box::new(Crooked { engine, error, damaged: 0 }), Leave::Nothing);
     Some(bench)
 }
 
@@ -135,7 +213,7 @@ fn tracing_bench(mode: NativeMode, error: Error) -> Bench {
     let options = JitOptions { hot_loop: 2, ..JitOptions::default() };
     let memory = bench.guest().memory();
     let engine = Box::new(Translator::new(model, memory, Attention::default(), VpIndex(0), options).unwrap());
-    bench.add("crooked", Box::new(Crooked { engine, error }), Leave::DeadFlags);
+    bench.add("crooked", Box::new(Crooked { engine, error, damaged: 0 }), Leave::DeadFlags);
     bench
 }
 
@@ -189,6 +267,35 @@ fn errors_of_traces_are_found() {
             let traces = bench.counter("traces");
             assert!(traces > 5, "{traces} traces in {mode:?}");
             assert_eq!(different > 5, found, "{different} found in {mode:?}, {traces} traces");
+        }
+    }
+}
+
+/// One opcode of a trace that is another, and many programs with such a trace are findings (in others nobody reads what it
+/// computes); where it is written as it was, none is.
+#[test]
+fn errors_in_the_code_of_traces_are_found() {
+    let _guard = ONE_AT_A_TIME.lock();
+    for mode in [NativeMode::Long, NativeMode::Protected32] {
+        let forms = paravane_jit::fuzz::forms(mode.bits()).into_iter().map(|(form, _)| form);
+        let arithmetic = |form: &Code| {
+            let name = format!("{form:?}");
+            ["Add_r", "Or_r", "Adc_r", "Sbb_r", "And_r", "Sub_r", "Xor_r"].iter().any(|n| name.starts_with(n))
+        };
+        let pools = Pools::new(forms.filter(arithmetic).filter(|&f| admit(f, mode.bits()).is_ok()).collect());
+        // ADD and OR, ADC and SBB, AND and SUB, XOR and CMP change places.
+        let errors: [(Opcode, bool); 2] = [(|opcode| opcode, false), (|opcode| opcode ^ 8, true)];
+        for (change, found) in errors {
+            let mut bench = tracing_bench(mode, Error::InTraces(change));
+            let mut different = 0;
+            for seed in 0..700 {
+                let program = Program::draw(&mut bench, &pools, 20, &mut Random::new(seed)).unwrap();
+                different += u64::from(!bench.differences(program.case()).is_empty());
+            }
+            let damaged = bench.counter("damaged");
+            assert!(damaged >= 8, "{damaged} traces in {mode:?}");
+            let enough = if found { different * 4 > damaged } else { different == 0 };
+            assert!(enough, "{different} found in {mode:?} of {damaged}");
         }
     }
 }

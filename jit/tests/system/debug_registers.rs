@@ -259,7 +259,11 @@ fn no_trap_of_an_instruction_that_faults() {
         bed.ist(14);
         bed.cpu.dr[0] = DATA;
         bed.cpu.dr[7] = 0x400 | 1 | 0b1111 << 16;
-        bed.page_faults(&program!(64: "mov esi, 0x200000", "mov esp, 0x40000000"; "push [rsi]"), 0x3FFF_FFF8, 2);
+        bed.page_faults(
+            &program!(64: "mov esi, 0x200000", "mov esp, 0x40000000"; "push [rsi]"),
+            0x3FFF_FFF8,
+            2,
+        );
         assert_eq!(bed.cpu.dr[6] & 0xE00F, 0);
         bed.page_faults(&program!(64: "mov esi, 0x200000", "mov edi, 0x40000000"; "movsd"), 0x4000_0000, 2);
         assert_eq!(bed.cpu.dr[6] & 0xE00F, 0);
@@ -286,7 +290,11 @@ fn data_breakpoints_by_kind_of_access() {
             (program!(64: ; "xchg rsp, rbx", "push rax", "xchg rsp, rbx"), false, true),
             (program!(64: ; "xchg rsp, rdi", "pop rax", "xchg rsp, rdi"), true, false),
             (program!(64: ; "lea rdi, [rsi + 0x44]", "mov ecx, 2", "rep stosd"), false, true),
-            (program!(64: ; "lea rdi, [rsi + 0x100]", "lea rsi, [rsi + 0x44]", "mov ecx, 2", "rep movsd"), true, false),
+            (
+                program!(64: ; "lea rdi, [rsi + 0x100]", "lea rsi, [rsi + 0x44]", "mov ecx, 2", "rep movsd"),
+                true,
+                false,
+            ),
             (program!(64: ; "movnti [rsi + 0x48], eax"), false, true),
         ] {
             // Writes, then reads and writes, of four bytes.
@@ -304,7 +312,11 @@ fn data_breakpoints_by_kind_of_access() {
                 if hits {
                     assert_eq!((bed.taken().vector, bed.cpu.dr[6] & 0xE00F), (1, 8), "{note}");
                 } else {
-                    assert_eq!((bed.cpu.rip, bed.cpu.dr[6] & 0xF), (CODE + p.bytes.len() as u64, 0), "{note}");
+                    assert_eq!(
+                        (bed.cpu.rip, bed.cpu.dr[6] & 0xF),
+                        (CODE + p.bytes.len() as u64, 0),
+                        "{note}"
+                    );
                 }
             }
         }
@@ -336,5 +348,51 @@ fn single_step_over_sysenter() {
         bed.run(&program!(32: "sysenter"));
         let t = bed.taken();
         assert_eq!((t.vector, t.cs, t.rip, bed.cpu.dr[6] & 0xE00F), (1, 8, CODE + 0x800, BS));
+    });
+}
+
+/// HLT under TF: the single-step trap ends it (SDM 2A, HLT: "a debug exception" resumes execution).
+#[test]
+fn single_step_ends_hlt() {
+    for start in [Start::Long, Start::Protected] {
+        both(start, |bed| {
+            bed.cpu.rflags |= flags::TF;
+            bed.put(bed.code(), &[0xF4, 0x90]);
+            bed.cpu.rip = bed.code();
+            bed.go();
+            let t = bed.taken();
+            assert_eq!((t.vector, t.rip, bed.cpu.dr[6] & 0xE00F), (1, CODE + 1, BS));
+        });
+    }
+}
+
+/// A data breakpoint of MOV SS is held back over SYSCALL and SYSENTER too: #DB comes at the kernel's first instruction
+/// (SDM 3A, 6.8.3).
+#[test]
+fn a_trap_held_back_over_system_calls() {
+    let prepare = |bed: &mut crate::bed::Bed| {
+        bed.user();
+        bed.put16(DATA, crate::bed::sel::USER_DATA);
+        bed.put(CODE + 0x800, &[0xF4]);
+        bed.cpu.dr[0] = DATA;
+        bed.cpu.dr[7] = 0x400 | 1 | 0b0111 << 16;
+    };
+    both(Start::Long, |bed| {
+        prepare(bed);
+        bed.cpu.msr.star = 0x0023_0010 << 32;
+        bed.cpu.msr.lstar = CODE + 0x800;
+        bed.ist(1);
+        bed.run(&program!(64: "mov esi, 0x200000", "mov ss, [rsi]", "syscall"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.cs, t.rip, bed.cpu.dr[6] & 0xE00F), (1, 0x10, CODE + 0x800, 1));
+    });
+    both(Start::Protected, |bed| {
+        prepare(bed);
+        bed.cpu.msr.sysenter_cs = 8;
+        bed.cpu.msr.sysenter_esp = STACK;
+        bed.cpu.msr.sysenter_eip = CODE + 0x800;
+        bed.run(&program!(32: "mov esi, 0x200000", "mov ss, [esi]", "sysenter"));
+        let t = bed.taken();
+        assert_eq!((t.vector, t.cs, t.rip, bed.cpu.dr[6] & 0xE00F), (1, 8, CODE + 0x800, 1));
     });
 }

@@ -68,7 +68,11 @@ fn instructions_of_ring_0() {
                 for iopl in [0, flags::IOPL] {
                     for p in privileged() {
                         bed.reset();
-                        if ring == 3 { bed.user() } else { at_ring(bed, ring) }
+                        if ring == 3 {
+                            bed.user()
+                        } else {
+                            at_ring(bed, ring)
+                        }
                         bed.cpu.rflags |= iopl;
                         eprintln!("ring {ring} {:x?}", p.bytes);
                         bed.faults(&p, 13, 0);
