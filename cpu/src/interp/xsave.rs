@@ -135,15 +135,16 @@ fn requested(ex: &Exec<'_>) -> Result<u64, Fault> {
     Ok(ex.cpu.xcr0 & instruction & (X87 | SSE | AVX))
 }
 
-/// XINUSE: components not in their initial configuration. A changed MXCSR counts as SSE in use.
-fn in_use(cpu: &CpuState) -> u64 {
+/// XINUSE: components not in their initial configuration, of which `bytes` of registers are visible (SDM 1, 13.6). A changed
+/// MXCSR counts as SSE in use.
+fn in_use(cpu: &CpuState, bytes: usize) -> u64 {
     let fpu = &cpu.fpu;
     let zero = |r: std::ops::Range<usize>| fpu.0[r].iter().all(|&b| b == 0);
     let x87 = qword(&fpu.0, 0) & 0xFF_FFFF_FFFF != 0x37F
         || !zero(ST..XMM)
         || cpu.fpu_pointers != FpuPointers::default();
-    let sse = !zero(XMM..XMM + 256) || fpu.mxcsr() != MXCSR_INITIAL;
-    let avx = !zero(YMM..YMM + 256);
+    let sse = !zero(XMM..XMM + bytes) || fpu.mxcsr() != MXCSR_INITIAL;
+    let avx = !zero(YMM..YMM + bytes);
     u64::from(x87) | u64::from(sse) << 1 | u64::from(avx) << 2
 }
 
@@ -154,9 +155,9 @@ pub(super) fn xsave(ex: &mut Exec<'_>, i: &Instruction, form: Form) -> Result<()
     let end = if wanted & AVX != 0 { YMM + 256 } else { YMM };
     ex.probe_write(seg, at, end)?;
     let image = legacy_image(ex, wide(i));
-    let used = in_use(ex.cpu) & wanted;
-    let written = if form == Form::Standard { wanted } else { used };
     let bytes = register_bytes(ex);
+    let used = in_use(ex.cpu, bytes) & wanted;
+    let written = if form == Form::Standard { wanted } else { used };
     if written & X87 != 0 {
         ex.store_bytes(seg, at, &image[..MXCSR])?;
         ex.store_bytes(seg, at.wrapping_add(ST as u64), &image[ST..XMM])?;

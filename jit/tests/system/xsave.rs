@@ -82,6 +82,27 @@ fn the_init_optimization_and_compaction() {
     });
 }
 
+/// Outside 64-bit mode registers 8 to 15 do not put SSE and AVX state in use (SDM 1, 13.6; measured on Intel's Emerald Rapids).
+#[test]
+fn high_registers_are_not_in_use_outside_64_bit_mode() {
+    both(Start::Compat, |bed| {
+        for (component, legacy) in [(0, false), (2, true), (6, true)] {
+            prepare(bed);
+            bed.reset();
+            // The upper eight registers, and one of the lower eight for each component that is to be in use.
+            bed.cpu.fpu.0[160 + 128..160 + 256].fill(1);
+            bed.cpu.fpu.0[576 + 128..576 + 256].fill(1);
+            bed.cpu.fpu.0[160 + 16 * 7] = u8::from(component & 2 != 0);
+            bed.cpu.fpu.0[576 + 16 * 7] = u8::from(component & 4 != 0);
+            bed.finish(
+                &program!(32: "mov esi, 0x200000", "xor edx, edx", "mov eax, 6", "xsavec [esi + 0x1000]"),
+            );
+            assert_eq!(bed.get64(BV), component);
+            assert_eq!(bed.get64(AREA + 160) == 0, legacy, "{component}");
+        }
+    });
+}
+
 #[test]
 fn restoring_initial_states() {
     both(Start::Long, |bed| {
