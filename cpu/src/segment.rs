@@ -63,12 +63,8 @@ pub(crate) struct Descriptor {
 impl Descriptor {
     /// As a segment register would hold it.
     pub fn segment(&self) -> Segment {
-        let raw = self.raw;
-        let limit = (raw & 0xFFFF | raw >> 32 & 0xF_0000) as u32;
-        let attributes = (raw >> 40) as u16 & 0xF0FF;
-        let base = raw >> 16 & 0xFF_FFFF | raw >> 32 & 0xFF00_0000 | self.high << 32;
-        let limit = if attributes & attr::G != 0 { limit << 12 | 0xFFF } else { limit };
-        Segment { base, limit, attributes, selector: self.selector }
+        let segment = Segment::of_descriptor(self.selector, self.raw);
+        Segment { base: segment.base | self.high << 32, ..segment }
     }
 
     /// Type field with S: 0–15 for system descriptors.

@@ -176,6 +176,15 @@ impl Segment {
         self.attributes & attr::DB != 0
     }
 
+    /// What `selector` loads if its descriptor in the table is `raw` (SDM 3A, figure 3-8).
+    pub const fn of_descriptor(selector: u16, raw: u64) -> Segment {
+        let limit = (raw & 0xFFFF | raw >> 32 & 0xF_0000) as u32;
+        let attributes = (raw >> 40) as u16 & 0xF0FF;
+        let base = raw >> 16 & 0xFF_FFFF | raw >> 32 & 0xFF00_0000;
+        let limit = if attributes & attr::G != 0 { limit << 12 | 0xFFF } else { limit };
+        Segment { base, limit, attributes, selector }
+    }
+
     /// A flat 4 GiB segment with these attributes.
     pub const fn flat(selector: u16, attributes: u16) -> Segment {
         Segment { base: 0, limit: u32::MAX, attributes, selector }

@@ -45,8 +45,12 @@ pub(crate) enum Class {
     WriteBase,
     Syscall,
     Sysret,
+    /// IRETQ.
+    Iret,
     /// MOV of a segment selector to a register.
     Selector,
+    /// MOV of a control register to a general one.
+    ReadControl,
     /// MOV, POP, LES and the like into ES, DS, FS or GS, with a 16-bit operand size.
     LoadSegment,
     /// RDTSC, RDTSCP.
@@ -71,15 +75,16 @@ impl Class {
                 | Class::JumpIfCountZero
                 | Class::Syscall
                 | Class::Sysret
+                | Class::Iret
                 | Class::Interpret
         )
     }
 }
 
 impl Class {
-    /// The block ends before it: the run loop or the interpreter does it.
+    /// The block ends with it, and it may be left to the run loop or the interpreter.
     pub(crate) fn leaves(self) -> bool {
-        matches!(self, Class::Syscall | Class::Sysret | Class::Interpret)
+        matches!(self, Class::Syscall | Class::Sysret | Class::Iret | Class::Interpret)
     }
 
     /// Pushes or pops words.
@@ -160,6 +165,7 @@ fn classify(instr: &Instruction) -> Class {
     match instr.code() {
         Code::Syscall => return Class::Syscall,
         Code::Sysretq => return Class::Sysret,
+        Code::Iretq => return Class::Iret,
         _ => {}
     }
     match instr.flow_control() {
@@ -209,6 +215,8 @@ fn classify_straight(instr: &Instruction) -> Class {
                 Class::Identity(0)
             } else if selector {
                 Class::Selector
+            } else if instr.op1_register().is_cr() {
+                Class::ReadControl
             } else {
                 Class::Interpret
             }

@@ -70,6 +70,8 @@ pub(crate) struct JitContext {
     /// Selectors of ES, CS, SS, DS, FS, GS.
     pub(crate) selectors: [u16; 6],
     pub(crate) flags_image: u64,
+    /// CR0 to CR4.
+    pub(crate) control: [u64; 5],
     /// Guest time-stamp counter minus the host's.
     pub(crate) tsc_offset: u64,
     pub(crate) tsc_aux: u32,
@@ -77,20 +79,23 @@ pub(crate) struct JitContext {
     pub(crate) pauses: i32,
     /// An address in the code of the indirect jump that found no block.
     pub(crate) source: u64,
-    /// Read and write bases of the supervisor views without and with EFLAGS.AC, and of the user view.
-    pub(crate) views: [[u64; 2]; 3],
-    /// Whether SYSCALL and SYSRET are done in translated code; what follows is for them.
+    /// Read and write bases of the supervisor views without and with EFLAGS.AC.
+    pub(crate) views: [[u64; 2]; 2],
+    /// Whether SYSCALL and SYSRET, and whether IRET may be done in translated code; what follows is for them.
     pub(crate) system_calls: u32,
-    /// Which they change.
-    pub(crate) cpl: u32,
-    /// Selectors of CS and SS that SYSCALL and SYSRET load.
-    pub(crate) level_selectors: [[u16; 2]; 2],
+    pub(crate) interrupt_returns: u32,
+    /// CPL 0 and CPL 3.
+    pub(crate) levels: [Level; 2],
+    /// Selectors of CS and SS behind SYSCALL and SYSRET.
+    pub(crate) call_selectors: [u32; 2],
+    /// Whose segments CS and SS are now: 0 as on entry, 1 of SYSCALL, 2 of SYSRET, above that of `returns`.
+    pub(crate) loaded: u32,
     /// The status flags that SYSCALL keeps, laid out as in `saved_flags`.
     pub(crate) syscall_keeps: u32,
     /// Where SYSCALL leads.
     pub(crate) lstar: u64,
-    /// Bases of the jump caches for CPL 0 and 3.
-    pub(crate) jump_caches: [u64; 2],
+    /// What IRET may load into CS and SS.
+    pub(crate) returns: [Return; RETURNS],
     /// Retired instructions, counted at block entry when the mode asks for it.
     pub(crate) instructions: u64,
     /// What `instructions` may reach.
@@ -122,8 +127,36 @@ pub(crate) struct JitContext {
     pub(crate) bounds: [Bounds; 6],
 }
 
-/// The user view among the [`JitContext::views`].
-pub(crate) const USER: usize = 2;
+/// Privilege levels as translated code changes them: bases of the views and of the jump cache.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Level {
+    pub(crate) read_base: u64,
+    pub(crate) write_base: u64,
+    pub(crate) jump_cache: u64,
+}
+
+/// Segments that IRET loaded before, and the descriptors that must be in their places still.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Return {
+    /// Selectors of CS and, from bit 16 on, SS; [`Return::NONE`] where nothing was loaded yet.
+    pub(crate) selectors: u64,
+    /// Offset of the level in [`JitContext::levels`].
+    pub(crate) level: u32,
+    /// For [`JitContext::loaded`].
+    pub(crate) number: u32,
+    /// For CS and SS: host address of the cell of the supervisor's read table, linear address, and the descriptor.
+    pub(crate) descriptors: [[u64; 3]; 2],
+}
+
+impl Return {
+    /// No selectors that a frame may hold.
+    pub(crate) const NONE: u64 = u64::MAX;
+}
+
+/// To CPL 3, to CPL 0, and to CPL 0 with a null SS.
+pub(crate) const RETURNS: usize = 3;
 
 /// Offset of a field from host RSP.
 macro_rules! ctx {

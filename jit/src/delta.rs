@@ -209,6 +209,11 @@ impl DeltaTables {
         self.groups[DeltaTables::group_of(view, self.active)].record(cell, lin, global);
     }
 
+    /// Host address of the cell in which `view` has what is to be read at `lin`.
+    pub(crate) fn read_cell(&self, view: View, lin: u64) -> u64 {
+        self.memory.address(0) + 8 * DeltaTables::cell(self.table(view, false), lin)
+    }
+
     /// Whether `view` has a usable entry for `lin`.
     pub(crate) fn holds(&self, view: View, write: bool, lin: u64) -> bool {
         self.memory.read(DeltaTables::cell(self.table(view, write), lin)).is_some()

@@ -75,7 +75,8 @@ pub(crate) fn killed(instr: &Instruction) -> u32 {
         | Mnemonic::Btr
         | Mnemonic::Btc
         | Mnemonic::Tzcnt
-        | Mnemonic::Lzcnt => modified & !kept,
+        | Mnemonic::Lzcnt
+        | Mnemonic::Mov => modified & !kept,
         _ => modified,
     }
 }

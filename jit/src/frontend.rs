@@ -431,7 +431,7 @@ impl Frontend {
                 LiveOut::live(t.or(n), t, n)
             }
             Class::Ret | Class::JmpIndirect | Class::CallIndirect => LiveOut::SAVED,
-            Class::Syscall | Class::Sysret => LiveOut::SAVED,
+            Class::Syscall | Class::Sysret | Class::Iret => LiveOut::SAVED,
             Class::Interpret if self.accesses_behind_flags() => LiveOut::SAVED,
             Class::Interpret => LiveOut::live(FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
             class => {
@@ -557,8 +557,10 @@ fn emit_one(
             emitter.selector(instr);
             Ok(())
         }
+        Class::ReadControl if unprivileged => Err(crate::emit::Unfit),
+        Class::ReadControl => emitter.read_control(instr),
         Class::LoadSegment => emitter.load_segment(instr, site),
-        // 64-bit SYSCALL from CPL 3 and SYSRET to it; the rest is the interpreter's.
+        // Those of 64-bit code; the rest is the interpreter's.
         Class::Syscall if mode.has(Mode::USER) && mode.code64() => {
             *ended = true;
             emitter.syscall(next_rip);
@@ -569,7 +571,12 @@ fn emit_one(
             emitter.sysret();
             Ok(())
         }
-        Class::Syscall | Class::Sysret => Err(crate::emit::Unfit),
+        Class::Iret if !unprivileged && mode.code64() => {
+            *ended = true;
+            emitter.iret();
+            Ok(())
+        }
+        Class::Syscall | Class::Sysret | Class::Iret => Err(crate::emit::Unfit),
         Class::Lea => emitter.lea_instruction(instr),
         Class::Push => emitter.push(instr, site),
         Class::Pop => {

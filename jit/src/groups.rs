@@ -242,6 +242,7 @@ impl Planner {
                 Class::Interpret
                     | Class::Syscall
                     | Class::Sysret
+                    | Class::Iret
                     | Class::Stac
                     | Class::Clac
                     | Class::LoadSegment

@@ -9,7 +9,7 @@
 //! | invalid opcodes, LOCK, 15 bytes, the first of several faults                        | illegal                       |
 //! | every invalid opcode by mode and model                                              | opcodes                       |
 //! | what older models lack: instructions, control bits, MSRs, paging                    | models                        |
-//! | gates, privilege changes, IST, IRET                                                 | gates                         |
+//! | gates, privilege changes, IST, IRET                                                 | gates, returns                |
 //! | faults in delivery, double faults, shutdown, inner stacks, order of interrupts      | delivery, post_mortem         |
 //! | IF, shadows of STI and MOV SS, HLT, NMI, interrupted repetitions                    | interrupts, delivery          |
 //! | far transfers, call gates, conforming segments, LDT                                 | transfers, tasks              |
@@ -76,6 +76,8 @@ mod post_mortem;
 mod privilege;
 #[path = "system/registers.rs"]
 mod registers;
+#[path = "system/returns.rs"]
+mod returns;
 #[path = "system/segmented.rs"]
 mod segmented;
 #[path = "system/segments.rs"]

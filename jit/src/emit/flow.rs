@@ -227,6 +227,18 @@ impl Emitter {
     /// Jumps to the offset in r11 through the jump cache, with the status flags put aside; polls for attention.
     pub(super) fn indirect_exit(&mut self) {
         self.put_flags_aside();
+        self.look_up_target(|_| {});
+        load(&mut self.hot, R9, ctx!(attention));
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r9], 0);
+        self.hot.push(0x0F);
+        self.hot.push(0x85);
+        self.hot_rel32(Target::Cache(self.stubs.attention));
+        self.jump_to_target();
+    }
+
+    /// Finds the entry of the jump cache for the offset in r11: what follows runs with its address in r10. Without an entry it
+    /// leaves, after what `leaving` emits.
+    pub(super) fn look_up_target(&mut self, leaving: impl FnOnce(&mut SimpleAssembler)) {
         let start = self.code_address(0);
         if !self.code64 && start != 0 {
             // The code address: base added, and the number of the code segment.
@@ -248,16 +260,16 @@ impl Emitter {
         );
         let unknown = self.cold_here();
         self.hot_jcc(5, unknown);
+        leaving(&mut self.cold);
         // lea r9, [rip + …]: where from.
         self.cold.extend([0x4C, 0x8D, 0x0D]);
         let here = self.hot_here();
         self.cold_rel32(Target::Here(here));
         self.cold_jmp(Target::Cache(self.stubs.indirect));
-        load(&mut self.hot, R9, ctx!(attention));
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r9], 0);
-        self.hot.push(0x0F);
-        self.hot.push(0x85);
-        self.hot_rel32(Target::Cache(self.stubs.attention));
+    }
+
+    /// Goes where the entry at r10 says.
+    pub(super) fn jump_to_target(&mut self) {
         dynasm!(self.hot ; .arch x64 ; jmp QWORD [r10 + 8]);
     }
 

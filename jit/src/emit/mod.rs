@@ -12,12 +12,12 @@
 mod access;
 mod flow;
 mod group;
+mod level;
 mod repeat;
 mod segment;
 mod stack;
 mod string;
 mod system;
-mod system_call;
 
 use crate::assembler::SimpleAssembler;
 use crate::block::Mode;

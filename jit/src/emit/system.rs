@@ -1,8 +1,8 @@
 //! System instructions of hot kernel paths: PUSHF and POPF, CLI and STI, STAC and CLAC, SWAPGS, MOV from a segment
-//! register, RDTSC, and PAUSE. The flags beyond the status flags live in the context.
+//! register or a control register, RDTSC, and PAUSE. The flags beyond the status flags live in the context.
 
 use super::access::Keep;
-use super::{Emitter, Site};
+use super::{Emitter, Site, Unfit};
 use crate::block::Mode;
 use crate::classify::stack_word;
 use crate::context::ctx;
@@ -185,6 +185,22 @@ impl Emitter {
             }
             _ => self.set_guest(n, R10),
         }
+    }
+
+    /// MOV from CR0, CR2, CR3 or CR4 at CPL 0.
+    pub(crate) fn read_control(&mut self, instr: &Instruction) -> Result<(), Unfit> {
+        let n = instr.op1_register().number() as i32;
+        if !matches!(n, 0 | 2..=4) {
+            return Err(Unfit);
+        }
+        let at = ctx!(control) + n * 8;
+        if instr.op0_register().size() == 4 {
+            dynasm!(self.hot ; .arch x64 ; mov r10d, [rsp + at]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + at]);
+        }
+        self.set_guest(regs::number(instr.op0_register()), R10);
+        Ok(())
     }
 
     /// RDTSC and RDTSCP: the host's counter plus an offset.

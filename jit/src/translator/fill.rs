@@ -41,7 +41,7 @@ impl Translator {
         let (size, write, soft) = (info & 0xFF, info & MissInfo::WRITE != 0, info & MissInfo::SOFT != 0);
         // SAFETY: set while translated code runs, and only then is this called.
         let cpu = unsafe { &mut *self.running };
-        // SYSCALL and SYSRET change CPL, STAC and CLAC change AC without leaving translated code.
+        // SYSCALL, SYSRET and IRET change CPL, STAC and CLAC change AC without leaving translated code.
         self.follow_level(cpu);
         let ac = if self.context().access_flag != 0 { flags::AC } else { 0 };
         cpu.rflags = (cpu.rflags & !flags::AC) | ac;

@@ -12,9 +12,9 @@
 mod blocks;
 mod debug;
 mod fill;
+mod level;
 mod run;
 mod stats;
-mod system_call;
 mod traces;
 mod way;
 
@@ -34,6 +34,7 @@ use crate::spaces::Spaces;
 use crate::stubs::{self, Stubs};
 use crate::vectors::LiveVectors;
 use fill::{Writers, miss_helper};
+use level::Returns;
 use paravane_cpu::{
     Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Flushes, HostCode,
     PostMortem, Shadow, Step, Tracer, flags,
@@ -109,6 +110,7 @@ pub struct Translator {
     pages: CodePages,
     segments: CodeSegments,
     spaces: Spaces,
+    returns: Returns,
     /// Room for what the core wants forgotten.
     flushes: Flushes,
     writers: Vec<Writers>,
@@ -190,6 +192,7 @@ impl Translator {
             pages,
             segments: CodeSegments::new(),
             spaces,
+            returns: Returns::default(),
             flushes: Flushes::default(),
             interprets_all: false,
             writers: vec![[0; 2]; (mem.backing_len() >> PAGE_SHIFT) as usize],

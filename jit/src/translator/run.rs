@@ -6,7 +6,7 @@
 
 use super::fill::{applied_base, operand_address};
 use super::traces::Recorder;
-use super::{Translator, canonical, system_call};
+use super::{Translator, canonical, level};
 use crate::block::Mode;
 use crate::context::{JitContext, Reason};
 use crate::delta::View;
@@ -88,6 +88,9 @@ impl Translator {
         }
         let step = self.core.step(cpu, &self.mem, bus);
         let last = self.core.last_instruction();
+        if last == Mnemonic::Iretq {
+            self.learn_return(cpu);
+        }
         self.interpreted[last as usize] += 1;
         if last == Mnemonic::Pause && self.options.vcpus > 1 {
             self.context().pauses = PAUSES;
@@ -273,7 +276,7 @@ impl Translator {
         let view = self.view(cpu);
         let (read_base, write_base) = (self.delta.read_base(view), self.delta.write_base(view));
         let jump_cache = self.pages.jump_cache(mode);
-        let views = [View::Supervisor, View::SupervisorAc, View::User]
+        let views = [View::Supervisor, View::SupervisorAc]
             .map(|v| [self.delta.read_base(v), self.delta.write_base(v)]);
         let pending = u32::from(self.interrupt_pending);
         let tsc_base = self.options.tsc_base.as_ref().map_or(0, |base| base.load(Ordering::Relaxed));
@@ -295,6 +298,7 @@ impl Translator {
         c.kernel_gs_base = cpu.msr.kernel_gs_base;
         c.spill.copy_from_slice(&cpu.gpr);
         c.home = HOMES.map(|n| cpu.gpr[n]);
+        c.control = [cpu.cr0, 0, cpu.cr2, cpu.cr3, cpu.cr4];
         c.rip = address;
         c.status = cpu.rflags & flags::STATUS;
         if !mode.code64() {
@@ -309,7 +313,7 @@ impl Translator {
         c.read_base = read_base;
         c.write_base = write_base;
         c.jump_cache = jump_cache;
-        self.prepare_system_calls(cpu, mode);
+        self.prepare_levels(cpu, mode);
     }
 
     fn store_registers(&mut self, cpu: &mut CpuState) {
@@ -410,8 +414,8 @@ impl Translator {
                 Reason::Syscall | Reason::Sysret => {
                     self.store_registers(cpu);
                     let done = match reason {
-                        Reason::Syscall => system_call::syscall(cpu),
-                        _ => system_call::sysret(cpu),
+                        Reason::Syscall => level::syscall(cpu),
+                        _ => level::sysret(cpu),
                     };
                     cpu.instructions += u64::from(done);
                     return if done { Rest::Nothing } else { Rest::Interpret };
@@ -423,6 +427,8 @@ impl Translator {
                 }
                 Reason::Indirect => {
                     self.stats.indirect_exits += 1;
+                    // It was for an interrupt right behind IRET.
+                    self.context().system_flags &= !flags::RF;
                     let Some((to, slot)) = self.block_at(cpu, address, mode) else {
                         self.store_registers(cpu);
                         return Rest::Interpret;
@@ -436,7 +442,7 @@ impl Translator {
             }
             if resets != self.stats.cache_flushes {
                 self.context().jump_cache = self.pages.jump_cache(mode);
-                self.prepare_system_calls(cpu, mode);
+                self.prepare_levels(cpu, mode);
             }
         }
     }
