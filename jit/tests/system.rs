@@ -58,6 +58,8 @@ mod gates;
 mod illegal;
 #[path = "system/interrupts.rs"]
 mod interrupts;
+#[path = "system/mixed.rs"]
+mod mixed;
 #[path = "system/models.rs"]
 mod models;
 #[path = "system/modes.rs"]

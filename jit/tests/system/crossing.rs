@@ -252,6 +252,37 @@ fn masked_elements_wrap_at_4_gib() {
     });
 }
 
+/// Elements of a masked move that lie beyond the limit are refused before the pages of others are looked at (a 16-bit program of
+/// the conformance campaign).
+#[test]
+fn limits_of_masked_elements_come_before_pages() {
+    both(Start::Paged32, |bed| {
+        bed.gdt(crate::bed::sel::FREE, crate::segments::descriptor(DATA, 0x1007, 0x4093));
+        bed.map(DATA + 0x1000, 0, 0);
+        // Elements 1 and 2 lie in the missing page, element 3 begins behind the limit.
+        let load = program!(32: "mov eax, 0x58", "mov fs, eax", "mov esi, 0xFFC", "movups xmm3, [edi]"; "vmaskmovps xmm0, xmm3, fs:[esi]");
+        let store = program!(32: "mov eax, 0x58", "mov fs, eax", "mov esi, 0xFFC", "movups xmm3, [edi]"; "vmaskmovps fs:[esi], xmm3, xmm0");
+        for (mask, page) in
+            [(0b1000u32, false), (0b1010, false), (0b1111, false), (0b0011, true), (0b0100, true)]
+        {
+            bed.reset();
+            bed.cpu.gpr[gpr::RDI] = DATA + 0x100;
+            for k in 0..4 {
+                bed.put32(DATA + 0x100 + 4 * k, (mask >> k & 1) << 31);
+            }
+            for (p, error) in [(&load, 0), (&store, pf::W)] {
+                if page {
+                    let first = u64::from(mask.trailing_zeros().max(1));
+                    bed.page_faults(p, DATA + 0xFFC + 4 * first, error);
+                } else {
+                    bed.faults(p, 13, 0);
+                }
+            }
+        }
+        bed.map(DATA + 0x1000, DATA + 0x1000, pte::ALL);
+    });
+}
+
 /// An instruction whose second page may be read but not executed, or is the supervisor's: #PF there, at the instruction.
 #[test]
 fn instructions_that_run_into_a_forbidden_page() {

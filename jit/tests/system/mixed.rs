@@ -1,0 +1,282 @@
+//! Kernels and programs drawn from pieces: system calls, interrupts, page tables and control bits that change under
+//! translated code, stores into code, segment bases, flags, breakpoints. Both engines from the same start, and again from
+//! each exception on: everything that is defined must be equal.
+
+use crate::bed::{Bed, CODE, DATA, HANDLERS, IST_STACK, PML4, PT, Program, Start, USER_STACK, pte};
+use crate::wild::{Random, remains};
+use paravane_cpu::{Exit, SegReg, cr4, flags, gpr};
+use std::time::Duration;
+
+/// Where SYSCALL leads: a page of the supervisor's.
+const KERNEL: u64 = CODE + 0x4000;
+/// How often the program still turns.
+const TURNS: u64 = DATA + 0x800;
+/// Entries of the pages at DATA: user, read-only, the supervisor's, and one that changes.
+const ENTRIES: u64 = PT + (DATA >> 12) * 8;
+
+/// Pieces for everybody. RSI is DATA.
+fn common() -> Vec<Program> {
+    vec![
+        program!(64: "lea rax, [rax + rbx + 3]", "add rdx, rax", "adc rbx, rdx"),
+        program!(64: "mov [rsi + 0x10], rax", "add rbx, [rsi + 0x18]", "sub [rsi + 0x18], edx"),
+        program!(64: "push rax", "push rbx", "pop rax", "pop rbx"),
+        program!(64: "call 2f", "jmp 3f", "2: inc rdx", "ret", "3:"),
+        program!(64: "mov ecx, 7", "2: add rbx, rcx", "mov [rsi + rcx * 8 + 0x100], rbx", "dec ecx", "jnz 2b"),
+        program!(64: "mov edi, 0x200200", "mov ecx, 9", "rep stosb"),
+        program!(64: "std", "mov edi, 0x200300", "stosq", "cld"),
+        program!(64: "cmp rax, rbx", "pushfq", "pop rax"),
+        program!(64: "movups xmm0, [rsi + 0x20]", "paddq xmm0, xmm1", "movups [rsi + 0x30], xmm0", "movaps xmm1, xmm0"),
+        program!(64: "add rbx, [rsi + 0x1008]"),
+        program!(64: "mov rax, [rsi + 0x3008]", "inc rax", "mov [rsi + 0x3008], rax"),
+        program!(64: "int 0x40"),
+        program!(64: "rdfsbase rax", "wrgsbase rsi", "mov rbx, gs:[0x28]"),
+        program!(64: "add rdx, fs:[0x10]", "mov fs:[0x18], edx"),
+        program!(64: "lock xadd [rsi + 0x40], rax", "lock cmpxchg [rsi + 0x48], rbx", "xchg [rsi + 0x50], rdx"),
+        program!(64: "mov rdx, [rsi + 0x61]", "add [rsi + 0x67], dx"),
+        program!(64: "mov rdx, [rsi + 0xFFC]"),
+        program!(64: "cmp rax, rbx", "cmovb rdx, rax", "setc cl", "sbb rbx, 0"),
+        program!(64: "lea rdi, [rip + 2f]", "inc byte ptr [rdi + 1]", "2: mov cl, 3"),
+        program!(64: "pushfq", "btc dword ptr [rsp], 18", "popfq"), // AC
+        program!(64: "pushfq", "btc dword ptr [rsp], 21", "popfq"), // ID
+        program!(64: "pushfq", "btc dword ptr [rsp], 14", "popfq"), // NT
+        program!(64: "pushfq", "btc dword ptr [rsp], 10", "popfq"), // DF
+        program!(64: "pushfq", "btc dword ptr [rsp], 9", "popfq"),  // IF
+        program!(64: "mov eax, 7", "xor ecx, ecx", "cpuid"),
+        program!(64: "mov eax, ss", "mov edx, cs"),
+        program!(64: "xor eax, eax", "mov fs, eax"),
+        program!(64: "mov eax, 0x2B", "mov es, eax"),
+        program!(64: "vpaddd ymm2, ymm2, ymm1"),
+        program!(64: "fld1", "fadd st, st", "fstp qword ptr [rsi + 0x58]"),
+    ]
+}
+
+/// Pieces that fault, always or mostly, for everybody.
+fn faulting() -> Vec<Program> {
+    vec![
+        program!(64: "add rbx, [rsi + 0x2008]"),
+        program!(64: "mov [rsi + 0x1008], rax"),
+        program!(64: "mov [rsi + 0xFFC], rdx"),
+        program!(64: "bts rax, 63", "btr rax, 62", "mov rbx, [rax]"),
+        program!(64: "ud2"),
+        program!(64: "mov rax, [0x104000]"),
+        program!(64: "mov rax, rsi", "jmp rax"),
+        program!(64: "hlt"),
+    ]
+}
+
+/// Pieces for programs.
+fn user() -> Vec<Program> {
+    vec![
+        program!(64: "syscall"),
+        program!(64: "stc", "syscall", "adc rax, 0"),
+        program!(64: "cmp rax, rbx", "syscall", "setc dl"),
+        program!(64: "mov ecx, 3", "2: push rcx", "syscall", "pop rcx", "dec ecx", "jnz 2b"),
+    ]
+}
+
+/// Pieces for the kernel. What changes an entry flushes everything.
+fn kernel() -> Vec<Program> {
+    vec![
+        program!(64: "mov rax, cr3", "mov cr3, rax"),
+        program!(64: "mov rax, cr3", "xor rax, 1", "bts rax, 63", "mov cr3, rax"),
+        program!(64: "mov rax, cr3", "xor rax, 2", "mov cr3, rax"),
+        program!(64: "invlpg [rsi + 0x3000]"),
+        program!(64: "btc qword ptr [0x34018], 0", "call 9f", "jmp 8f", "9: mov rax, cr4", "btc rax, 7", "mov cr4, rax", "btc rax, 7", "mov cr4, rax", "ret", "8:"),
+        program!(64: "btc qword ptr [0x34018], 1", "call 9f", "jmp 8f", "9: mov rax, cr4", "btc rax, 7", "mov cr4, rax", "btc rax, 7", "mov cr4, rax", "ret", "8:"),
+        program!(64: "btc qword ptr [0x34018], 2", "call 9f", "jmp 8f", "9: mov rax, cr4", "btc rax, 7", "mov cr4, rax", "btc rax, 7", "mov cr4, rax", "ret", "8:"),
+        program!(64: "xor qword ptr [0x34018], 0x3000", "call 9f", "jmp 8f", "9: mov rax, cr4", "btc rax, 7", "mov cr4, rax", "btc rax, 7", "mov cr4, rax", "ret", "8:"),
+        program!(64: "mov rax, cr4", "btc rax, 21", "mov cr4, rax"), // SMAP
+        program!(64: "mov rax, cr4", "btc rax, 20", "mov cr4, rax"), // SMEP
+        program!(64: "mov rax, cr0", "btc rax, 16", "mov cr0, rax"), // WP
+        program!(64: "mov rax, cr0", "btc rax, 18", "mov cr0, rax"), // AM
+        program!(64: "mov rax, cr0", "btc rax, 3", "mov cr0, rax"),  // TS
+        program!(64: "clts"),
+        program!(64: "stac"),
+        program!(64: "clac"),
+        program!(64: "stac", "add rbx, [rsi]", "clac"),
+        program!(64: "sti"),
+        program!(64: "cli"),
+        program!(64: "swapgs"),
+        program!(64: "swapgs", "mov rbx, gs:[0x10]", "swapgs"),
+        program!(64: "lea rdx, [rsp]", "push 0x18", "push rdx", "pushfq", "push 0x10", "lea rax, [rip + 2f]", "push rax", "iretq", "2:"),
+        program!(64: "mov ecx, 0xC0000101", "mov eax, 0x202100", "xor edx, edx", "wrmsr"),
+        program!(64: "mov ecx, 0xC0000102", "mov eax, 0x200080", "xor edx, edx", "wrmsr"),
+        program!(64: "mov ecx, 0xC0000084", "mov eax, 0x47700", "xor edx, edx", "wrmsr"),
+        program!(64: "mov ecx, 0xC0000084", "mov eax, 0x201", "xor edx, edx", "wrmsr"),
+        program!(64: "mov ecx, 0xC0000084", "xor eax, eax", "xor edx, edx", "wrmsr"),
+        program!(64: "mov ecx, 0xC0000080", "rdmsr", "btc eax, 0", "wrmsr"), // EFER.SCE
+        program!(64: "mov eax, 0x18", "mov ss, eax"),
+        program!(64: "lea rax, [rsi + 0x10]", "mov dr0, rax", "mov eax, 0xD0401", "mov dr7, rax"),
+        program!(64: "mov eax, 0x400", "mov dr7, rax"),
+        program!(64: "pushfq", "btc dword ptr [rsp], 12", "popfq"), // IOPL
+        program!(64: "btc r15, 12"),                                // in R11 for SYSRET: IOPL, AC, TF, NT
+        program!(64: "btc r15, 18"),
+        program!(64: "btc r15, 8"),
+        program!(64: "btc r15, 14"),
+        program!(64: "btc r15, 9"),
+        program!(64: "btc r14, 47"), // in RCX
+        program!(64: "out 0x80, al"),
+        program!(64: "mov eax, 9", "mov cr8, rax", "mov rdx, cr8"),
+        program!(64: "lea rdi, [rip + 2f]", "inc byte ptr [rdi + 1]", "2: mov dl, 3"),
+    ]
+}
+
+/// The code of `pieces` in a row.
+fn join(parts: &[&[u8]]) -> Vec<u8> {
+    parts.concat()
+}
+
+/// A piece without the HLT behind it.
+fn body(p: &Program) -> &'static [u8] {
+    &p.bytes[..p.bytes.len() - 1]
+}
+
+/// Draws a program and a kernel; addresses at which the program's pieces begin.
+fn draw(random: &mut Random) -> (Vec<u8>, Vec<u8>, Vec<u64>) {
+    let (common, faulting, user, kernel) = (common(), faulting(), user(), kernel());
+    let mut code = Vec::new();
+    let mut starts = Vec::new();
+    for _ in 0..6 + random.below(14) {
+        starts.push(CODE + code.len() as u64);
+        let list = match random.below(24) {
+            0 => &faulting,
+            1..8 => &user,
+            _ => &common,
+        };
+        code.extend(body(&list[random.below(list.len() as u64) as usize]));
+    }
+    let back = (code.len() + 9) as i32;
+    code.extend([0x48, 0xFF, 0x0C, 0x25, 0, 8, 0x20, 0]); // DEC [TURNS]
+    code.extend(join(&[&[0x0F, 0x85], &(-(back + 5)).to_le_bytes(), &[0xF4]]));
+    let mut handler =
+        body(&program!(64: "mov r14, rcx", "mov r15, r11", "mov r12, rsp", "mov esp, 0x70000")).to_vec();
+    if random.below(4) != 0 {
+        handler.extend(body(&program!(64: "stac")));
+    }
+    for _ in 0..1 + random.below(9) {
+        let list = match random.below(40) {
+            0 => &faulting,
+            1..28 => &kernel,
+            _ => &common,
+        };
+        handler.extend(body(&list[random.below(list.len() as u64) as usize]));
+    }
+    handler.extend(body(&program!(64: "mov rsp, r12", "mov rcx, r14", "mov r11, r15", "sysretq")));
+    (code, handler, starts)
+}
+
+/// Memory, tables and registers before the first run.
+fn prepare(bed: &mut Bed, clean: &[u8], code: &[u8], handler: &[u8], random: &mut Random) {
+    bed.put(0, clean);
+    bed.put(CODE, code);
+    bed.put(KERNEL, handler);
+    bed.put(HANDLERS + 0x400, program!(64: "lea rdx, [rdx + 5]", "iretq").bytes);
+    bed.put(HANDLERS + 0x600, program!(64: "lea rbx, [rbx + 7]", "iretq").bytes);
+    bed.gate(0x40, 14, 3, HANDLERS + 0x400);
+    for vector in [1, 6, 7, 8, 10, 11, 12, 13, 14, 17] {
+        bed.ist(vector);
+    }
+    bed.reset();
+    let supervisor = pte::P | pte::RW;
+    for page in [0x1000, 0x2000, 0x3000, 0x4000, 0x6_F000, 0x5_F000, KERNEL, ENTRIES & !0xFFF] {
+        bed.map(page, page, supervisor);
+    }
+    bed.map(DATA + 0x1000, DATA + 0x1000, pte::P | pte::US);
+    bed.map(DATA + 0x2000, DATA + 0x2000, supervisor | pte::G);
+    let words: Vec<u8> =
+        (0..0x4000 / 8).flat_map(|_| (random.next() >> random.below(64)).to_le_bytes()).collect();
+    bed.put(DATA, &words);
+    bed.cpu.cr3 = PML4;
+    bed.cpu.cr4 |= cr4::FSGSBASE | cr4::PGE;
+    for (bit, on) in [(cr4::PCIDE, 1), (cr4::SMEP, 1), (cr4::SMAP, 2)] {
+        bed.cpu.cr4 |= if random.below(on + 1) == 0 { bit } else { 0 };
+    }
+    bed.cpu.msr.star = 0x0023_0010 << 32;
+    bed.cpu.msr.lstar = KERNEL;
+    bed.cpu.msr.sfmask = random.of(&[0x4_7700, 0x700, 0x200, 0]);
+    bed.cpu.msr.kernel_gs_base = DATA + 0x2000;
+    for r in [gpr::RAX, gpr::RBX, gpr::RDX] {
+        bed.cpu.gpr[r] = random.next() >> random.below(64);
+    }
+    bed.flush();
+}
+
+/// The program at `rip`, at CPL 3.
+fn enter(bed: &mut Bed, rip: u64, rflags: u64) {
+    bed.put64(TURNS, 12);
+    // Frames of earlier exceptions hold flags that nobody reads.
+    bed.put(IST_STACK - 0x100, &[0; 0x100]);
+    let bases = [SegReg::Fs, SegReg::Gs].map(|s| bed.cpu.segment(s).base);
+    bed.user();
+    bed.cpu.seg[SegReg::Fs as usize].base = if bases[0] == 0 { DATA } else { bases[0] };
+    bed.cpu.seg[SegReg::Gs as usize].base = bases[1];
+    bed.cpu.gpr[gpr::RSI] = DATA;
+    bed.cpu.gpr[gpr::RSP] = USER_STACK;
+    bed.cpu.rip = rip;
+    bed.cpu.rflags = rflags | flags::FIXED;
+}
+
+/// Everything that is defined and [`remains`] leaves out.
+fn rest(bed: &Bed) -> String {
+    let c = &bed.cpu;
+    let xmm = &c.fpu.0[160..160 + 48];
+    format!(
+        "{:x?} {:x?} {:x} {:x} {:x?} {:x?}",
+        c.dr,
+        c.msr,
+        c.efer,
+        c.xcr0,
+        xmm,
+        &c.fpu.0[576 + 32..576 + 48]
+    )
+}
+
+/// Runs seed `seed` in both; how many ends were compared.
+fn compare(beds: &mut [Bed; 2], clean: &[u8], seed: u64) -> usize {
+    let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let (code, handler, starts) = draw(&mut random);
+    let data = random.next() | 1;
+    for bed in beds.iter_mut() {
+        prepare(bed, clean, &code, &handler, &mut Random(data));
+    }
+    let mut rip = CODE;
+    for round in 0..8 {
+        let plain = random.below(3) != 0;
+        let rflags = if plain { random.of(&[0, flags::IF]) } else { random.next() & 0x24_4AD5 };
+        let results = beds.each_mut().map(|bed| {
+            enter(bed, rip, rflags);
+            bed.interrupt_at_port(0x60);
+            let exit = bed.run_for(Duration::from_millis(300), &format!("seed {seed}"));
+            (exit, remains(bed), rest(bed))
+        });
+        let [a, b] = &results;
+        if a.0 == Exit::Stop || b.0 == Exit::Stop {
+            return round;
+        }
+        let note = format!("seed {seed} round {round}\n{:?} {}\n{:?} {}", a.0, a.1.0, b.0, b.1.0);
+        assert_eq!((a.0, &a.1.0), (b.0, &b.1.0), "{note}");
+        assert_eq!(a.2, b.2, "{note}");
+        if let Some(i) = (0..a.1.1.len()).find(|&i| a.1.1[i] != b.1.1[i]) {
+            panic!("memory at {i:#x}: {:x?} {:x?} {note}", &a.1.1[i..i + 8], &b.1.1[i..i + 8]);
+        }
+        if a.0 != Exit::Halt {
+            return round + 1;
+        }
+        rip = random.of(&starts);
+    }
+    8
+}
+
+/// `PARAVANE_MIXED_SEEDS` and `PARAVANE_MIXED_FIRST` for more and others.
+#[test]
+fn engines_agree_on_kernels_and_programs() {
+    let number =
+        |name: &str, default| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
+    let (first, count) = (number("PARAVANE_MIXED_FIRST", 1), number("PARAVANE_MIXED_SEEDS", 100));
+    let mut beds = [Bed::new(Start::Long, false), Bed::new(Start::Long, true)];
+    let mut clean = vec![0; 0x22_0000];
+    beds[0].mem.read(paravane_memory::PhysAddr(0), &mut clean).expect("RAM");
+    let ends: usize = (first..first + count).map(|seed| compare(&mut beds, &clean, seed)).sum();
+    assert!(ends as u64 > count * 4, "only {ends} ends");
+    assert!(beds[1].counter("traces").is_some_and(|traces| traces > count / 20), "loops are hot");
+}
