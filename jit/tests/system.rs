@@ -29,6 +29,7 @@
 //! | hot loops: their ways out, faults in them, changes of them                          | traces                        |
 //! | modified code (by other processors: `smp.rs`)                                       | modified                      |
 //! | mode switches, unreal mode; A20, the first megabyte's end                           | modes, wraps                  |
+//! | all of it at once, drawn from pieces; engine against engine                        | mixed, segmented, wild        |
 //! | guests that aim at the host                                                         | wild                          |
 //! | the debugger's own breakpoints and steps                                            | plan                          |
 //! | `cpu/DEVIATIONS.md`                                                                 | deviations                    |

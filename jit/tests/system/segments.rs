@@ -229,6 +229,72 @@ fn lar_lsl_verr_verw() {
     }
 }
 
+/// LDS, LES, LFS, LGS and LSS: the offset comes first; nothing is loaded if the selector is refused (SDM 2A, LDS).
+#[test]
+fn far_pointers() {
+    let refused = u32::from(sel::FREE);
+    for start in [Start::Protected, Start::Compat] {
+        both(start, |bed| {
+            bed.put32(DATA, 0x1122_3344);
+            bed.put16(DATA + 4, sel::USER_DATA & !3);
+            bed.put16(DATA + 8, 0x5566);
+            bed.put16(DATA + 10, sel::USER_DATA & !3);
+            bed.put32(DATA + 16, 0x7_0000);
+            bed.put16(DATA + 20, sel::DATA);
+            bed.put32(DATA + 24, 1);
+            bed.put16(DATA + 28, sel::FREE);
+            bed.gdt(sel::FREE, descriptor(0, 0xF_FFFF, 0xC013)); // not present
+            bed.finish(&program!(32: "mov esi, 0x200000", "lds eax, [esi]", "les ecx, [esi]", "lfs edx, [esi]", "lgs ebp, [esi]", "mov ebx, -1", "les bx, [esi + 8]", "lss esp, [esi + 16]", "push eax"));
+            let g = bed.cpu.gpr;
+            assert_eq!([gpr::RAX, gpr::RCX, gpr::RDX, gpr::RBP].map(|r| g[r]), [0x1122_3344; 4]);
+            assert_eq!((g[gpr::RBX], g[gpr::RSP]), (0xFFFF_5566, 0x6_FFFC));
+            let selectors =
+                [SegReg::Ds, SegReg::Es, SegReg::Fs, SegReg::Gs].map(|s| bed.cpu.segment(s).selector);
+            assert_eq!(selectors, [sel::USER_DATA & !3; 4]);
+            assert_eq!(bed.cpu.segment(SegReg::Ss).selector, sel::DATA);
+            bed.reset();
+            bed.cpu.gpr[gpr::RAX] = 77;
+            for p in [
+                program!(32: "mov esi, 0x200000"; "lds eax, [esi + 24]"),
+                program!(32: "mov esi, 0x200000"; "lgs eax, [esi + 24]"),
+            ] {
+                bed.faults(&p, 11, refused);
+                assert_eq!(bed.cpu.gpr[gpr::RAX], 77);
+            }
+            bed.faults(&program!(32: "mov esi, 0x200000"; "lss eax, [esi + 24]"), 12, refused);
+            bed.faults(
+                &program!(32: "mov esi, 0x200000"; "lss eax, [esi]"),
+                13,
+                u32::from(sel::USER_DATA & !3),
+            );
+            bed.faults(&program!(32: "nop"; ".byte 0x0F, 0xB2, 0xC0"), 6, None); // of a register
+            if start == Start::Compat {
+                bed.page_faults(&program!(32: "nop"; "les eax, [0x40000000]"), 0x4000_0000, 0);
+            }
+        });
+    }
+    both(Start::Long, |bed| {
+        // Six bytes, ten with REX.W; the base of FS is the descriptor's.
+        bed.gdt(sel::FREE, descriptor(0x1234_5678, 0xF_FFFF, 0xC0F3));
+        bed.put64(DATA, 0x99AA_BBCC_1122_3344);
+        bed.put16(DATA + 8, sel::FREE);
+        bed.put16(DATA + 0x24, sel::FREE | 3);
+        bed.put32(DATA + 0x20, 0x8877_6655);
+        bed.finish(&program!(64: "mov esi, 0x200000", ".byte 0x48, 0x0F, 0xB4, 0x06", "mov rbx, -1", ".byte 0x0F, 0xB5, 0x5E, 0x20")); // LFS RAX, LGS EBX
+        assert_eq!((bed.cpu.gpr[gpr::RAX], bed.cpu.gpr[gpr::RBX]), (0x99AA_BBCC_1122_3344, 0x8877_6655));
+        let bases = [SegReg::Fs, SegReg::Gs].map(|s| (bed.cpu.segment(s).base, bed.cpu.segment(s).selector));
+        assert_eq!(bases, [(0x1234_5678, sel::FREE), (0x1234_5678, sel::FREE | 3)]);
+    });
+    both(Start::Real, |bed| {
+        bed.put16(0x8000, 0x0010);
+        bed.put16(0x8002, 0x3000);
+        bed.put16(0x3_0010, 0xBEEF);
+        bed.finish(&program!(16: "mov si, 0x8000", "les di, [si]", "mov ax, es:[di]", "lds bx, [si]", "mov cx, [bx]"));
+        let g = bed.cpu.gpr.map(|v| v & 0xFFFF);
+        assert_eq!((g[gpr::RAX], g[gpr::RCX], bed.cpu.segment(SegReg::Ds).base), (0xBEEF, 0xBEEF, 0x3_0000));
+    });
+}
+
 /// 16-bit code at linear addresses above 64 KiB, with ES at `es`.
 fn small_code(bed: &mut Bed, es: u64, limit: u32) {
     bed.cpu.seg[SegReg::Cs as usize].attributes = 0x809B;

@@ -103,6 +103,29 @@ fn high_registers_are_not_in_use_outside_64_bit_mode() {
     });
 }
 
+/// REX.W: FIP and FDP have 64 bits; without, selectors lie in their upper halves (SDM 1, 13.5.1).
+#[test]
+fn pointers_by_operand_size() {
+    both(Start::Long, |bed| {
+        prepare(bed);
+        for area in 1..5 {
+            bed.put(DATA + 0x1000 * area + 512, &[0; 64]);
+        }
+        bed.put32(DATA + 0x20, 0);
+        bed.put16(DATA + 0x28, 0x37B);
+        let p = program!(64: "mov esi, 0x200000", "fninit", "fldcw [rsi + 0x28]", "fld1", "nop"; "fdiv dword ptr [rsi + 0x20]", "mov eax, 1", "xor edx, edx",
+            "xsaveopt [rsi + 0x1000]", ".byte 0x48", "xsaveopt [rsi + 0x2000]", "xsavec [rsi + 0x3000]", ".byte 0x48", "xsavec [rsi + 0x4000]");
+        bed.finish(&p);
+        let at = crate::bed::CODE + p.at;
+        for (area, wide) in [(0x1000, false), (0x2000, true), (0x3000, false), (0x4000, true)] {
+            let expected =
+                if wide { [at, DATA + 0x20] } else { [at | 0x10 << 32, (DATA + 0x20) | 0x18 << 32] };
+            assert_eq!([8, 16].map(|i| bed.get64(DATA + area + i)), expected, "{area:x}");
+        }
+        assert_eq!([0x1000, 0x3000].map(|a| bed.get64(DATA + a + 520) >> 63), [0, 1]);
+    });
+}
+
 #[test]
 fn restoring_initial_states() {
     both(Start::Long, |bed| {
