@@ -29,7 +29,7 @@
 //! | hot loops: their ways out, faults in them, changes of them                          | traces                        |
 //! | modified code (by other processors: `smp.rs`)                                       | modified                      |
 //! | mode switches, unreal mode; A20, the first megabyte's end                           | modes, wraps                  |
-//! | all of it at once, drawn from pieces; engine against engine                        | mixed, segmented, wild        |
+//! | all of it at once, drawn from pieces; engine against engine                        | mixed, mixed32, segmented     |
 //! | guests that aim at the host                                                         | wild                          |
 //! | the debugger's own breakpoints and steps                                            | plan                          |
 //! | `cpu/DEVIATIONS.md`                                                                 | deviations                    |
@@ -61,6 +61,8 @@ mod illegal;
 mod interrupts;
 #[path = "system/mixed.rs"]
 mod mixed;
+#[path = "system/mixed32.rs"]
+mod mixed32;
 #[path = "system/models.rs"]
 mod models;
 #[path = "system/modes.rs"]
