@@ -114,6 +114,22 @@ fn kernel() -> Vec<Program> {
         program!(64: "btc r15, 9"),
         program!(64: "btc r14, 47"), // in RCX
         program!(64: "out 0x80, al"),
+        program!(64: "out 0x80, al"),
+        // Back by IRET: as SYSRET would, with RF, with IF changed; to CPL 0 with a null SS and with RF.
+        program!(64: "push 0x2B", "push r12", "push r15", "push 0x33", "push r14", "iretq"),
+        program!(64: "push 0x2B", "push r12", "push r15", "push 0x33", "push r14", "iretq"),
+        program!(64: "push 0x2B", "push r12", "push r15", "bts qword ptr [rsp], 16", "push 0x33", "push r14", "iretq"),
+        program!(64: "push 0x2B", "push r12", "push r15", "btc qword ptr [rsp], 9", "push 0x33", "push r14", "iretq"),
+        program!(64: "push 0x2B", "push r12", "push r15", "push 0x23", "push r14", "iretq"),
+        program!(64: "mov rdx, rsp", "push 0", "push rdx", "pushfq", "push 0x10", "lea rax, [rip + 2f]", "push rax", "iretq", "2:"),
+        program!(64: "mov rdx, rsp", "push 0x18", "push rdx", "pushfq", "bts qword ptr [rsp], 16", "push 0x10", "lea rax, [rip + 2f]", "push rax", "iretq", "2: mov eax, ss"),
+        // Segments that IRET takes away; descriptors of the program's code and stack that change under it.
+        program!(64: "mov eax, 0x18", "mov ds, eax", "mov fs, eax"),
+        program!(64: "mov eax, 0x2B", "mov ds, eax", "mov es, eax"),
+        program!(64: "xor byte ptr [0x1036], 0x80"),
+        program!(64: "xor byte ptr [0x102E], 0x80"),
+        program!(64: "xor byte ptr [0x1035], 0x80"),
+        program!(64: "xor byte ptr [0x1035], 0x80", "xor byte ptr [0x1035], 0x80"),
         program!(64: "mov eax, 9", "mov cr8, rax", "mov rdx, cr8"),
         program!(64: "lea rdi, [rip + 2f]", "inc byte ptr [rdi + 1]", "2: mov dl, 3"),
     ]
@@ -193,6 +209,7 @@ fn prepare_long(bed: &mut Bed, random: &mut Random) {
     // Interrupts show status flags that nobody reads: they are cleared.
     let handler = program!(64: "and dword ptr [rsp + 16], ~0x8D5", "lea rbx, [rbx + 7]", "iretq");
     bed.put(HANDLERS + 0x600, handler.bytes);
+    bed.put(HANDLERS + 0x20, handler.bytes);
     for vector in [1, 6, 7, 8, 10, 11, 12, 13, 14, 17] {
         bed.ist(vector);
     }
@@ -281,9 +298,14 @@ fn compare(kind: &Kind, beds: &mut [Bed; 2], clean: &[u8], seed: u64) -> usize {
     for round in 0..8 {
         let plain = random.below(3) != 0;
         let rflags = if plain { random.of(&[0, flags::IF]) } else { random.next() & 0x24_4AD5 };
+        let nmi = random.below(3) == 0;
         let results = beds.each_mut().map(|bed| {
             enter(kind, bed, rip, rflags);
-            bed.interrupt_at_port(0x60);
+            if nmi {
+                bed.nmi_at_port()
+            } else {
+                bed.interrupt_at_port(0x60)
+            }
             let exit = bed.run_for(Duration::from_millis(300), &format!("seed {seed}"));
             (exit, remains(bed), rest(bed))
         });

@@ -124,6 +124,7 @@ fn prepare(bed: &mut Bed, _: &mut Random) {
     // Interrupts show status flags that nobody reads: they are cleared.
     let handler = program!(32: "and dword ptr [esp + 8], ~0x8D5", "lea ebx, [ebx + 7]", "iretd");
     bed.put(HANDLERS + 0x600, handler.bytes);
+    bed.put(HANDLERS + 0x20, handler.bytes);
     bed.gate(0x41, 15, 3, HANDLERS + 0x400);
     // What SYSENTER loads by arithmetic is what the table has.
     bed.gdt(ENTRY_CODE, descriptor(0, 0xF_FFFF, 0xC09B));
