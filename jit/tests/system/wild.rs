@@ -152,6 +152,16 @@ fn forms() -> Vec<Program> {
         program!(64: ; "crc32 eax, byte ptr [rsi]"),
         program!(64: ; "mulx rax, rbx, [rsi]"),
         program!(64: ; "prefetcht0 [rsi]"),
+        // One check for several accesses, with margins on both sides.
+        program!(64: ; "mov rax, [rsi]", "mov rbx, [rsi + 8]", "mov [rsi + 0x40], rcx", "mov [rsi - 0x100], edx", "movups xmm0, [rsi + 0x1F0]"),
+        program!(64: ; "mov [rsi], rax", "mov [rsi + 0x7F8], rbx", "mov rcx, [rsi - 0x7F8]", "add [rsi + 0x10], edx"),
+        program!(64: "lea rbx, [rsi - 0x1000]"; "mov eax, [rbx + 0x1000]", "mov [rbx + 0x1800], eax", "mov [rbx + 0x800], rax"),
+        program!(64: "lea rdx, [rsi]", "xor ecx, ecx"; "mov rax, [rdx + rcx * 4]", "mov [rdx + rcx * 4 + 8], rax", "mov [rdx + rcx * 4 + 0x30], rax"),
+        // A hot loop whose base becomes one of the host's addresses.
+        program!(64: "mov edi, 0x200800", "mov ecx, 40", "2: cmp ecx, 5", "cmove rdi, rsi"; "mov rax, [rdi]", "mov [rdi + 8], rax", "mov [rdi + 0x20], rbx",
+            "dec ecx", "jnz 2b"),
+        program!(64: "mov edi, 0x200800", "mov ecx, 40", "2: cmp ecx, 5", "cmove rdi, rsi"; "mov [rdi], rax", "add rdi, 8", "mov rbx, [rdi - 0x10]", "movups [rdi + 0x60], xmm0",
+            "dec ecx", "jnz 2b"),
     ]
 }
 
