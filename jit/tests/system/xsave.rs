@@ -232,6 +232,24 @@ fn xcr0() {
     });
 }
 
+/// XGETBV with ECX 1 may say of a component in its initial configuration that it is in use (SDM 1, 13.2 and 13.6): of all in XCR0.
+#[test]
+fn components_in_use() {
+    both(Start::Long, |bed| {
+        let get = program!(64: "mov eax, 13", "mov ecx, 1", "cpuid", "mov ebx, eax", "vzeroall", "fninit", "mov ecx, 1"; "xgetbv");
+        bed.run(&get);
+        if bed.cpu.gpr[gpr::RBX] & 4 == 0 {
+            assert_eq!((bed.taken().vector, bed.taken().error), (13, Some(0)), "not offered on this host");
+            return;
+        }
+        assert_eq!((bed.cpu.gpr[gpr::RAX], bed.cpu.gpr[gpr::RDX]), (7, 0));
+        bed.reset();
+        bed.cpu.xcr0 = 3;
+        bed.finish(&program!(64: "fninit", "mov ecx, 1", "xgetbv"));
+        assert_eq!(bed.cpu.gpr[gpr::RAX], 3);
+    });
+}
+
 /// CPUID leaves 1 and 0DH (SDM 2A, CPUID; 1, 13.2).
 #[test]
 fn what_cpuid_says() {
