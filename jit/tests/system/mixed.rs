@@ -3,7 +3,9 @@
 //! each exception on: everything that is defined must be equal. Of the pages at DATA the first is the program's, the next
 //! read-only, then comes one of the supervisor's, and one whose entry changes.
 
-use crate::bed::{Bed, CODE, DATA, HANDLERS, IST_STACK, Program, Start, USER_STACK, pte};
+use crate::bed::{
+    Bed, CODE, DATA, HANDLERS, IST_STACK, PAE_ROOT, Program, SPARE, STACK, Start, USER_STACK, pte,
+};
 use crate::wild::{Random, remains};
 use paravane_cpu::{Exit, SegReg, cr4, flags, gpr};
 use std::time::Duration;
@@ -57,7 +59,7 @@ fn faulting() -> Vec<Program> {
         program!(64: "bts rax, 63", "btr rax, 62", "mov rbx, [rax]"),
         program!(64: "ud2"),
         program!(64: "mov rax, [0x104000]"),
-        program!(64: "mov rax, rsi", "jmp rax"),
+        program!(64: "mov eax, 0x40000000", "jmp rax"),
         program!(64: "hlt"),
     ]
 }
@@ -223,7 +225,9 @@ fn prepare_long(bed: &mut Bed, random: &mut Random) {
 /// Bases of FS and GS stay.
 fn enter_long(bed: &mut Bed) {
     // Frames of earlier exceptions hold flags that nobody reads.
-    bed.put(IST_STACK - 0x100, &[0; 0x100]);
+    for stack in [IST_STACK, STACK] {
+        bed.put(stack - 0x100, &[0; 0x100]);
+    }
     let bases = [SegReg::Fs, SegReg::Gs].map(|s| bed.cpu.segment(s).base);
     bed.user();
     bed.cpu.seg[SegReg::Fs as usize].base = if bases[0] == 0 { DATA } else { bases[0] };
@@ -238,8 +242,11 @@ fn prepare(kind: &Kind, bed: &mut Bed, clean: &[u8], code: &[u8], handler: &[u8]
     bed.gate(0x40, 14, 3, HANDLERS + 0x400);
     bed.reset();
     let supervisor = pte::P | pte::RW;
-    let tables = bed.pte_at(DATA) & !0xFFF;
-    for page in [0x1000, 0x2000, 0x3000, 0x4000, 0x6_D000, 0x6_F000, 0x5_F000, KERNEL, tables] {
+    // A program that changed page tables without a word could tell what is cached.
+    let tables = (PAE_ROOT..SPARE).step_by(0x1000);
+    for page in
+        [0x1000, 0x2000, 0x3000, 0x4000, 0x6_D000, 0x6_F000, 0x5_F000, KERNEL].into_iter().chain(tables)
+    {
         bed.map(page, page, supervisor);
     }
     bed.map(DATA + 0x1000, DATA + 0x1000, pte::P | pte::US);

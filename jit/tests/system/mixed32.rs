@@ -64,7 +64,7 @@ fn faulting() -> Vec<Program> {
         program!(32: "mov gs:[0xFFD], eax"),
         program!(32: "ud2"),
         program!(32: "mov eax, [0x104000]"),
-        program!(32: "mov eax, 0x200000", "jmp eax"),
+        program!(32: "mov eax, 0x40000000", "jmp eax"),
         program!(32: "xor eax, eax", "mov fs, eax", "mov al, fs:[0]"),
         program!(32: "mov eax, 0x18", "mov ds, eax"),
         program!(32: "hlt"),
