@@ -1,7 +1,8 @@
 //! Traces: what a hot loop does, in one block.
 //!
 //! A jump that leads backwards inside a page is counted at first. When it becomes hot the interpreter core runs the
-//! instructions from its target on, and their addresses are recorded: the path that the loop takes most likely. That path
+//! instructions from its target on, and their addresses are recorded: the path that the loop takes most likely. A pass that
+//! happens to leave the loop says little about it, so that a few more are looked at for one that comes back. That path
 //! is translated as one block, which takes the place of the one at the target: branches on it become side exits,
 //! base groups and the liveness of flags reach beyond them, and short loops are unrolled. A trace stays on one page; it ends
 //! where control goes backwards, but to its own beginning, so that every cycle of blocks still polls.
@@ -18,6 +19,9 @@ use paravane_memory::RamOffset;
 const MAX: usize = 56;
 /// A loop shorter than this is unrolled.
 const UNROLL: usize = 24;
+/// Passes that are recorded at most, and instructions to wait for the next one.
+const PASSES: u32 = 3;
+const WAIT: u32 = 64;
 /// Space that must be free before a trace is translated.
 const RESERVE: usize = 64 << 10;
 
@@ -33,25 +37,57 @@ pub(super) struct Recorder {
     /// RIPs.
     path: Vec<u64>,
     last: Option<Instruction>,
+    /// The longest path of earlier passes, which did not come back.
+    longest: Vec<u64>,
+    passes: u32,
+    /// Instructions that may come before the next pass begins.
+    wait: u32,
 }
 
 impl Recorder {
     pub(super) fn new(start: u64, mode: Mode) -> Recorder {
-        Recorder { start, mode, path: Vec::with_capacity(MAX), last: None }
+        let path = Vec::with_capacity(MAX);
+        Recorder { start, mode, path, last: None, longest: Vec::new(), passes: 0, wait: 0 }
+    }
+
+    /// A pass ended before the instruction at `address`; whether another one shall be recorded, since a branch led away.
+    fn again(&mut self, address: u64) -> bool {
+        self.passes += 1;
+        let led_away = address != self.start && self.last.is_some_and(|last| branches(&last));
+        if !led_away || self.path.len() == MAX || self.passes == PASSES {
+            return false;
+        }
+        if self.path.len() > self.longest.len() {
+            self.longest = std::mem::take(&mut self.path);
+        }
+        self.path.clear();
+        (self.last, self.wait) = (None, WAIT);
+        true
+    }
+
+    /// Whether to go on waiting for the next pass, before the instruction at `address`.
+    fn waits(&mut self, address: u64) -> bool {
+        let waits = self.path.is_empty() && address != self.start && self.wait > 0;
+        self.wait = self.wait.saturating_sub(1);
+        waits
     }
 
     /// Whether the path may go on with the instruction at `rip`.
     fn continues(&self, rip: u64) -> bool {
         let (Some(last), Some(&first)) = (&self.last, self.path.first()) else { return true };
         let next = if self.mode.code64() { last.next_ip() } else { last.next_ip() & 0xFFFF_FFFF };
-        let branches = last.is_jcc_short_or_near() || last.is_jmp_short_or_near();
-        if rip != next && !(branches && rip == last.near_branch_target()) {
+        if rip != next && !(branches(last) && rip == last.near_branch_target()) {
             return false;
         }
         let backwards = rip <= last.ip();
         let whole = rip == first && self.path.len() >= UNROLL;
         (!backwards || rip == first) && !whole && self.path.len() < MAX
     }
+}
+
+/// A branch that a path may follow.
+fn branches(instr: &Instruction) -> bool {
+    instr.is_jcc_short_or_near() || instr.is_jmp_short_or_near()
 }
 
 impl Translator {
@@ -81,17 +117,20 @@ impl Translator {
         if mode != r.mode {
             return false;
         }
-        if self.take_down(cpu, &mut r) {
+        let address = self.code_address(cpu);
+        if r.waits(address) || self.take_down(cpu, &mut r, address) || r.again(address) {
             self.recorder = Some(r);
             return true;
+        }
+        if address != r.start && r.longest.len() > r.path.len() {
+            r.path = std::mem::take(&mut r.longest);
         }
         self.make_trace(cpu, &r);
         false
     }
 
     /// Adds the instruction at RIP to the path; whether that goes on behind it.
-    fn take_down(&mut self, cpu: &CpuState, r: &mut Recorder) -> bool {
-        let address = self.code_address(cpu);
+    fn take_down(&mut self, cpu: &CpuState, r: &mut Recorder, address: u64) -> bool {
         let begins = !r.path.is_empty() || address == r.start;
         if !begins || address >> 12 != r.start >> 12 || !r.continues(cpu.rip) {
             return false;

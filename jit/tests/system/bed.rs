@@ -11,7 +11,8 @@
 
 use paravane_cpu::{
     Attention, Board, Budget, CpuModel, CpuState, DebugPlan, DescriptorTable, Engine, Exit, FpuState,
-    HostFeatures, Interpreter, PostMortem, SegReg, Segment, cr0, cr4, efer, flags, gpr, model_by_name,
+    HostCode, HostFeatures, Interpreter, PostMortem, SegReg, Segment, cr0, cr4, efer, flags, gpr,
+    model_by_name,
 };
 use paravane_jit::{HostVectorUnit, JitOptions, Translator};
 use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr, VpIndex};
@@ -494,6 +495,11 @@ impl Bed {
     /// A counter of the engine's; the interpreter has other ones.
     pub fn counter(&self, name: &str) -> Option<u64> {
         self.engine.counters().into_iter().find(|(counter, _)| counter == name).map(|(_, value)| value)
+    }
+
+    /// What the block at `lin` was translated to; nothing in the interpreter.
+    pub fn host_code(&self, lin: u64) -> Vec<HostCode> {
+        self.engine.host_code(lin)
     }
 
     /// What the debugger wants to be told.

@@ -212,3 +212,21 @@ fn loops_in_loops() {
         });
     }
 }
+
+/// A pass through an inner loop that happens to be its last says little: the trace comes back to its beginning, however
+/// often the inner loop goes round before it ends.
+#[test]
+fn a_last_pass_makes_no_trace() {
+    let p = program!(64: "xor eax, eax", "xor edx, edx", "3: mov ecx, [rsi]", "2: inc eax", "dec ecx", "jnz 2b",
+        "inc edx", "cmp edx, 20", "jb 3b", "hlt");
+    let head = CODE + 6;
+    both(Start::Long, |bed| {
+        for turns in 3..=9 {
+            run(bed, &p, &[turns]);
+            assert_eq!(bed.cpu.gpr[gpr::RAX], u64::from(turns * 20));
+            let code = bed.host_code(head);
+            let times = code.iter().filter(|c| c.guest == Some(head)).count();
+            assert!(code.is_empty() || times > 1, "{turns} turns: {code:x?}");
+        }
+    });
+}
