@@ -203,7 +203,7 @@ impl Emitter {
     fn poll(&mut self, target: u64, live: FlagSet) {
         load(&mut self.hot, R10, ctx!(attention));
         if live.is_empty() {
-            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
+            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], BYTE 0);
             let cold = self.cold_here();
             self.hot_jcc(5, cold);
         } else {
@@ -229,7 +229,7 @@ impl Emitter {
         self.put_flags_aside();
         self.look_up_target(|_| {});
         load(&mut self.hot, R9, ctx!(attention));
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r9], 0);
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r9], BYTE 0);
         self.hot.push(0x0F);
         self.hot.push(0x85);
         self.hot_rel32(Target::Cache(self.stubs.attention));

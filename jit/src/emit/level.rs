@@ -75,7 +75,7 @@ impl Emitter {
         let slow = self.cold_here();
         self.cold_interpret(self.rip);
         load(&mut self.hot, R10, ctx!(attention));
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], 0);
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], BYTE 0);
         self.hot_jcc(5, slow);
         self.slow_if_zero(ctx!(interrupt_returns), slow);
         dynasm!(self.hot ; .arch x64 ; test DWORD [rsp + ctx!(system_flags)], flags::NT as i32);
@@ -166,7 +166,7 @@ impl Emitter {
 
     /// Goes to `slow` if the field at `at` is 0.
     fn slow_if_zero(&mut self, at: i32, slow: Pos) {
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + at], 0);
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + at], BYTE 0);
         self.hot_jcc(4, slow);
     }
 
@@ -174,7 +174,7 @@ impl Emitter {
     fn slow_if_unusual(&mut self, bits: i32, slow: Pos) {
         dynasm!(self.hot ; .arch x64 ; test r10, bits);
         self.hot_jcc(5, slow);
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + ctx!(interrupt_pending)], 0);
+        dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + ctx!(interrupt_pending)], BYTE 0);
         self.hot_jcc(5, slow);
     }
 

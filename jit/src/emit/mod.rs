@@ -18,6 +18,7 @@ mod segment;
 mod stack;
 mod string;
 mod system;
+mod word;
 
 use crate::assembler::SimpleAssembler;
 use crate::block::Mode;

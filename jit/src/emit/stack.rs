@@ -1,6 +1,7 @@
 //! Words on the stack: PUSH, POP, LEAVE, near CALL and RET (SDM vol. 1, 6.2), with RSP moved once for a run of them in
 //! a base group.
 
+use super::word::{Op, word};
 use super::{Emitter, Site, Unfit};
 use crate::block::Mode;
 use crate::classify::{Class, stack_word};
@@ -22,18 +23,19 @@ impl Emitter {
             if disp == 0 {
                 return self.access(from, size, write, live);
             }
-            if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; lea r10, [Rq(from) + disp]);
-            } else {
-                dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + disp]);
-            }
+            let width = self.width();
+            word(&mut self.hot, Op::Lea, width, R10, from, disp);
             return self.access(R10, size, write, live);
         }
         let narrow = self.mode.has(Mode::STACK16);
         match (disp, narrow) {
             (0, true) => dynasm!(self.hot ; .arch x64 ; movzx r10d, Rw(from)),
-            (_, true) => dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + disp] ; movzx r10d, r10w),
-            _ => dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + disp]),
+            (_, narrow) => {
+                word(&mut self.hot, Op::Lea, 4, R10, from, disp);
+                if narrow {
+                    dynasm!(self.hot ; .arch x64 ; movzx r10d, r10w);
+                }
+            }
         }
         self.access_segment(Register::SS, narrow, MissInfo::of(size, write), live);
     }
@@ -43,21 +45,13 @@ impl Emitter {
         if let Some(m) = self.stack_member(-n, n, true) {
             let r = value(self, R10);
             let (p, at) = (self.pointer(m), m.offset);
-            match n {
-                2 => dynasm!(self.hot ; .arch x64 ; mov [Rq(p) + at], Rw(r)),
-                4 => dynasm!(self.hot ; .arch x64 ; mov [Rq(p) + at], Rd(r)),
-                _ => dynasm!(self.hot ; .arch x64 ; mov [Rq(p) + at], Rq(r)),
-            }
+            word(&mut self.hot, Op::Store, n, r, p, at);
             self.rsp_pending -= n;
         } else {
             self.sync_rsp();
             self.access_stack(HOST_RSP, -n, n, true, live);
             let r = value(self, R10);
-            match n {
-                2 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rw(r)),
-                4 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rd(r)),
-                _ => dynasm!(self.hot ; .arch x64 ; mov [r11], Rq(r)),
-            }
+            word(&mut self.hot, Op::Store, n, r, R11, 0);
             self.add_rsp(HOST_RSP, -n);
         }
         self.rsp_adjusted(-n);
@@ -68,12 +62,7 @@ impl Emitter {
     pub(super) fn load_top(&mut self, r: u8, n: i32, live: FlagSet) {
         if let Some(m) = self.stack_member(0, n, false) {
             let (p, at) = (self.pointer(m), m.offset);
-            match n {
-                2 if r == R11 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [Rq(p) + at]),
-                2 => dynasm!(self.hot ; .arch x64 ; mov Rw(r), [Rq(p) + at]),
-                4 => dynasm!(self.hot ; .arch x64 ; mov Rd(r), [Rq(p) + at]),
-                _ => dynasm!(self.hot ; .arch x64 ; mov Rq(r), [Rq(p) + at]),
-            }
+            self.load_word(r, p, at, n);
         } else {
             self.sync_rsp();
             self.access_stack(HOST_RSP, 0, n, false, live);
@@ -82,23 +71,27 @@ impl Emitter {
     }
 
     fn load_stack(&mut self, r: u8, n: i32) {
-        match n {
-            2 if r == R11 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [r11]),
-            2 => dynasm!(self.hot ; .arch x64 ; mov Rw(r), [r11]),
-            4 => dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r11]),
-            _ => dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r11]),
+        self.load_word(r, R11, 0, n);
+    }
+
+    fn load_word(&mut self, r: u8, from: u8, at: i32, n: i32) {
+        if n == 2 && r == R11 {
+            dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [Rq(from) + at]);
+        } else {
+            word(&mut self.hot, Op::Load, n, r, from, at);
         }
+    }
+
+    /// Bytes of an address.
+    fn width(&self) -> i32 {
+        if self.code64 { 8 } else { 4 }
     }
 
     /// Loads the `n` bytes of the memory operand of PUSH, CALL or JMP into r11.
     pub(super) fn load_operand(&mut self, instr: &Instruction, n: i32, live: FlagSet) -> Result<(), Unfit> {
         if let Some(m) = self.member(instr, n as u32, false) {
             let (p, at) = (self.pointer(m), m.offset);
-            match n {
-                2 => dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [Rq(p) + at]),
-                4 => dynasm!(self.hot ; .arch x64 ; mov r11d, [Rq(p) + at]),
-                _ => dynasm!(self.hot ; .arch x64 ; mov r11, [Rq(p) + at]),
-            }
+            self.load_word(R11, p, at, n);
         } else {
             self.address(instr, MissInfo::of(n as u32, false), live)?;
             self.load_stack(R11, n);
@@ -108,12 +101,12 @@ impl Emitter {
 
     /// Sets guest RSP, under the stack's address size, to host register `from` plus `n`. May overwrite r10.
     pub(super) fn add_rsp(&mut self, from: u8, n: i32) {
-        if self.code64 {
-            dynasm!(self.hot ; .arch x64 ; lea r8, [Rq(from) + n]);
-        } else if self.mode.has(Mode::STACK16) {
-            dynasm!(self.hot ; .arch x64 ; lea r10d, [Rq(from) + n] ; mov r8w, r10w);
+        if self.code64 || !self.mode.has(Mode::STACK16) {
+            let width = self.width();
+            word(&mut self.hot, Op::Lea, width, HOST_RSP, from, n);
         } else {
-            dynasm!(self.hot ; .arch x64 ; lea r8d, [Rq(from) + n]);
+            word(&mut self.hot, Op::Lea, 4, R10, from, n);
+            dynasm!(self.hot ; .arch x64 ; mov r8w, r10w);
         }
     }
 

@@ -102,7 +102,7 @@ impl Emitter {
             let keep = Self::keep(site.before);
             let grouped = self.r9_busy;
             Self::save(&mut self.hot, keep, grouped);
-            dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + ctx!(interrupt_pending)], 0);
+            dynasm!(self.hot ; .arch x64 ; cmp DWORD [rsp + ctx!(interrupt_pending)], BYTE 0);
             let slow = self.cold_here();
             self.hot_jcc(5, slow);
             Self::restore(&mut self.cold, keep, grouped);

@@ -319,10 +319,13 @@ impl Session {
             run.samples.extend(named);
             run.problems.extend(boot.problems);
         }
-        let append = "console=ttyS0 quiet panic=-1 pv.run=bench";
+        let mut append = "console=ttyS0 quiet panic=-1 pv.run=bench".to_owned();
+        if let Some(modules) = security_modules() {
+            append += &format!(" lsm={modules}");
+        }
         for (cpus, loaded) in [(1, &self.loaded), (2, &self.threaded)] {
             let Some(loaded) = loaded else { continue };
-            let suite = self.machine(engine, cpus, &self.kernel, loaded, append, None)?;
+            let suite = self.machine(engine, cpus, &self.kernel, loaded, &append, None)?;
             let of_machine = |name: &str| name.starts_with("boot-") || (cpus > 1 && name == "suite-memory");
             run.samples.extend(suite.samples.into_iter().filter(|sample| !of_machine(&sample.name)));
             run.problems.extend(suite.problems);
@@ -387,6 +390,7 @@ fn about(options: &Options) -> BTreeMap<String, String> {
         ("host".into(), model.map_or("unknown", |(_, name)| name).to_owned()),
         ("made by".into(), format!("`{}`", command.collect::<Vec<_>>().join(" "))),
         ("rounds".into(), options.runs.to_string()),
+        ("security modules".into(), security_modules().unwrap_or_else(|| "each kernel's own".into())),
     ]);
     if let Some(manifest) = guests::load()
         && let Some(guest) = manifest.guests.get(&options.guest)
@@ -398,4 +402,12 @@ fn about(options: &Options) -> BTreeMap<String, String> {
         about.insert("qemu".into(), first_line(version));
     }
     about
+}
+
+/// The host kernel's security modules, which the guest's gets too, so that both do the same work in a system call; `None` if the
+/// host does not say.
+fn security_modules() -> Option<String> {
+    let modules = fs::read_to_string("/sys/kernel/security/lsm").ok()?;
+    let modules = modules.trim().to_owned();
+    (!modules.is_empty()).then_some(modules)
 }
