@@ -157,6 +157,17 @@ impl CodePages {
         self.caches[at].table.as_ptr() as u64
     }
 
+    /// Addresses of the jump caches for two modes.
+    pub(crate) fn jump_caches(&mut self, [first, second]: [Mode; 2]) -> [u64; 2] {
+        if let (Some(a), Some(b)) = (self.find(first), self.find(second)) {
+            return [a, b].map(|at| self.caches[at].table.as_ptr() as u64);
+        }
+        self.jump_cache(first);
+        // A cache that is made anew may take the place of another one, but not of the last one made.
+        let second = self.jump_cache(second);
+        [self.jump_cache(first), second]
+    }
+
     fn add_cache(&mut self, mode: Mode) -> usize {
         let space = mode.has(Mode::USER).then_some(self.active);
         let mut table: Box<[Entry]> = vec![[0; 2]; ENTRIES].into();

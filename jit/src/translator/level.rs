@@ -21,17 +21,20 @@ const OUTER: usize = 0;
 const SAME: usize = 1;
 const NULL_STACK: usize = 2;
 
-/// What IRET loaded, for `JitContext::returns`.
+/// What the [`Return`]s of the context came from and lead to.
 #[derive(Default)]
 pub(super) struct Returns {
-    /// The descriptor table they came from.
     table: DescriptorTable,
-    entries: [Option<(Return, [Segment; 2])>; RETURNS],
+    /// CS and SS.
+    segments: [[Segment; 2]; RETURNS],
+    /// The selectors of the one to CPL 3, which is out of force where the return takes data segments away.
+    outer: u64,
 }
 
 impl Translator {
     /// Lets SYSCALL, SYSRET and IRET be done in translated code where nothing about them is unusual: flags beyond the status
     /// flags and IF are clear at CPL 3, and SYSCALL clears IF; IRET opens no door to NMIs and takes no data segment away.
+    /// Sets the jump cache.
     pub(super) fn prepare_levels(&mut self, cpu: &CpuState, mode: Mode) {
         let plain = mode.code64()
             && mode.0 & (Mode::MIDDLE | Mode::DOWN) == 0
@@ -42,34 +45,39 @@ impl Translator {
         c.loaded = NOTHING;
         (c.system_calls, c.interrupt_returns) = (u32::from(calls), u32::from(returns));
         if !plain {
+            let jump_cache = self.pages.jump_cache(mode);
+            self.context().jump_cache = jump_cache;
             return;
         }
-        let [kernel, user] = [0, 3].map(|cpl| self.mode_at(cpu, cpl));
-        // A cache that is made anew may take the place of another one, but not of the last one made.
-        self.pages.jump_cache(kernel);
-        let user = self.pages.jump_cache(user);
-        let caches = [self.pages.jump_cache(kernel), user];
-        let views =
-            [View::Supervisor, View::User].map(|v| (self.delta.read_base(v), self.delta.write_base(v)));
-        let keeps = !cpu.msr.sfmask;
-        if self.returns.table != cpu.gdtr {
-            self.returns = Returns { table: cpu.gdtr, ..Returns::default() };
-        }
-        let mut returns = self.returns.entries.map(|entry| entry.map_or(UNKNOWN, |(r, _)| r));
-        if !keeps_segments(cpu) {
-            returns[OUTER] = UNKNOWN;
-        }
+        let modes = [0, 3].map(|cpl| self.mode_of_level(cpu, mode, cpl));
+        let [kernel, user] = self.pages.jump_caches(modes);
+        let level = |view, jump_cache| Level {
+            read_base: self.delta.read_base(view),
+            write_base: self.delta.write_base(view),
+            jump_cache,
+        };
+        let levels = [level(View::Supervisor, kernel), level(View::User, user)];
         let c = self.context();
-        for (level, ((read_base, write_base), jump_cache)) in
-            c.levels.iter_mut().zip(views.into_iter().zip(caches))
-        {
-            *level = Level { read_base, write_base, jump_cache };
+        c.levels = levels;
+        c.jump_cache = if cpu.cpl == 3 { user } else { kernel };
+        if calls {
+            let keeps = !cpu.msr.sfmask;
+            c.call_selectors = [call_selectors(cpu), return_selectors(cpu)].map(|[cs, ss]| pair(cs, ss));
+            c.syscall_keeps = (keeps & 0xFF) as u32 * 256 + u32::from(keeps & flags::OF != 0);
+            c.lstar = cpu.msr.lstar;
         }
-        c.jump_cache = caches[usize::from(cpu.cpl == 3)];
-        c.call_selectors = [call_selectors(cpu), return_selectors(cpu)].map(|[cs, ss]| pair(cs, ss));
-        c.syscall_keeps = (keeps & 0xFF) as u32 * 256 + u32::from(keeps & flags::OF != 0);
-        c.lstar = cpu.msr.lstar;
-        c.returns = returns;
+        if self.returns.table != cpu.gdtr {
+            self.forget_returns(cpu.gdtr);
+        }
+        let outer = if keeps_segments(cpu) { self.returns.outer } else { Return::NONE };
+        self.context().returns[OUTER].selectors = outer;
+    }
+
+    /// What IRET loaded before, if anything, came from another table.
+    pub(super) fn forget_returns(&mut self, table: DescriptorTable) {
+        self.returns.table = table;
+        self.returns.outer = Return::NONE;
+        self.context().returns = [UNKNOWN; RETURNS];
     }
 
     /// Brings CPL, CS and SS up to date where translated code changed them; whether it did.
@@ -79,11 +87,10 @@ impl Translator {
             CALLED => load_call_segments(cpu),
             RETURNED => load_return_segments(cpu),
             number => {
-                if let Some((_, [cs, ss])) = self.returns.entries[(number - FIRST) as usize] {
-                    cpu.seg[SegReg::Cs as usize] = cs;
-                    cpu.seg[SegReg::Ss as usize] = ss;
-                    cpu.cpl = (cs.selector & 3) as u8;
-                }
+                let [cs, ss] = self.returns.segments[(number - FIRST) as usize];
+                cpu.seg[SegReg::Cs as usize] = cs;
+                cpu.seg[SegReg::Ss as usize] = ss;
+                cpu.cpl = (cs.selector & 3) as u8;
             }
         }
         true
@@ -106,7 +113,11 @@ impl Translator {
         let Some(stack) = stack else { return };
         let selectors = u64::from(pair(cs.selector, ss.selector));
         let entry = Return { selectors, level, number: FIRST + n as u32, descriptors: [code, stack] };
-        self.returns.entries[n] = Some((entry, [cs, ss]));
+        self.context().returns[n] = entry;
+        self.returns.segments[n] = [cs, ss];
+        if n == OUTER {
+            self.returns.outer = selectors;
+        }
     }
 
     /// Lets translated code at CPL 0 read the descriptor of `segment` in the GDT: the cell of the table, the linear address,

@@ -36,8 +36,8 @@ use crate::vectors::LiveVectors;
 use fill::{Writers, miss_helper};
 use level::Returns;
 use paravane_cpu::{
-    Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, Engine, Exit, Flushes, HostCode,
-    PostMortem, Shadow, Step, Tracer, flags,
+    Attention, Budget, Core, CpuBus, CpuModel, CpuState, DebugPlan, DescriptorTable, Engine, Exit, Flushes,
+    HostCode, PostMortem, Shadow, Step, Tracer, flags,
 };
 use paravane_memory::{Claims, CodeWatcher, GuestMemory, MAX_TRANSLATORS, PAGE_SHIFT, RamOffset, VpIndex};
 use run::Rest;
@@ -214,6 +214,7 @@ impl Translator {
             cache,
         };
         translator.map_stubs();
+        translator.forget_returns(DescriptorTable::default());
         Ok(translator)
     }
 

@@ -211,7 +211,7 @@ impl Translator {
                 m |= Mode::AVX;
             }
         }
-        if self.options.tsc_base.is_some() && (cpu.cr4 & cr4::TSD == 0 || cpl == 0) {
+        if self.reads_tsc(cpu, cpl) {
             m |= Mode::TSC;
         }
         if cpu.cr4 & cr4::FSGSBASE != 0 {
@@ -226,6 +226,18 @@ impl Translator {
             m |= Mode::COUNTED;
         }
         Mode(m)
+    }
+
+    /// The mode bits at another privilege level than `mode` has.
+    pub(super) fn mode_of_level(&self, cpu: &CpuState, mode: Mode, cpl: u8) -> Mode {
+        let bit = |on, bit| if on { bit } else { 0 };
+        let kept = mode.0 & !(Mode::USER | Mode::TSC);
+        Mode(kept | bit(cpl == 3, Mode::USER) | bit(self.reads_tsc(cpu, cpl), Mode::TSC))
+    }
+
+    /// Whether RDTSC may be translated at `cpl`.
+    fn reads_tsc(&self, cpu: &CpuState, cpl: u8) -> bool {
+        self.options.tsc_base.is_some() && (cpu.cr4 & cr4::TSD == 0 || cpl == 0)
     }
 
     pub(super) fn view(&self, cpu: &CpuState) -> View {
@@ -275,7 +287,6 @@ impl Translator {
     fn load_registers(&mut self, cpu: &CpuState, mode: Mode, address: u64) {
         let view = self.view(cpu);
         let (read_base, write_base) = (self.delta.read_base(view), self.delta.write_base(view));
-        let jump_cache = self.pages.jump_cache(mode);
         let views = [View::Supervisor, View::SupervisorAc]
             .map(|v| [self.delta.read_base(v), self.delta.write_base(v)]);
         let pending = u32::from(self.interrupt_pending);
@@ -312,7 +323,6 @@ impl Translator {
         }
         c.read_base = read_base;
         c.write_base = write_base;
-        c.jump_cache = jump_cache;
         self.prepare_levels(cpu, mode);
     }
 
@@ -441,7 +451,6 @@ impl Translator {
                 }
             }
             if resets != self.stats.cache_flushes {
-                self.context().jump_cache = self.pages.jump_cache(mode);
                 self.prepare_levels(cpu, mode);
             }
         }

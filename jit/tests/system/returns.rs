@@ -152,3 +152,11 @@ fn returns_to_the_same_level() {
         assert_eq!((bed.go(), bed.cpu.gpr[gpr::RBX]), (Exit::TripleFault, 5));
     });
 }
+
+/// A frame of zeros matches nothing that was loaded before: in the first IRETQ of all, nothing was.
+#[test]
+fn a_frame_of_zeros() {
+    both(Start::Long, |bed| {
+        bed.faults(&program!(64: "push 0", "push 0x78000", "push 2", "push 0", "push 0"; "iretq"), 13, 0);
+    });
+}
