@@ -188,6 +188,13 @@ impl Emitter {
             self.set_guest(n, to);
             return Ok(());
         }
+        if size >= 4 && constant && self.code64 {
+            let disp = instr.memory_displacement64();
+            let to = if let Place::Host(h) = regs::place(n) { h } else { R10 };
+            Self::constant(&mut self.hot, to, if size == 8 { disp } else { disp & 0xFFFF_FFFF });
+            self.set_guest(n, to);
+            return Ok(());
+        }
         let ea = self.effective_address(instr, false)?;
         let Place::Host(h) = regs::place(n) else {
             return match size {
