@@ -88,23 +88,30 @@ fn undefined_in_every_mode() {
     }
 }
 
+/// What names selectors, which real-address and virtual-8086 mode do not recognize (SDM 3B, 20.1.1 and 20.2.7).
+pub fn of_protected_mode() -> [Program; 9] {
+    [
+        program!(16: ; "sldt ax"),
+        program!(16: ; "str ax"),
+        program!(16: ; "lldt ax"),
+        program!(16: ; "ltr ax"),
+        program!(16: ; "verr ax"),
+        program!(16: ; "verw ax"),
+        program!(16: ; "lar ax, bx"),
+        program!(16: ; "lsl ax, bx"),
+        program!(16: ; "arpl ax, bx"),
+    ]
+}
+
 #[test]
 fn undefined_in_real_mode() {
     both(Start::Real, |bed| {
-        for p in [
-            program!(16: ; "sldt ax"),
-            program!(16: ; "str ax"),
-            program!(16: ; "lldt ax"),
-            program!(16: ; "ltr ax"),
-            program!(16: ; "verr ax"),
-            program!(16: ; "verw ax"),
-            program!(16: ; "lar ax, bx"),
-            program!(16: ; "lsl ax, bx"),
-            program!(16: ; "arpl ax, bx"),
+        let extensions = [
             program!(16: ; ".byte 0xC4, 0xE2, 0x78, 0xF2, 0xC0"), // ANDN
             program!(16: ; ".byte 0xC5, 0xF8, 0x58, 0xC0"),       // VADDPS
-        ] {
-            bed.faults(&p, 6, None);
+        ];
+        for p in of_protected_mode().iter().chain(&extensions) {
+            bed.faults(p, 6, None);
         }
         bed.finish(&program!(16: "sgdt [0x8000]", "smsw ax", "mov ecx, 0x10", "rdmsr", "mov eax, cr0", "invd", "clts", "wbinvd"));
     });

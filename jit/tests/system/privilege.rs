@@ -2,6 +2,7 @@
 //! (SDM 3A, 5.5 to 5.10; 2A, LAR, LSL, VERR; 3B, 20.2).
 
 use crate::bed::{Bed, HANDLERS, Program, Start, both, sel};
+use crate::illegal::of_protected_mode;
 use crate::segments::descriptor;
 use paravane_cpu::{SegReg, Segment, cr4, flags, gpr};
 
@@ -113,16 +114,7 @@ fn instructions_of_iopl() {
 /// Virtual-8086 mode is CPL 3; what names selectors is not recognized at all (SDM 3B, 20.2.7 and 20.2.8; 2A to 2D).
 #[test]
 fn instructions_of_virtual_8086_mode() {
-    let not_recognized = [
-        program!(16: ; "sldt ax"),
-        program!(16: ; "str ax"),
-        program!(16: ; "lldt ax"),
-        program!(16: ; "ltr ax"),
-        program!(16: ; "verr ax"),
-        program!(16: ; "verw ax"),
-        program!(16: ; "lar ax, bx"),
-        program!(16: ; "lsl ax, bx"),
-        program!(16: ; "arpl ax, bx"),
+    let others = [
         program!(16: ; ".byte 0xC5, 0xF8, 0x58, 0xC0"), // VADDPS
         program!(16: ; "ud2"),
     ];
@@ -147,7 +139,9 @@ fn instructions_of_virtual_8086_mode() {
     ];
     for start in [Start::Protected, Start::Pae] {
         both(start, |bed| {
-            for (list, vector, error) in [(&not_recognized[..], 6, None), (&refused[..], 13, Some(0))] {
+            for (list, vector, error) in
+                [(&of_protected_mode()[..], 6, None), (&others[..], 6, None), (&refused[..], 13, Some(0))]
+            {
                 for p in list {
                     for iopl in [0, flags::IOPL] {
                         bed.reset();
