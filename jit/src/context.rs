@@ -6,14 +6,15 @@
 //!
 //! | host | holds |
 //! |---|---|
-//! | rax rcx rdx rbx rbp rsi rdi r12 r13 | the guest register of that name |
+//! | rax rcx rdx rbx rbp rsi rdi | the guest register of that name |
+//! | r12, r13 | guest R8, R9 |
 //! | r8 | guest RSP |
 //! | r14, r15 | write view, read view (address of the delta table plus a constant, see `delta`) |
 //! | r9, r10, r11 | scratch |
 //! | EFLAGS status bits | the guest's, unless they are in [`JitContext::saved_flags`] |
 //! | x87, MMX, XMM/YMM, MXCSR | the guest's |
 //!
-//! Guest R8–R11, R14 and R15 live in [`JitContext::home`].
+//! Guest R10 to R15 live in [`JitContext::home`].
 
 use crate::segments::Bounds;
 

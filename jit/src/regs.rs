@@ -20,17 +20,18 @@ pub(crate) enum Place {
     Home(u8),
 }
 
-/// Guest registers in `JitContext::home`, in this order: those that compilers use least.
-pub(crate) const HOMES: [usize; 6] = [8, 9, 10, 11, 14, 15];
-/// Guest registers in host registers of the same number.
-pub(crate) const PINNED: [u8; 9] = [0, 1, 2, 3, 5, 6, 7, 12, 13];
+/// Guest registers in `JitContext::home`, in this order: those that hot loops use least.
+pub(crate) const HOMES: [usize; 6] = [10, 11, 12, 13, 14, 15];
+/// Guest registers with a host register other than that of RSP, and that.
+pub(crate) const PINNED: [(u8, u8); 9] =
+    [(0, 0), (1, 1), (2, 2), (3, 3), (5, 5), (6, 6), (7, 7), (8, 12), (9, 13)];
 
 /// The place of guest register `number` (0–15).
 pub(crate) fn place(number: u8) -> Place {
     match number {
         4 => Place::Host(HOST_RSP),
-        n @ 8..=11 => Place::Home(n - 8),
-        n @ 14..=15 => Place::Home(n - 10),
+        n @ 8..=9 => Place::Host(n + 4),
+        n @ 10..=15 => Place::Home(n - 10),
         n => Place::Host(n),
     }
 }

@@ -93,17 +93,17 @@ fn load_vectors(ops: &mut SimpleAssembler) {
 }
 
 fn save_gprs(ops: &mut SimpleAssembler) {
-    for r in PINNED {
-        let at = ctx!(spill) + i32::from(r) * 8;
-        dynasm!(ops ; .arch x64 ; mov [rsp + at], Rq(r));
+    for (guest, host) in PINNED {
+        let at = ctx!(spill) + i32::from(guest) * 8;
+        dynasm!(ops ; .arch x64 ; mov [rsp + at], Rq(host));
     }
     dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(spill) + 32], r8);
 }
 
 fn load_gprs(ops: &mut SimpleAssembler) {
-    for r in PINNED {
-        let at = ctx!(spill) + i32::from(r) * 8;
-        dynasm!(ops ; .arch x64 ; mov Rq(r), [rsp + at]);
+    for (guest, host) in PINNED {
+        let at = ctx!(spill) + i32::from(guest) * 8;
+        dynasm!(ops ; .arch x64 ; mov Rq(host), [rsp + at]);
     }
     dynasm!(ops ; .arch x64 ; mov r8, [rsp + ctx!(spill) + 32]);
 }

@@ -12,7 +12,7 @@ use paravane_cpu::flags;
 /// What SYSRET and IRET may load into RFLAGS here; RF is gone behind the next instruction.
 const PLAIN: u64 = flags::STATUS | flags::IF | flags::FIXED;
 /// Where guest R11 is.
-const R11_HOME: i32 = Emitter::home_offset(3);
+const R11_HOME: i32 = Emitter::home_offset(1);
 /// The frame of IRETQ: RIP, CS, RFLAGS, RSP, SS.
 const FRAME: i32 = 40;
 /// Offset in `JitContext::levels` of CPL 0 and of CPL 3.
