@@ -121,13 +121,14 @@ impl Translator {
     }
 
     /// Lets translated code at CPL 0 read the descriptor of `segment` in the GDT: the cell of the table, the linear address,
-    /// and what is there.
+    /// and what is there. `None` if it has none there: what SYSCALL loads need not.
     fn show_descriptor(&mut self, cpu: &CpuState, segment: &Segment) -> Option<[u64; 3]> {
         const LOCAL: u16 = 4;
-        if segment.selector & LOCAL != 0 {
+        let selector = segment.selector;
+        if selector & LOCAL != 0 || selector & !3 == 0 || selector | 7 > cpu.gdtr.limit {
             return None;
         }
-        let at = cpu.gdtr.base.wrapping_add(u64::from(segment.selector & !7));
+        let at = cpu.gdtr.base.wrapping_add(u64::from(selector & !7));
         if !at.is_multiple_of(8) {
             return None;
         }
@@ -141,7 +142,7 @@ impl Translator {
         let delta = (self.mem.host_base() as u64 + ram.0).wrapping_sub(page);
         self.delta.set(View::Supervisor, false, page, delta, t.global, t.page_shift);
         let raw = self.mem.read_u64(t.phys).ok()?;
-        (Segment::of_descriptor(segment.selector, raw) == *segment)
+        (Segment::of_descriptor(selector, raw) == *segment)
             .then(|| [self.delta.read_cell(View::Supervisor, at), at, raw])
     }
 }

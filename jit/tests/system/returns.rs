@@ -160,3 +160,20 @@ fn a_frame_of_zeros() {
         bed.faults(&program!(64: "push 0", "push 0x78000", "push 2", "push 0", "push 0"; "iretq"), 13, 0);
     });
 }
+
+/// SS may hold what no table has: SYSCALL loads it by arithmetic. IRET reads the table, and beyond its limit there is nothing, the
+/// second time as well as the first; null selectors name no descriptor, whatever lies in entry 0.
+#[test]
+fn segments_that_no_table_has() {
+    both(Start::Long, |bed| {
+        bed.cpu.gdtr.limit = sel::DATA - 1;
+        let p = program!(64: "mov rax, rsp", "push 0x18", "push rax", "pushfq", "push 0x10", "lea rax, [rip + 2f]", "push rax"; "iretq", "2: nop");
+        bed.faults(&p, 13, u32::from(sel::DATA));
+    });
+    both(Start::Long, |bed| {
+        bed.gdt(0, 0x00CF_F300_0000_FFFF);
+        bed.cpu.seg[SegReg::Ss as usize].selector = 3;
+        let p = program!(64: "mov rax, rsp", "push 3", "push rax", "pushfq", "push 0x33", "lea rax, [rip + 2f]", "push rax"; "iretq", "2: nop");
+        bed.faults(&p, 13, 0);
+    });
+}
