@@ -49,9 +49,11 @@ pub(crate) struct JitContext {
     /// Base of the current jump cache.
     pub(crate) jump_cache: u64,
     pub(crate) rip: u64,
-    /// Status flags that were put aside, as LAHF and SETO AL leave them in AX: they travel here across indirect transfers, and
-    /// where a block's checks would have to keep them for who knows whom (see `frontend`).
+    /// Status flags that were put aside: they travel here across indirect transfers, and where a block's checks would have to
+    /// keep them for who knows whom (see `frontend`). As LAHF and SETO AL leave them in AX, or the recipe (see
+    /// `emit::recipe`) to make them from `flags_value`.
     pub(crate) saved_flags: u64,
+    pub(crate) flags_value: u64,
     /// Host addresses of the base groups beyond the one in r9.
     pub(crate) group_slots: [u64; crate::groups::SLOTS],
     /// Linear bases of ES, CS, SS, DS, FS, GS.
@@ -168,7 +170,7 @@ macro_rules! ctx {
 pub(crate) use ctx;
 
 // Emitted code reaches these with displacements of one byte.
-const _: () = assert!(ctx!(saved_flags) < 128 && ctx!(jump_cache) < 128);
+const _: () = assert!(ctx!(flags_value) < 128 && ctx!(jump_cache) < 128);
 
 /// Bytes of private stack below the context.
 const STACK: usize = 256 * 1024;

@@ -335,7 +335,7 @@ impl Frontend {
             emitter.at(instr.ip(), counted.saturating_sub(i as u32));
             let site = Site { before: self.live[i] };
             if i > 0 && self.save == Some(i) {
-                emitter.save_flags();
+                emitter.save_flags_of(&self.instrs[i - 1]);
             }
             for p in self.planner.plans.iter().filter(|p| p.check == i) {
                 emitter.sync_rsp();
@@ -372,8 +372,10 @@ impl Frontend {
         }
         emitter.sync_rsp();
         if !ended {
-            if self.save == Some(self.instrs.len()) && !self.instrs.is_empty() {
-                emitter.save_flags();
+            if let Some(last) = self.instrs.last()
+                && self.save == Some(self.instrs.len())
+            {
+                emitter.save_flags_of(last);
             }
             let next_rip = self.end(source, decoded);
             self.sites.push(site_at(emitter, next_rip.wrapping_sub(source.rip)));

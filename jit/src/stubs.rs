@@ -5,6 +5,7 @@
 use crate::assembler::SimpleAssembler;
 use crate::code_cache::{CodeCache, CodeOffset};
 use crate::context::{Reason, ctx};
+use crate::emit::recipe::{KINDS, Kind, MARK, NUMBERED};
 use crate::regs::{PINNED, R11};
 use dynasmrt::{DynasmApi, dynasm};
 
@@ -30,13 +31,15 @@ pub(crate) struct Stubs {
     pub(crate) exit_saved: CodeOffset,
     pub(crate) link_saved: CodeOffset,
     pub(crate) interpret_saved: CodeOffset,
+    /// Called with a recipe for status flags in EAX (see `emit::recipe`): returns them in AX, as LAHF and SETO AL do.
+    pub(crate) flags: CodeOffset,
 }
 
 impl Stubs {
     /// All of them, by where they begin.
-    pub(crate) fn all(&self) -> [(CodeOffset, &'static str); 10] {
+    pub(crate) fn all(&self) -> [(CodeOffset, &'static str); 11] {
         let Stubs { enter, exit, link, attention, miss, indirect, interpret, .. } = *self;
-        let Stubs { exit_saved, link_saved, interpret_saved, .. } = *self;
+        let Stubs { exit_saved, link_saved, interpret_saved, flags, .. } = *self;
         let mut all = [
             (enter, "enter"),
             (exit, "exit"),
@@ -48,6 +51,7 @@ impl Stubs {
             (exit_saved, "exit_saved"),
             (link_saved, "link_saved"),
             (interpret_saved, "interpret_saved"),
+            (flags, "flags"),
         ];
         all.sort_unstable();
         all
@@ -121,17 +125,76 @@ pub(crate) fn save_flags(ops: &mut SimpleAssembler) {
     dynasm!(ops ; .arch x64 ; mov r10, rax ; lahf ; seto al ; mov [BYTE rsp + at], ax ; mov rax, r10);
 }
 
-/// Brings the status flags back from `saved_flags`; uses host register `scratch`.
-pub(crate) fn restore_flags(ops: &mut SimpleAssembler, scratch: u8) {
+/// Brings the status flags back from `saved_flags`; uses host register `scratch`. Returns where the displacement of a call of
+/// the stub `flags` belongs.
+#[must_use]
+pub(crate) fn restore_flags(ops: &mut SimpleAssembler, scratch: u8) -> usize {
     let at = ctx!(saved_flags) as i8;
     dynasm!(ops
         ; .arch x64
         ; mov Rq(scratch), rax
-        ; movzx eax, WORD [BYTE rsp + at]
-        ; add al, 127
-        ; sahf
-        ; mov rax, Rq(scratch)
+        ; mov eax, [BYTE rsp + at]
+        ; test al, MARK
+        ; .u8 0x74, 5 // jz over the call
+        ; .u8 0xE8
     );
+    let call = ops.offset().0;
+    ops.push_i32(0);
+    dynasm!(ops ; .arch x64 ; add al, 127 ; sahf ; mov rax, Rq(scratch));
+    call
+}
+
+/// The same in a stub that will start at `start`.
+fn restore_flags_here(ops: &mut SimpleAssembler, scratch: u8, start: CodeOffset, flags: CodeOffset) {
+    let call = restore_flags(ops, scratch);
+    let rel = flags.0 as i32 - (start.0 as i32 + call as i32 + 4);
+    ops.ops[call..call + 4].copy_from_slice(&rel.to_le_bytes());
+}
+
+/// Follows the recipe in EAX: flags as by LAHF and SETO AL, in AX. Keeps all other registers.
+fn emit_flags() -> SimpleAssembler {
+    /// Bytes for each kind and size: four times what lies between two numbers.
+    const STRIDE: usize = 32;
+    let mut ops = SimpleAssembler::new();
+    // The return address and three registers lie below the context.
+    dynasm!(ops
+        ; .arch x64
+        ; push rcx ; push rdx ; push rbx
+        ; movsxd rdx, eax
+        ; sar rdx, 16
+        ; mov rcx, [rsp + 32 + ctx!(flags_value)]
+        ; and eax, NUMBERED
+        ; .u8 0x48, 0x8D, 0x1D, 0, 0, 0, 0 // lea rbx, [rip + …]
+    );
+    let from = ops.offset().0;
+    dynasm!(ops ; .arch x64 ; lea rbx, [rbx + rax * 4] ; jmp rbx);
+    let table = (ops.offset().0 - from) as i32;
+    ops.ops[from - 4..from].copy_from_slice(&table.to_le_bytes());
+    for (kind, size) in KINDS.into_iter().flat_map(|kind| [1, 2, 4, 8].map(|size| (kind, size))) {
+        let start = ops.offset().0;
+        match kind {
+            Kind::Sum => dynasm!(ops ; .arch x64 ; sub rcx, rdx),
+            Kind::Difference => dynasm!(ops ; .arch x64 ; add rcx, rdx),
+            Kind::Logic | Kind::Compared => {}
+        }
+        match (kind, size) {
+            (Kind::Logic, 1) => dynasm!(ops ; .arch x64 ; test cl, cl),
+            (Kind::Logic, 2) => dynasm!(ops ; .arch x64 ; test cx, cx),
+            (Kind::Logic, 4) => dynasm!(ops ; .arch x64 ; test ecx, ecx),
+            (Kind::Logic, _) => dynasm!(ops ; .arch x64 ; test rcx, rcx),
+            (Kind::Sum, 1) => dynasm!(ops ; .arch x64 ; add cl, dl),
+            (Kind::Sum, 2) => dynasm!(ops ; .arch x64 ; add cx, dx),
+            (Kind::Sum, 4) => dynasm!(ops ; .arch x64 ; add ecx, edx),
+            (Kind::Sum, _) => dynasm!(ops ; .arch x64 ; add rcx, rdx),
+            (_, 1) => dynasm!(ops ; .arch x64 ; cmp cl, dl),
+            (_, 2) => dynasm!(ops ; .arch x64 ; cmp cx, dx),
+            (_, 4) => dynasm!(ops ; .arch x64 ; cmp ecx, edx),
+            (_, _) => dynasm!(ops ; .arch x64 ; cmp rcx, rdx),
+        }
+        dynasm!(ops ; .arch x64 ; lahf ; seto al ; pop rbx ; pop rdx ; pop rcx ; ret);
+        ops.ops.resize(start + STRIDE, 0xCC);
+    }
+    ops
 }
 
 fn emit_enter() -> SimpleAssembler {
@@ -205,9 +268,9 @@ fn emit_exit() -> SimpleAssembler {
 }
 
 /// The way to `target` where the status flags are in `saved_flags`; keeps r10.
-fn emit_saved(start: CodeOffset, target: CodeOffset) -> SimpleAssembler {
+fn emit_saved(start: CodeOffset, target: CodeOffset, flags: CodeOffset) -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
-    restore_flags(&mut ops, R11);
+    restore_flags_here(&mut ops, R11, start, flags);
     jmp_to(&mut ops, start, target);
     ops
 }
@@ -219,10 +282,10 @@ fn emit_link(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
     ops
 }
 
-fn emit_attention(start: CodeOffset, exit: CodeOffset) -> SimpleAssembler {
+fn emit_attention(start: CodeOffset, exit: CodeOffset, flags: CodeOffset) -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
     dynasm!(ops ; .arch x64 ; mov [rsp + ctx!(rip)], r11 ; mov r10d, Reason::Attention as i32);
-    restore_flags(&mut ops, R11);
+    restore_flags_here(&mut ops, R11, start, flags);
     jmp_to(&mut ops, start, exit);
     ops
 }
@@ -279,18 +342,7 @@ fn emit_miss(helper: MissHelper) -> SimpleAssembler {
     ops
 }
 
-/// Emits all stubs at the start of `cache`.
-pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
-    let enter = cache.append(&emit_enter().finalize());
-    let exit = cache.append(&emit_exit().finalize());
-    let at = cache.next();
-    let interpret = cache.append(&emit_interpret(at, exit).finalize());
-    let at = cache.next();
-    let link = cache.append(&emit_link(at, exit).finalize());
-    let at = cache.next();
-    let attention = cache.append(&emit_attention(at, exit).finalize());
-    let miss = cache.append(&emit_miss(helper).finalize());
-    let at = cache.next();
+fn emit_indirect(start: CodeOffset, exit: CodeOffset, flags: CodeOffset) -> SimpleAssembler {
     let mut ops = SimpleAssembler::new();
     dynasm!(ops
         ; .arch x64
@@ -298,13 +350,38 @@ pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
         ; mov [rsp + ctx!(source)], r9
         ; mov r10d, Reason::Indirect as i32
     );
-    restore_flags(&mut ops, R11);
-    jmp_to(&mut ops, at, exit);
-    let indirect = cache.append(&ops.finalize());
-    let mut saved = |target| {
-        let at = cache.next();
-        cache.append(&emit_saved(at, target).finalize())
+    restore_flags_here(&mut ops, R11, start, flags);
+    jmp_to(&mut ops, start, exit);
+    ops
+}
+
+/// Emits all stubs at the start of `cache`.
+pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
+    let enter = cache.append(&emit_enter().finalize());
+    let exit = cache.append(&emit_exit().finalize());
+    let miss = cache.append(&emit_miss(helper).finalize());
+    let flags = cache.append(&emit_flags().finalize());
+    let mut append = |stub: &dyn Fn(CodeOffset) -> SimpleAssembler| {
+        let start = cache.next();
+        cache.append(&stub(start).finalize())
     };
-    let [exit_saved, link_saved, interpret_saved] = [exit, link, interpret].map(&mut saved);
-    Stubs { enter, exit, link, attention, miss, indirect, interpret, exit_saved, link_saved, interpret_saved }
+    let interpret = append(&|at| emit_interpret(at, exit));
+    let link = append(&|at| emit_link(at, exit));
+    let attention = append(&|at| emit_attention(at, exit, flags));
+    let indirect = append(&|at| emit_indirect(at, exit, flags));
+    let [exit_saved, link_saved, interpret_saved] =
+        [exit, link, interpret].map(|to| append(&|at| emit_saved(at, to, flags)));
+    Stubs {
+        enter,
+        exit,
+        link,
+        attention,
+        miss,
+        indirect,
+        interpret,
+        exit_saved,
+        link_saved,
+        interpret_saved,
+        flags,
+    }
 }

@@ -1,7 +1,7 @@
 //! Ways into and out of a block: direct exits that are chained later, indirect jumps through the jump cache, exits to
 //! the run loop and the interpreter, and the checks at the entries.
 
-use super::{Emitter, PendingLink, Pos, Site, Target, Unfit, load, store};
+use super::{Emitter, PendingLink, Pos, Site, Target, Unfit, load, recipe, store, word};
 use crate::assembler::SimpleAssembler;
 use crate::block::Link;
 use crate::classify::stack_word;
@@ -18,6 +18,15 @@ impl Emitter {
     /// the checks before accesses.
     pub(crate) fn save_flags(&mut self) {
         stubs::save_flags(&mut self.hot);
+        self.flags_saved = Some(self.hot_len() as u32);
+    }
+
+    /// The same right behind `instr`, which changed some.
+    pub(crate) fn save_flags_of(&mut self, instr: &Instruction) {
+        let Some((recipe, register)) = recipe::recipe(instr) else { return self.save_flags() };
+        self.sync_rsp();
+        let value = self.guest(regs::number(register), R10);
+        recipe::put_aside(&mut self.hot, recipe, value);
         self.flags_saved = Some(self.hot_len() as u32);
     }
 
@@ -203,7 +212,7 @@ impl Emitter {
     fn poll(&mut self, target: u64, live: FlagSet) {
         load(&mut self.hot, R10, ctx!(attention));
         if live.is_empty() {
-            dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], BYTE 0);
+            word::compare_with_zero(&mut self.hot, R10);
             let cold = self.cold_here();
             self.hot_jcc(5, cold);
         } else {
@@ -229,7 +238,7 @@ impl Emitter {
         self.put_flags_aside();
         self.look_up_target(|_| {});
         load(&mut self.hot, R9, ctx!(attention));
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r9], BYTE 0);
+        word::compare_with_zero(&mut self.hot, R9);
         self.hot.push(0x0F);
         self.hot.push(0x85);
         self.hot_rel32(Target::Cache(self.stubs.attention));
@@ -278,7 +287,8 @@ impl Emitter {
     pub(crate) fn direct_entries(&mut self, live: FlagSet, save: bool) -> (u32, u32) {
         let saved_entry = self.hot_len() as u32;
         if !live.is_empty() {
-            stubs::restore_flags(&mut self.hot, R10);
+            let call = stubs::restore_flags(&mut self.hot, R10);
+            self.fixups.push((Pos::Hot(call), Target::Cache(self.stubs.flags)));
         }
         let over = save.then(|| {
             dynasm!(self.hot ; .arch x64 ; .u8 0xEB, 0); // jmp short

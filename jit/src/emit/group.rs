@@ -82,7 +82,8 @@ impl Emitter {
             Ok(last) => dynasm!(self.hot ; .arch x64 ; lea r11d, [BYTE r10 + last]),
             Err(_) => dynasm!(self.hot ; .arch x64 ; lea r11d, [r10 + last]),
         }
-        dynasm!(self.hot ; .arch x64 ; xor r11d, r10d ; shr r11d, 12);
+        // A sum with less than a page changes bit 12 if and only if it leaves the page.
+        dynasm!(self.hot ; .arch x64 ; xor r11d, r10d ; test r11d, 0x1000);
         let cross = self.cold_here();
         self.hot_jcc(5, cross);
         Self::restore(&mut self.cold, keep, true);

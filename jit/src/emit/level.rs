@@ -2,7 +2,8 @@
 //! (flags, EFER, segments that were not loaded before) is left to the run loop or to the interpreter.
 
 use super::flow::give_back;
-use super::{Emitter, Pos, Target, load};
+use super::recipe::MARK;
+use super::{Emitter, Pos, Target, load, word};
 use crate::context::{Level, RETURNS, Reason, Return, ctx};
 use crate::flags::FlagSet;
 use crate::regs::{HOST_RSP, R10, RCX};
@@ -25,6 +26,7 @@ impl Emitter {
         self.put_flags_aside();
         let slow = self.leaves_for(Reason::Syscall);
         self.slow_if_zero(ctx!(system_calls), slow);
+        self.flags_from_recipe();
         Self::constant(&mut self.hot, RCX, next);
         // Of the flags beyond the status flags only IF may be set, and it is cleared.
         dynasm!(self.hot
@@ -51,6 +53,18 @@ impl Emitter {
         self.indirect_exit();
     }
 
+    /// The flags that were put aside are there as LAHF and SETO AL leave them, from here on.
+    fn flags_from_recipe(&mut self) {
+        dynasm!(self.hot ; .arch x64 ; test BYTE [rsp + ctx!(saved_flags)], MARK);
+        let recipe = self.cold_here();
+        self.hot_jcc(5, recipe);
+        let back = self.hot_here();
+        dynasm!(self.cold ; .arch x64 ; mov r10, rax ; mov eax, [rsp + ctx!(saved_flags)] ; .u8 0xE8);
+        self.cold_rel32(Target::Cache(self.stubs.flags));
+        dynasm!(self.cold ; .arch x64 ; mov [rsp + ctx!(saved_flags)], ax ; mov rax, r10);
+        self.cold_jmp(Target::Here(back));
+    }
+
     /// SYSRETQ at CPL 0 (SDM 2B).
     pub(crate) fn sysret(&mut self) {
         self.put_flags_aside();
@@ -75,7 +89,7 @@ impl Emitter {
         let slow = self.cold_here();
         self.cold_interpret(self.rip);
         load(&mut self.hot, R10, ctx!(attention));
-        dynasm!(self.hot ; .arch x64 ; cmp DWORD [r10], BYTE 0);
+        word::compare_with_zero(&mut self.hot, R10);
         self.hot_jcc(5, slow);
         self.slow_if_zero(ctx!(interrupt_returns), slow);
         dynasm!(self.hot ; .arch x64 ; test DWORD [rsp + ctx!(system_flags)], flags::NT as i32);

@@ -6,13 +6,14 @@
 //! to the interpreter at any faulting point.
 //!
 //! Here are the buffers and what every instruction needs; [`access`] turns guest addresses into host addresses, [`group`]
-//! shares one check among accesses, [`segment`] applies bases and limits, [`stack`], [`string`], [`repeat`] and [`system`] emit instructions that are not identities,
+//! shares one check among accesses, [`segment`] applies bases and limits, [`recipe`] puts status flags aside, [`stack`], [`string`], [`repeat`] and [`system`] emit instructions that are not identities,
 //! and [`flow`] leaves the block.
 
 mod access;
 mod flow;
 mod group;
 mod level;
+pub(crate) mod recipe;
 mod repeat;
 mod segment;
 mod stack;

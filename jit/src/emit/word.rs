@@ -40,6 +40,15 @@ pub(super) fn word(ops: &mut SimpleAssembler, op: Op, size: i32, reg: u8, base: 
     }
 }
 
+/// Compares the double word at `base`, a register but RSP, RBP, R12 and R13, with zero.
+pub(super) fn compare_with_zero(ops: &mut SimpleAssembler, base: u8) {
+    debug_assert!(!matches!(base & 7, 4 | 5));
+    if base >= 8 {
+        ops.push(0x41);
+    }
+    ops.extend([0x83, 0x38 | base & 7, 0]);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
