@@ -99,7 +99,7 @@ impl Emitter {
             || base == Register::EIP
             || (base == Register::None && index == Register::None)
         {
-            Self::constant(&mut self.hot, R10, disp);
+            Self::constant(&mut self.hot, R11, disp);
         } else {
             let b = (base != Register::None).then(|| regs::number(base));
             let x = (index != Register::None).then(|| regs::number(index));
@@ -108,23 +108,23 @@ impl Emitter {
             {
                 return Ok(h);
             }
-            let b = b.map(|b| self.guest(b, R10));
-            let x = x.map(|x| self.guest(x, R11));
-            let loaded = (b, x, disp) == (Some(R10), None, 0) && !(narrow && self.code64);
+            let b = b.map(|b| self.guest(b, R11));
+            let x = x.map(|x| self.guest(x, R10));
+            let loaded = (b, x, disp) == (Some(R11), None, 0) && !(narrow && self.code64);
             if !loaded {
-                self.lea(R10, b, x, instr.memory_index_scale(), disp as i32, narrow);
+                self.lea(R11, b, x, instr.memory_index_scale(), disp as i32, narrow);
             }
         }
         if based {
             let at = ctx!(seg_base) + if segment == Register::FS { 32 } else { 40 };
-            dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + at]);
+            dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + at]);
             if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; lea r10, [r10 + r11]);
+                dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + r10]);
             } else {
-                dynasm!(self.hot ; .arch x64 ; lea r10d, [r10 + r11]);
+                dynasm!(self.hot ; .arch x64 ; lea r11d, [r11 + r10]);
             }
         }
-        Ok(R10)
+        Ok(R11)
     }
 
     /// Refuses what is not made of registers of the code's size, or of 32 bits.
@@ -257,7 +257,7 @@ impl Emitter {
         }
     }
 
-    /// Turns the linear address in host register `ea` into a host address in r11 for an access of `size` bytes;
+    /// Turns the linear address in host register `ea`, best r11, into a host address in r11 for an access of `size` bytes;
     /// keeps `live`. Uses r9 (while flags are live and no group owns it) and may overwrite r10.
     pub(super) fn access(&mut self, ea: u8, size: u32, write: bool, live: FlagSet) {
         self.access_as(ea, MissInfo::of(size, write), live);
@@ -274,11 +274,16 @@ impl Emitter {
         let (size, write) = (info as u32 & 0xFF, info & MissInfo::WRITE != 0);
         let retry = self.hot_here();
         let dead = saved || keep == Keep::Nothing;
-        self.look_up(R11, ea, write, dead);
-        if dead {
-            dynasm!(self.hot ; .arch x64 ; add r11, Rq(ea));
+        if ea == R11 {
+            self.translate(R11, write, dead);
         } else {
-            dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
+            self.index(R11, ea, dead);
+            self.load_delta(R11, R11, write);
+            if dead {
+                dynasm!(self.hot ; .arch x64 ; add r11, Rq(ea));
+            } else {
+                dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + Rq(ea)]);
+            }
         }
         if !saved {
             Self::save(&mut self.hot, keep, self.r9_busy);
@@ -356,18 +361,50 @@ impl Emitter {
         size >= 16 && kind(MissInfo::ALIGNED) || size <= 8 && kind(MissInfo::LOCKED) && self.splits_are_dear
     }
 
-    /// Loads the delta of the page of the address in host register `ea` into `delta`. Uses r11; keeps flags unless they are `dead`.
-    pub(super) fn look_up(&mut self, delta: u8, ea: u8, write: bool, dead: bool) {
-        // Bits 12 to 47: by BEXTR with the write base as its control, or without touching flags.
-        if dead {
-            dynasm!(self.hot ; .arch x64 ; bextr r11, Rq(ea), r14);
-        } else {
-            dynasm!(self.hot ; .arch x64 ; rorx r11, Rq(ea), 48 ; shrx r11, r11, r15);
+    /// The address in `place` becomes its host address; r10 is what [`Self::cold_undo`] needs. Keeps flags unless they are `dead`.
+    pub(super) fn translate(&mut self, place: u8, write: bool, dead: bool) {
+        self.index(R10, place, dead);
+        match (dead, write) {
+            (true, true) => dynasm!(self.hot ; .arch x64 ; add Rq(place), [r14 + r10 * 8 - WRITE_BIAS as i32]),
+            (true, false) => {
+                dynasm!(self.hot ; .arch x64 ; add Rq(place), [BYTE r15 + r10 * 8 - READ_BIAS as i8]);
+            }
+            (false, _) => {
+                self.load_delta(R10, R10, write);
+                dynasm!(self.hot ; .arch x64 ; lea Rq(place), [Rq(place) + r10]);
+            }
         }
-        if write {
-            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [r14 + r11 * 8 - WRITE_BIAS as i32]);
+    }
+
+    /// In cold code, where nothing else happened since: takes [`Self::translate`] back; the address is in r10, too. Changes flags.
+    pub(super) fn cold_undo(&mut self, place: u8, write: bool, dead: bool) {
+        match (dead, write) {
+            (true, true) => {
+                dynasm!(self.cold ; .arch x64 ; sub Rq(place), [r14 + r10 * 8 - WRITE_BIAS as i32]);
+            }
+            (true, false) => {
+                dynasm!(self.cold ; .arch x64 ; sub Rq(place), [BYTE r15 + r10 * 8 - READ_BIAS as i8]);
+            }
+            (false, _) => dynasm!(self.cold ; .arch x64 ; sub Rq(place), r10),
+        }
+        dynasm!(self.cold ; .arch x64 ; mov r10, Rq(place));
+    }
+
+    /// Bits 12 to 47 of the address in `ea`: by BEXTR with the write base as its control, or without touching flags.
+    fn index(&mut self, to: u8, ea: u8, dead: bool) {
+        if dead {
+            dynasm!(self.hot ; .arch x64 ; bextr Rq(to), Rq(ea), r14);
         } else {
-            dynasm!(self.hot ; .arch x64 ; mov Rq(delta), [BYTE r15 + r11 * 8 - READ_BIAS as i8]);
+            dynasm!(self.hot ; .arch x64 ; rorx Rq(to), Rq(ea), 48 ; shrx Rq(to), Rq(to), r15);
+        }
+    }
+
+    /// The entry of the delta table with the index in `index`.
+    fn load_delta(&mut self, to: u8, index: u8, write: bool) {
+        if write {
+            dynasm!(self.hot ; .arch x64 ; mov Rq(to), [r14 + Rq(index) * 8 - WRITE_BIAS as i32]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov Rq(to), [BYTE r15 + Rq(index) * 8 - READ_BIAS as i8]);
         }
     }
 
@@ -386,8 +423,11 @@ impl Emitter {
     /// Cold code of a poisoned access: fills the table and tries again, or leaves to interpret the instruction.
     fn cold_miss(&mut self, ea: u8, access: Access, retry: Pos) {
         let Access { info, keep, saved, .. } = access;
+        if ea == R11 {
+            self.cold_undo(R11, info & MissInfo::WRITE != 0, saved || keep == Keep::Nothing);
+        }
         Self::restore(&mut self.cold, keep, self.r9_busy);
-        if ea != R10 {
+        if ea != R10 && ea != R11 {
             dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea));
         }
         dynasm!(self.cold ; .arch x64 ; mov r11d, info as i32);
@@ -398,6 +438,9 @@ impl Emitter {
         let fail = self.cold_site();
         if saved {
             Self::save(&mut self.cold, keep, self.r9_busy);
+        }
+        if ea == R11 {
+            dynasm!(self.cold ; .arch x64 ; mov r11, r10);
         }
         self.cold_jmp(Target::Here(retry));
         self.cold_land(fail);

@@ -260,10 +260,9 @@ impl Emitter {
         }
         dynasm!(self.hot
             ; .arch x64
-            ; rorx r10, r11, 16
+            ; rorx r10, r11, 60
             ; add r10d, r11d
-            ; movzx r10d, r10w
-            ; shl r10d, 4
+            ; and r10d, 0xF_FFF0
             ; add r10, [BYTE rsp + ctx!(jump_cache) as i8]
             ; cmp r11, [r10]
         );

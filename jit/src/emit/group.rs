@@ -3,6 +3,7 @@
 
 use super::access::Keep;
 use super::flow::give_back;
+use super::word::{Op, word};
 use super::{Emitter, PendingLink, Pos, Target, load, store};
 use crate::context::ctx;
 use crate::flags::FlagSet;
@@ -48,20 +49,24 @@ impl Emitter {
     pub(crate) fn group(&mut self, plan: &Plan, live: FlagSet) {
         let keep = Self::keep(live);
         let retry = self.hot_here();
-        let delta = if plan.slot.is_some() { R11 } else { R9 };
+        let dead = keep == Keep::Nothing;
+        let pointer = if plan.slot.is_some() { R11 } else { R9 };
         let Key { base, index, scale } = plan.key;
         if base.is_none() && index.is_none() {
-            Self::constant(&mut self.hot, R10, plan.anchor.wrapping_add(i64::from(plan.lo) as u64));
+            Self::constant(&mut self.hot, pointer, plan.anchor.wrapping_add(i64::from(plan.lo) as u64));
         } else {
             let base = base.map(|r| self.guest(r, R10));
             let index = index.map(|r| self.guest(r, R11));
-            self.lea(R10, base, index, u32::from(scale), plan.lo, !self.code64);
+            self.lea(pointer, base, index, u32::from(scale), plan.lo, !self.code64);
         }
-        self.look_up(delta, R10, plan.write, keep == Keep::Nothing);
+        self.translate(pointer, plan.write, dead);
         Self::save(&mut self.hot, keep, true);
-        dynasm!(self.hot ; .arch x64 ; test Rb(delta), 1);
+        if !dead {
+            dynasm!(self.hot ; .arch x64 ; test Rq(pointer), Rq(pointer));
+        }
         let poison = self.cold_here();
-        self.hot_jcc(5, poison);
+        self.hot_jcc(8, poison);
+        self.cold_undo(pointer, plan.write, dead);
         // Poison: fill the entry if that has no effect the guest did not ask for.
         Self::restore(&mut self.cold, keep, true);
         let info = 1 | MissInfo::SOFT | if plan.write { MissInfo::WRITE } else { 0 };
@@ -73,17 +78,12 @@ impl Emitter {
         self.cold_jmp(Target::Here(retry));
         debug_assert_eq!(leave, self.cold_here());
         let ungrouped = self.ungrouped_exit();
-        dynasm!(self.hot ; .arch x64 ; add Rq(delta), r10);
         if let Some(slot) = plan.slot {
             store(&mut self.hot, slot_offset(slot), R11);
         }
-        let last = plan.hi - plan.lo - 1;
-        match i8::try_from(last) {
-            Ok(last) => dynasm!(self.hot ; .arch x64 ; lea r11d, [BYTE r10 + last]),
-            Err(_) => dynasm!(self.hot ; .arch x64 ; lea r11d, [r10 + last]),
-        }
         // A sum with less than a page changes bit 12 if and only if it leaves the page.
-        dynasm!(self.hot ; .arch x64 ; xor r11d, r10d ; test r11d, 0x1000);
+        word(&mut self.hot, Op::Lea, 4, R10, pointer, plan.hi - plan.lo - 1);
+        dynasm!(self.hot ; .arch x64 ; xor r10d, Rd(pointer) ; test r10d, 0x1000);
         let cross = self.cold_here();
         self.hot_jcc(5, cross);
         Self::restore(&mut self.cold, keep, true);

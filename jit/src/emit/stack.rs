@@ -24,8 +24,8 @@ impl Emitter {
                 return self.access(from, size, write, live);
             }
             let width = self.width();
-            word(&mut self.hot, Op::Lea, width, R10, from, disp);
-            return self.access(R10, size, write, live);
+            word(&mut self.hot, Op::Lea, width, R11, from, disp);
+            return self.access(R11, size, write, live);
         }
         let narrow = self.mode.has(Mode::STACK16);
         match (disp, narrow) {
