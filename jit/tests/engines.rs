@@ -525,8 +525,8 @@ program!(
     "jmp 9f",
     "3: xor eax, eax",
     "jmp r15",
-    // 65535 bytes on: the jump cache has one place for both (the low two 16-bit words of the address are added).
-    ".skip 65530",
+    // Where the jump cache has one place for both: 17 times as much is 2^20 + 1.
+    ".skip 61676",
     "4: cmovz rbx, rdx",
     "jmp r15",
     "9:",
@@ -534,8 +534,75 @@ program!(
 
 #[test]
 fn flags_live_through_a_jump_cache_collision() {
+    let at = t_collision::bytes().windows(5).position(|w| w == [0x31, 0xC0, 0x41, 0xFF, 0xE7]).expect("3:");
+    assert_ne!(at % 16, 15, "the next multiple of 16 has another place");
     let s = agree(t_collision::bytes(), flags::STATUS);
     assert_eq!(s.gpr[gpr::RBX], 100);
+}
+
+program!(
+    t_recipes,
+    "mov r15d, 24",
+    "2:",
+    // Each instruction leaves its flags behind in a register; an indirect jump leads to who reads them.
+    ".macro read_flags",
+    "lea r11, [rip + 1f]",
+    "jmp r11",
+    "1: pushfq",
+    "pop qword ptr [rdi]",
+    "lea rdi, [rdi + 8]",
+    ".endm",
+    ".irp register, al, dl, bpl, ax, r12w, ebx, r13d, rcx, r8, r14",
+    "mov rax, [rsi]",
+    "mov rbx, [rsi + 8]",
+    "mov rcx, [rsi + 16]",
+    "mov rdx, [rsi + 24]",
+    "mov rbp, [rsi + 32]",
+    "mov r8, [rsi + 40]",
+    "mov r12, [rsi + 48]",
+    "mov r13, [rsi + 56]",
+    "mov r14, [rsi + 64]",
+    ".irp operation, add, sub, cmp, and, or, xor",
+    ".irp operand, 1, -1, 0x7F, -0x80, 0",
+    "\\operation \\register, \\operand",
+    "read_flags",
+    ".endr",
+    ".endr",
+    "test \\register, \\register",
+    "read_flags",
+    "xor \\register, \\register",
+    "read_flags",
+    ".endr",
+    ".irp operation, add, sub, cmp, and, test",
+    ".irp operand, 0x7FFF, -0x8000, 0x8000, -0x8001, 0x7FFFFFFF, -0x80000000",
+    ".irp register, rax, r13",
+    "\\operation \\register, \\operand",
+    "read_flags",
+    ".endr",
+    ".endr",
+    ".endr",
+    "sub rsp, 24",
+    "read_flags",
+    "add rsp, 24",
+    "read_flags",
+    "add ah, 1",
+    "read_flags",
+    "add rax, rbx",
+    "read_flags",
+    "test al, 4",
+    "read_flags",
+    "inc ecx",
+    "read_flags",
+    ".purgem read_flags",
+    "lea rsi, [rsi + 72]",
+    "dec r15d",
+    "jnz 2b",
+);
+
+/// Flags that are put aside as what they come from, and made when somebody reads them.
+#[test]
+fn flags_from_recipes() {
+    agree(t_recipes::bytes(), flags::STATUS);
 }
 
 program!(

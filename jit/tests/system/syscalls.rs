@@ -29,6 +29,27 @@ fn syscall_and_sysret() {
     });
 }
 
+/// R11 has the flags of the instruction before, also where that left what they come from.
+#[test]
+fn syscall_saves_the_flags_before_it() {
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.put(CODE + 0x800, program!(64: "mov r9, r11", "sysretq").bytes);
+        bed.user();
+        bed.run(&program!(64: "mov ebx, 100", "2:", "mov eax, 1", "sub eax, 2", "syscall", "mov r12, r9",
+            "mov eax, 0x7FFFFFFF", "add eax, 1", "syscall", "mov r13, r9",
+            "mov eax, 5", "cmp eax, 5", "syscall", "mov r14, r9",
+            "mov eax, 0x81", "and al, 0x80", "syscall", "pushfq", "pop r15", "dec ebx", "jnz 2b", "int 0x50"));
+        let status = |value: u64| value & flags::STATUS;
+        let g = bed.cpu.gpr;
+        assert_eq!(status(g[12]), flags::CF | flags::SF | flags::AF | flags::PF);
+        assert_eq!(status(g[13]), flags::OF | flags::SF | flags::AF | flags::PF);
+        assert_eq!(status(g[14]), flags::ZF | flags::PF);
+        assert_eq!(status(g[9]) & !flags::AF, flags::SF);
+        assert_eq!(status(g[15]) & !flags::AF, flags::SF);
+    });
+}
+
 #[test]
 fn syscall_without_sce_is_undefined() {
     both(Start::Long, |bed| {
