@@ -70,6 +70,8 @@ pub(crate) struct Plan {
     pub(crate) hi: i32,
     /// Some member writes.
     pub(crate) write: bool,
+    /// Bytes of the widest member.
+    pub(crate) widest: i32,
     /// The check goes before this instruction.
     pub(crate) check: usize,
     /// The last member.
@@ -93,6 +95,7 @@ struct Region {
     lo: i32,
     hi: i32,
     write: bool,
+    widest: i32,
     last: usize,
     /// A member lies too far from the others: no more are taken.
     full: bool,
@@ -111,6 +114,7 @@ impl Region {
             lo: 0,
             hi: 0,
             write: false,
+            widest: 0,
             last: start,
             full: false,
         }
@@ -136,6 +140,7 @@ impl Region {
         }
         (self.lo, self.hi) = (min, max);
         self.write |= write;
+        self.widest = self.widest.max(size);
         self.members += 1;
         self.last = at;
     }
@@ -149,6 +154,7 @@ impl Region {
             lo: self.lo - moved,
             hi: self.hi - moved,
             write: self.write,
+            widest: self.widest,
             check,
             last: self.last,
             slot: None,

@@ -36,6 +36,18 @@ pub(super) struct Member {
     pub(super) offset: i32,
 }
 
+/// The check of a group.
+#[derive(Clone, Copy)]
+struct Check<'a> {
+    plan: &'a Plan,
+    /// Has the host address.
+    pointer: u8,
+    /// Flags that were saved.
+    keep: Keep,
+    /// Where to try again.
+    retry: Pos,
+}
+
 impl Group {
     fn member(&self, disp: i32, size: i32, write: bool) -> Option<Member> {
         let lo = self.moved.wrapping_add(disp);
@@ -61,33 +73,15 @@ impl Emitter {
         }
         self.translate(pointer, plan.write, dead);
         Self::save(&mut self.hot, keep, true);
-        if !dead {
-            dynasm!(self.hot ; .arch x64 ; test Rq(pointer), Rq(pointer));
+        let check = Check { plan, pointer, keep, retry };
+        match plan.hi - plan.lo {
+            // Accesses to one word, usually aligned, so that one test tells poison and what crosses.
+            span @ (2 | 4 | 8) if span == plan.widest => self.check_word(check),
+            _ => self.check_span(check),
         }
-        let poison = self.cold_here();
-        self.hot_jcc(8, poison);
-        self.cold_undo(pointer, plan.write, dead);
-        // Poison: fill the entry if that has no effect the guest did not ask for.
-        Self::restore(&mut self.cold, keep, true);
-        let info = 1 | MissInfo::SOFT | if plan.write { MissInfo::WRITE } else { 0 };
-        dynasm!(self.cold ; .arch x64 ; mov r11d, info as i32);
-        self.cold.push(0xE8);
-        self.cold_rel32(Target::Cache(self.stubs.miss));
-        let leave = Pos::Cold(self.cold.ops.len() + 10);
-        self.cold_jmp(Target::Here(leave));
-        self.cold_jmp(Target::Here(retry));
-        debug_assert_eq!(leave, self.cold_here());
-        let ungrouped = self.ungrouped_exit();
         if let Some(slot) = plan.slot {
             store(&mut self.hot, slot_offset(slot), R11);
         }
-        // A sum with less than a page changes bit 12 if and only if it leaves the page.
-        word(&mut self.hot, Op::Lea, 4, R10, pointer, plan.hi - plan.lo - 1);
-        dynasm!(self.hot ; .arch x64 ; xor r10d, Rd(pointer) ; test r10d, 0x1000);
-        let cross = self.cold_here();
-        self.hot_jcc(5, cross);
-        Self::restore(&mut self.cold, keep, true);
-        self.cold_jmp(Target::Here(ungrouped));
         Self::restore(&mut self.hot, keep, true);
         self.r9_busy |= plan.slot.is_none();
         self.groups.push(Group {
@@ -100,6 +94,65 @@ impl Emitter {
             slot: plan.slot,
             last: plan.last,
         });
+    }
+
+    /// Leaves unless the host address is that of a range on one page.
+    fn check_span(&mut self, check: Check<'_>) {
+        let Check { plan, pointer, keep, .. } = check;
+        if keep != Keep::Nothing {
+            dynasm!(self.hot ; .arch x64 ; test Rq(pointer), Rq(pointer));
+        }
+        let poison = self.cold_here();
+        self.hot_jcc(8, poison);
+        let ungrouped = self.cold_poison(check);
+        let last = plan.hi - plan.lo - 1;
+        if last > 0 {
+            // A sum with less than a page changes bit 12 if and only if it leaves the page.
+            word(&mut self.hot, Op::Lea, 4, R10, pointer, last);
+            dynasm!(self.hot ; .arch x64 ; xor r10d, Rd(pointer) ; test r10d, 0x1000);
+            let cross = self.cold_here();
+            self.hot_jcc(5, cross);
+            Self::restore(&mut self.cold, keep, true);
+            self.cold_jmp(Target::Here(ungrouped));
+        }
+    }
+
+    /// The same for a word.
+    fn check_word(&mut self, check: Check<'_>) {
+        let Check { plan, pointer, keep, .. } = check;
+        let last = plan.hi - plan.lo - 1;
+        dynasm!(self.hot ; .arch x64 ; test Rb(pointer), last as i8);
+        let cold = self.cold_here();
+        self.hot_jcc(5, cold);
+        let back = self.hot_here();
+        dynasm!(self.cold ; .arch x64 ; test Rq(pointer), Rq(pointer) ; .u8 0x0F, 0x88); // js
+        let poison = self.cold_site();
+        word(&mut self.cold, Op::Lea, 4, R10, pointer, last);
+        dynasm!(self.cold ; .arch x64 ; xor r10d, Rd(pointer) ; test r10d, 0x1000);
+        self.cold_jcc(4, back);
+        Self::restore(&mut self.cold, keep, true);
+        self.cold.push(0xE9);
+        let cross = self.cold_site();
+        self.cold_land(poison);
+        let ungrouped = self.cold_poison(check);
+        self.fixups.push((cross, Target::Here(ungrouped)));
+    }
+
+    /// Cold code for poison: fills the entry if that has no effect the guest did not ask for. Returns the way to the
+    /// ungrouped copy.
+    fn cold_poison(&mut self, check: Check<'_>) -> Pos {
+        let Check { plan, pointer, keep, retry } = check;
+        self.cold_undo(pointer, plan.write, keep == Keep::Nothing);
+        Self::restore(&mut self.cold, keep, true);
+        let info = 1 | MissInfo::SOFT | if plan.write { MissInfo::WRITE } else { 0 };
+        dynasm!(self.cold ; .arch x64 ; mov r11d, info as i32);
+        self.cold.push(0xE8);
+        self.cold_rel32(Target::Cache(self.stubs.miss));
+        let leave = Pos::Cold(self.cold.ops.len() + 10);
+        self.cold_jmp(Target::Here(leave));
+        self.cold_jmp(Target::Here(retry));
+        debug_assert_eq!(leave, self.cold_here());
+        self.ungrouped_exit()
     }
 
     /// Cold code that leaves for the ungrouped copy at the current instruction.

@@ -16,9 +16,9 @@ use paravane_cpu::CpuState;
 use paravane_memory::RamOffset;
 
 /// Instructions of a trace at most.
-const MAX: usize = 56;
+const MAX: usize = 104;
 /// A loop shorter than this is unrolled.
-const UNROLL: usize = 24;
+const UNROLL: usize = 48;
 /// Passes that are recorded at most, and instructions to wait for the next one.
 const PASSES: u32 = 3;
 const WAIT: u32 = 64;
