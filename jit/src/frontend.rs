@@ -2,6 +2,7 @@
 
 use crate::block::{Granules, InstructionSite, Mode};
 use crate::classify::{Class, Form, Forms, stack_word};
+use crate::emit::recipe::is_recipe;
 use crate::emit::{Emitter, Site};
 use crate::flags::{self, FlagSet, FlagsOut};
 use crate::groups::{self, Planner};
@@ -118,6 +119,12 @@ impl LiveOut {
 }
 
 impl Source<'_> {
+    /// Whether a direct jump from `last` to `target` has something to check, which would have to keep flags: attention, or
+    /// the translation of another page.
+    fn jump_is_checked(&self, last: &Instruction, target: u64) -> bool {
+        target <= last.ip() || self.code_address(target) >> 12 != self.address >> 12
+    }
+
     /// The code address of `rip`.
     pub(crate) fn code_address(&self, rip: u64) -> u64 {
         self.mode.advance(self.address, rip.wrapping_sub(self.rip))
@@ -427,9 +434,14 @@ impl Frontend {
             _ => return LiveOut::live(FlagSet::ALL, FlagSet::ALL, FlagSet::ALL),
         };
         match self.forms[self.instrs.len() - 1].class {
-            Class::Jcc | Class::Loop | Class::JumpIfCountZero => {
-                let t = self.live_at(source, forms, last.near_branch_target()).live();
-                let n = self.live_at(source, forms, next_rip).live();
+            class @ (Class::Jcc | Class::Loop | Class::JumpIfCountZero) => {
+                let target = last.near_branch_target();
+                let (t, n) = (self.live_at(source, forms, target), self.live_at(source, forms, next_rip));
+                let dear = |to, ahead: Ahead| ahead.is_doubtful() && source.jump_is_checked(&last, to);
+                if class == Class::Jcc && (dear(target, t) || dear(next_rip, n)) && self.saves_by_recipe() {
+                    return LiveOut::SAVED;
+                }
+                let (t, n) = (t.live(), n.live());
                 LiveOut::live(t.or(n), t, n)
             }
             Class::Ret | Class::JmpIndirect | Class::CallIndirect => LiveOut::SAVED,
@@ -443,12 +455,18 @@ impl Frontend {
                     next_rip
                 };
                 let ahead = self.live_at(source, forms, target);
-                if ahead.is_doubtful() && self.accesses_behind_flags() {
+                let dear = || source.jump_is_checked(&last, target) && self.saves_by_recipe();
+                if ahead.is_doubtful() && (self.accesses_behind_flags() || dear()) {
                     return LiveOut::SAVED;
                 }
                 LiveOut::live(ahead.live(), ahead.live(), ahead.live())
             }
         }
+    }
+
+    /// Whether the last instruction that changes flags leaves what they come from.
+    fn saves_by_recipe(&self) -> bool {
+        self.instrs.iter().rev().find(|i| flags::writes(i)).is_some_and(is_recipe)
     }
 
     /// Whether an access behind the last instruction that changes flags would have to keep them for the block's end.

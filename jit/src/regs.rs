@@ -4,6 +4,9 @@ use iced_x86::Register;
 
 /// Host register of guest RSP.
 pub(crate) const HOST_RSP: u8 = 8;
+/// The host registers with the bases of the delta tables.
+pub(crate) const WRITE_BASE: u8 = 14;
+pub(crate) const READ_BASE: u8 = 15;
 /// Scratch registers, in the order operands get them.
 pub(crate) const R10: u8 = 10;
 pub(crate) const R11: u8 = 11;

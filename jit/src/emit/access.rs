@@ -7,7 +7,7 @@ use crate::assembler::SimpleAssembler;
 use crate::context::ctx;
 use crate::delta::{READ_BIAS, WRITE_BIAS};
 use crate::flags::FlagSet;
-use crate::regs::{self, Place, R10, R11};
+use crate::regs::{self, Place, R10, R11, READ_BASE, WRITE_BASE};
 use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Code, Instruction, OpKind, Register};
@@ -26,6 +26,28 @@ pub(super) fn address16(instr: &Instruction) -> bool {
 /// Whether the memory operand has an address size of 32 bits.
 fn is_narrow(instr: &Instruction) -> bool {
     [instr.memory_base(), instr.memory_index()].iter().any(|r| *r != Register::None && r.size() == 4)
+}
+
+/// The address of an operand that names no register, in a flat segment.
+fn fixed_address(instr: &Instruction) -> Option<u64> {
+    let named = !matches!(instr.memory_base(), Register::None | Register::RIP | Register::EIP)
+        || instr.memory_index() != Register::None;
+    (!named && !NEED_FS_GS.contains(&instr.memory_segment())).then(|| instr.memory_displacement64())
+}
+
+/// Where the entry of a fixed address is in a delta table: its displacement from the base in host register `base`.
+#[derive(Clone, Copy)]
+pub(super) struct FixedEntry {
+    base: u8,
+    disp: i32,
+}
+
+/// The entry for `size` bytes on one page of the first 4 GiB.
+pub(super) fn fixed_entry(ea: u64, size: u64, write: bool) -> Option<FixedEntry> {
+    let page = u32::try_from(ea).ok()? >> 12;
+    let (base, bias) = if write { (WRITE_BASE, WRITE_BIAS) } else { (READ_BASE, READ_BIAS) };
+    let within = (ea & 0xFFF) + size <= 4096;
+    within.then_some(FixedEntry { base, disp: page as i32 * 8 - bias as i32 })
 }
 
 /// An access to a linear address.
@@ -55,6 +77,11 @@ impl Emitter {
     pub(super) fn address(&mut self, instr: &Instruction, info: u64, live: FlagSet) -> Result<(), Unfit> {
         let segment = instr.memory_segment();
         if self.code64 || self.is_flat(segment) {
+            if let Some(ea) = fixed_address(instr)
+                && self.access_fixed(ea, info, live)
+            {
+                return Ok(());
+            }
             let ea = self.effective_address(instr, true)?;
             self.access_as(ea, info, live);
             return Ok(());
@@ -65,6 +92,39 @@ impl Emitter {
         }
         self.access_segment(segment, address16(instr), info, live);
         Ok(())
+    }
+
+    /// [`Self::access_as`] at a fixed address; false if that takes the usual way.
+    fn access_fixed(&mut self, ea: u64, info: u64, live: FlagSet) -> bool {
+        let (size, write) = (info & 0xFF, info & MissInfo::WRITE != 0);
+        let Some(entry) = fixed_entry(ea, size, write) else { return false };
+        if self.must_be_aligned(info) && ea & (size - 1) != 0 {
+            return false;
+        }
+        let keep = Self::keep(live);
+        let retry = self.hot_here();
+        self.translate_fixed(R11, ea, entry, keep == Keep::Nothing);
+        Self::save(&mut self.hot, keep, self.r9_busy);
+        if keep != Keep::Nothing {
+            dynasm!(self.hot ; .arch x64 ; test r11, r11);
+        }
+        let cold = self.cold_here();
+        self.hot_jcc(8, cold);
+        Self::constant(&mut self.cold, R10, ea);
+        self.cold_miss(R10, Access { info, keep, saved: false, bound: None }, retry);
+        Self::restore(&mut self.hot, keep, self.r9_busy);
+        true
+    }
+
+    /// The host address of fixed address `ea` in `place`. Uses r10; keeps flags unless they are `dead`.
+    pub(super) fn translate_fixed(&mut self, place: u8, ea: u64, entry: FixedEntry, dead: bool) {
+        Self::constant(&mut self.hot, place, ea);
+        let FixedEntry { base, disp } = entry;
+        if dead {
+            dynasm!(self.hot ; .arch x64 ; add Rq(place), [Rq(base) + disp]);
+        } else {
+            dynasm!(self.hot ; .arch x64 ; mov r10, [Rq(base) + disp] ; lea Rq(place), [Rq(place) + r10]);
+        }
     }
 
     /// Effective address of an operand with 16-bit address size, in r10.

@@ -1,7 +1,7 @@
 //! Base groups: one check, and the host address of its beginning at hand for all accesses (planned by
 //! [`crate::groups`]): in r9 for the most useful group of a block, in the context for others. Where the check fails the block goes on in its ungrouped copy.
 
-use super::access::Keep;
+use super::access::{Keep, fixed_entry};
 use super::flow::give_back;
 use super::word::{Op, word};
 use super::{Emitter, PendingLink, Pos, Target, load, store};
@@ -46,6 +46,8 @@ struct Check<'a> {
     keep: Keep,
     /// Where to try again.
     retry: Pos,
+    /// The linear address, if it is fixed.
+    fixed: Option<u64>,
 }
 
 impl Group {
@@ -63,18 +65,11 @@ impl Emitter {
         let retry = self.hot_here();
         let dead = keep == Keep::Nothing;
         let pointer = if plan.slot.is_some() { R11 } else { R9 };
-        let Key { base, index, scale } = plan.key;
-        if base.is_none() && index.is_none() {
-            Self::constant(&mut self.hot, pointer, plan.anchor.wrapping_add(i64::from(plan.lo) as u64));
-        } else {
-            let base = base.map(|r| self.guest(r, R10));
-            let index = index.map(|r| self.guest(r, R11));
-            self.lea(pointer, base, index, u32::from(scale), plan.lo, !self.code64);
-        }
-        self.translate(pointer, plan.write, dead);
+        let fixed = self.group_pointer(plan, pointer, dead);
         Self::save(&mut self.hot, keep, true);
-        let check = Check { plan, pointer, keep, retry };
+        let check = Check { plan, pointer, keep, retry, fixed };
         match plan.hi - plan.lo {
+            _ if fixed.is_some() => drop(self.check_poison(check)),
             // Accesses to one word, usually aligned, so that one test tells poison and what crosses.
             span @ (2 | 4 | 8) if span == plan.widest => self.check_word(check),
             _ => self.check_span(check),
@@ -96,15 +91,41 @@ impl Emitter {
         });
     }
 
-    /// Leaves unless the host address is that of a range on one page.
-    fn check_span(&mut self, check: Check<'_>) {
-        let Check { plan, pointer, keep, .. } = check;
+    /// The host address of the range's beginning in `pointer`. Returns its linear address if that is fixed and the range known
+    /// to lie on one page.
+    fn group_pointer(&mut self, plan: &Plan, pointer: u8, dead: bool) -> Option<u64> {
+        let Key { base, index, scale } = plan.key;
+        if base.is_none() && index.is_none() {
+            let ea = plan.anchor.wrapping_add(i64::from(plan.lo) as u64);
+            if let Some(entry) = fixed_entry(ea, (plan.hi - plan.lo) as u64, plan.write) {
+                self.translate_fixed(pointer, ea, entry, dead);
+                return Some(ea);
+            }
+            Self::constant(&mut self.hot, pointer, ea);
+        } else {
+            let base = base.map(|r| self.guest(r, R10));
+            let index = index.map(|r| self.guest(r, R11));
+            self.lea(pointer, base, index, u32::from(scale), plan.lo, !self.code64);
+        }
+        self.translate(pointer, plan.write, dead);
+        None
+    }
+
+    /// Leaves if the host address is poison. Returns the way to the ungrouped copy.
+    fn check_poison(&mut self, check: Check<'_>) -> Pos {
+        let Check { pointer, keep, .. } = check;
         if keep != Keep::Nothing {
             dynasm!(self.hot ; .arch x64 ; test Rq(pointer), Rq(pointer));
         }
         let poison = self.cold_here();
         self.hot_jcc(8, poison);
-        let ungrouped = self.cold_poison(check);
+        self.cold_poison(check)
+    }
+
+    /// Leaves unless the host address is that of a range on one page.
+    fn check_span(&mut self, check: Check<'_>) {
+        let Check { plan, pointer, keep, .. } = check;
+        let ungrouped = self.check_poison(check);
         let last = plan.hi - plan.lo - 1;
         if last > 0 {
             // A sum with less than a page changes bit 12 if and only if it leaves the page.
@@ -141,8 +162,11 @@ impl Emitter {
     /// Cold code for poison: fills the entry if that has no effect the guest did not ask for. Returns the way to the
     /// ungrouped copy.
     fn cold_poison(&mut self, check: Check<'_>) -> Pos {
-        let Check { plan, pointer, keep, retry } = check;
-        self.cold_undo(pointer, plan.write, keep == Keep::Nothing);
+        let Check { plan, pointer, keep, retry, fixed } = check;
+        match fixed {
+            Some(ea) => Self::constant(&mut self.cold, R10, ea),
+            None => self.cold_undo(pointer, plan.write, keep == Keep::Nothing),
+        }
         Self::restore(&mut self.cold, keep, true);
         let info = 1 | MissInfo::SOFT | if plan.write { MissInfo::WRITE } else { 0 };
         dynasm!(self.cold ; .arch x64 ; mov r11d, info as i32);

@@ -73,6 +73,9 @@ pub(crate) struct PendingLink {
     pub(crate) back: bool,
 }
 
+/// The host register that points to the context: RSP.
+const CONTEXT: u8 = 4;
+
 /// Why an instruction cannot be emitted: it goes to the interpreter.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Unfit;
@@ -273,6 +276,9 @@ impl Emitter {
         site: Site,
     ) -> Result<(), Unfit> {
         let memory = (0..instr.op_count()).find(|&i| instr.op_kind(i) == OpKind::Memory);
+        if self.constant_at_home(instr) {
+            return Ok(());
+        }
         if memory.is_none() && self.copyable(instr, raw) {
             self.hot.ops.extend_from_slice(raw);
             return Ok(());
@@ -360,6 +366,19 @@ impl Emitter {
         Ok(())
     }
 
+    /// MOV of a constant to a register in the context.
+    fn constant_at_home(&mut self, instr: &Instruction) -> bool {
+        if !matches!(instr.code(), Code::Mov_r32_imm32 | Code::Mov_rm32_imm32)
+            || instr.op0_kind() != OpKind::Register
+        {
+            return false;
+        }
+        let Place::Home(n) = regs::place(regs::number(instr.op0_register())) else { return false };
+        let Ok(value) = i32::try_from(instr.immediate32()) else { return false };
+        word::store_constant(&mut self.hot, 8, CONTEXT, Self::home_offset(n), value);
+        true
+    }
+
     /// Lets an instruction without a memory operand use a guest register in the context as one, where that means the same:
     /// a write must reach all of the register that it would reach.
     fn home_as_memory(&self, new: &mut Instruction, form: &Form) {
@@ -370,6 +389,10 @@ impl Emitter {
         }
         // Rotates by constants leave another (undefined) OF on processors of Intel's.
         if matches!(new.mnemonic(), M::Rol | M::Ror) && new.op1_kind() == OpKind::Immediate8 {
+            return;
+        }
+        // A register with itself is read once.
+        if new.op_count() == 2 && new.op0_register() == new.op1_register() {
             return;
         }
         if let Some(other) = mirrored(new) {

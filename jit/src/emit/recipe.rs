@@ -51,6 +51,11 @@ pub(super) fn recipe(instr: &Instruction) -> Option<(i32, Register)> {
     Some((i32::from(operand) << 16 | number << 3 | i32::from(MARK), register))
 }
 
+/// Whether the flags of `instr` can be put aside as a recipe.
+pub(crate) fn is_recipe(instr: &Instruction) -> bool {
+    recipe(instr).is_some()
+}
+
 /// The second operand, if it is an immediate: sign-extended.
 fn immediate(instr: &Instruction) -> Option<i64> {
     let size = match instr.op1_kind() {

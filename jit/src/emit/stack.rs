@@ -1,7 +1,7 @@
 //! Words on the stack: PUSH, POP, LEAVE, near CALL and RET (SDM vol. 1, 6.2), with RSP moved once for a run of them in
 //! a base group.
 
-use super::word::{Op, word};
+use super::word::{Op, store_constant, word};
 use super::{Emitter, Site, Unfit};
 use crate::block::Mode;
 use crate::classify::{Class, stack_word};
@@ -42,16 +42,22 @@ impl Emitter {
 
     /// Pushes `n` bytes of what `value` puts into the register it returns; it may use `scratch` only.
     pub(super) fn push_word(&mut self, n: i32, live: FlagSet, value: impl FnOnce(&mut Emitter, u8) -> u8) {
+        self.push_by(n, live, |e, pointer, at| {
+            let r = value(e, R10);
+            word(&mut e.hot, Op::Store, n, r, pointer, at);
+        });
+    }
+
+    /// Pushes `n` bytes, which `store` stores to a host register plus a displacement; it may use r10.
+    fn push_by(&mut self, n: i32, live: FlagSet, store: impl FnOnce(&mut Emitter, u8, i32)) {
         if let Some(m) = self.stack_member(-n, n, true) {
-            let r = value(self, R10);
-            let (p, at) = (self.pointer(m), m.offset);
-            word(&mut self.hot, Op::Store, n, r, p, at);
+            let pointer = self.pointer(m);
+            store(self, pointer, m.offset);
             self.rsp_pending -= n;
         } else {
             self.sync_rsp();
             self.access_stack(HOST_RSP, -n, n, true, live);
-            let r = value(self, R10);
-            word(&mut self.hot, Op::Store, n, r, R11, 0);
+            store(self, R11, 0);
             self.add_rsp(HOST_RSP, -n);
         }
         self.rsp_adjusted(-n);
@@ -174,20 +180,30 @@ impl Emitter {
             _ => {
                 let value = instr.immediate(0);
                 let value = if self.code64 { value } else { value & 0xFFFF_FFFF };
-                self.push_word(word, site.before, |e, scratch| {
-                    Self::constant(&mut e.hot, scratch, value);
-                    scratch
-                });
+                self.push_constant(value, word, site.before);
             }
         }
         Ok(())
     }
 
     pub(super) fn push_return(&mut self, next: u64, word: i32, live: FlagSet) {
-        self.push_word(word, live, |e, scratch| {
-            Self::constant(&mut e.hot, scratch, next);
-            scratch
-        });
+        self.push_constant(next, word, live);
+    }
+
+    /// Pushes `n` bytes of `value`.
+    fn push_constant(&mut self, value: u64, n: i32, live: FlagSet) {
+        let short = match n {
+            4 => Some(value as i32),
+            8 => i32::try_from(value as i64).ok(),
+            _ => None,
+        };
+        let Some(short) = short else {
+            return self.push_word(n, live, |e, scratch| {
+                Self::constant(&mut e.hot, scratch, value);
+                scratch
+            });
+        };
+        self.push_by(n, live, |e, pointer, at| store_constant(&mut e.hot, n, pointer, at, short));
     }
 
     /// POP into a register.

@@ -14,6 +14,16 @@ pub(super) enum Op {
 
 /// `op` with `size` bytes (2, 4 or 8) of host register `reg` and `[base + disp]`.
 pub(super) fn word(ops: &mut SimpleAssembler, op: Op, size: i32, reg: u8, base: u8, disp: i32) {
+    encode(ops, op as u8, size, reg, base, disp);
+}
+
+/// Stores `value`, sign-extended, to the `size` bytes (4 or 8) at `[base + disp]`.
+pub(super) fn store_constant(ops: &mut SimpleAssembler, size: i32, base: u8, disp: i32, value: i32) {
+    encode(ops, 0xC7, size, 0, base, disp);
+    ops.push_i32(value);
+}
+
+fn encode(ops: &mut SimpleAssembler, opcode: u8, size: i32, reg: u8, base: u8, disp: i32) {
     if size == 2 {
         ops.push(0x66);
     }
@@ -21,7 +31,7 @@ pub(super) fn word(ops: &mut SimpleAssembler, op: Op, size: i32, reg: u8, base: 
     if rex != 0 {
         ops.push(0x40 | rex);
     }
-    ops.push(op as u8);
+    ops.push(opcode);
     let short = i8::try_from(disp);
     // RBP and R13 have no form without displacement; RSP and R12 need a SIB byte.
     let form = match short {
