@@ -51,9 +51,10 @@ pub(crate) struct JitContext {
     pub(crate) rip: u64,
     /// Status flags that were put aside: they travel here across indirect transfers, and where a block's checks would have to
     /// keep them for who knows whom (see `frontend`). As LAHF and SETO AL leave them in AX, or the recipe (see
-    /// `emit::recipe`) to make them from `flags_value`.
+    /// `emit::recipe`) to make them from `flags_value` and `flags_operand`.
     pub(crate) saved_flags: u64,
     pub(crate) flags_value: u64,
+    pub(crate) flags_operand: u64,
     /// Host addresses of the base groups beyond the one in r9.
     pub(crate) group_slots: [u64; crate::groups::SLOTS],
     /// Linear bases of ES, CS, SS, DS, FS, GS.
@@ -170,7 +171,7 @@ macro_rules! ctx {
 pub(crate) use ctx;
 
 // Emitted code reaches these with displacements of one byte.
-const _: () = assert!(ctx!(flags_value) < 128 && ctx!(jump_cache) < 128);
+const _: () = assert!(ctx!(flags_operand) < 128 && ctx!(jump_cache) < 128);
 
 /// Bytes of private stack below the context.
 const STACK: usize = 256 * 1024;

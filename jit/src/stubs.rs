@@ -5,7 +5,7 @@
 use crate::assembler::SimpleAssembler;
 use crate::code_cache::{CodeCache, CodeOffset};
 use crate::context::{Reason, ctx};
-use crate::emit::recipe::{KINDS, Kind, MARK, NUMBERED};
+use crate::emit::recipe::{KINDS, Kind, MARK, NUMBERED, OPERAND};
 use crate::regs::{PINNED, R11};
 use dynasmrt::{DynasmApi, dynasm};
 
@@ -163,6 +163,8 @@ fn emit_flags() -> SimpleAssembler {
         ; movsxd rdx, eax
         ; sar rdx, 16
         ; mov rcx, [rsp + 32 + ctx!(flags_value)]
+        ; test al, OPERAND
+        ; cmovnz rdx, [rsp + 32 + ctx!(flags_operand)]
         ; and eax, NUMBERED
         ; .u8 0x48, 0x8D, 0x1D, 0, 0, 0, 0 // lea rbx, [rip + …]
     );

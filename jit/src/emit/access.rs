@@ -2,7 +2,7 @@
 //! into a host address or leaves for the miss stub.
 
 use super::segment::Bound;
-use super::{Emitter, Pos, Target, Unfit};
+use super::{Emitter, Pos, Target, Unfit, load};
 use crate::assembler::SimpleAssembler;
 use crate::context::ctx;
 use crate::delta::{READ_BIAS, WRITE_BIAS};
@@ -155,36 +155,60 @@ impl Emitter {
         let segment = instr.memory_segment();
         let based = linear && NEED_FS_GS.contains(&segment);
         let disp = instr.memory_displacement64();
-        if base == Register::RIP
-            || base == Register::EIP
-            || (base == Register::None && index == Register::None)
-        {
-            Self::constant(&mut self.hot, R11, disp);
-        } else {
-            let b = (base != Register::None).then(|| regs::number(base));
-            let x = (index != Register::None).then(|| regs::number(index));
-            if let (Some(b), None, 0, false, false) = (b, x, disp, based, narrow && self.code64)
-                && let Place::Host(h) = regs::place(b)
-            {
-                return Ok(h);
-            }
-            let b = b.map(|b| self.guest(b, R11));
-            let x = x.map(|x| self.guest(x, R10));
-            let loaded = (b, x, disp) == (Some(R11), None, 0) && !(narrow && self.code64);
-            if !loaded {
-                self.lea(R11, b, x, instr.memory_index_scale(), disp as i32, narrow);
-            }
-        }
+        let b = (!matches!(base, Register::None | Register::RIP | Register::EIP)).then(|| regs::number(base));
+        let x = (index != Register::None).then(|| regs::number(index));
         if based {
-            let at = ctx!(seg_base) + if segment == Register::FS { 32 } else { 40 };
-            dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + at]);
-            if self.code64 {
-                dynasm!(self.hot ; .arch x64 ; lea r11, [r11 + r10]);
-            } else {
-                dynasm!(self.hot ; .arch x64 ; lea r11d, [r11 + r10]);
-            }
+            return Ok(self.based_address(instr, b, x));
+        }
+        if b.is_none() && x.is_none() {
+            Self::constant(&mut self.hot, R11, disp);
+            return Ok(R11);
+        }
+        if let (Some(b), None, 0, false) = (b, x, disp, narrow && self.code64)
+            && let Place::Host(h) = regs::place(b)
+        {
+            return Ok(h);
+        }
+        let b = b.map(|b| self.guest(b, R11));
+        let x = x.map(|x| self.guest(x, R10));
+        let loaded = (b, x, disp) == (Some(R11), None, 0) && !(narrow && self.code64);
+        if !loaded {
+            self.lea(R11, b, x, instr.memory_index_scale(), disp as i32, narrow);
         }
         Ok(R11)
+    }
+
+    /// The linear address of an operand in FS or GS, of guest registers `b` and `x`, in r11.
+    fn based_address(&mut self, instr: &Instruction, b: Option<u8>, x: Option<u8>) -> u8 {
+        let at = ctx!(seg_base) + if instr.memory_segment() == Register::FS { 32 } else { 40 };
+        let disp = instr.memory_displacement64();
+        let code64 = self.code64;
+        let load_base = |ops: &mut SimpleAssembler, to| load(ops, to, at);
+        match (b, x, i32::try_from(disp as i64)) {
+            (None, None, Ok(0)) => load_base(&mut self.hot, R11),
+            (None, None, Ok(disp)) => {
+                load_base(&mut self.hot, R11);
+                self.lea(R11, Some(R11), None, 1, disp, !code64);
+            }
+            (Some(b), None, Ok(disp)) if !(is_narrow(instr) && code64) => {
+                let b = self.guest(b, R11);
+                load_base(&mut self.hot, R10);
+                self.lea(R11, Some(b), Some(R10), 1, disp, !code64);
+            }
+            (None, None, Err(_)) => {
+                Self::constant(&mut self.hot, R11, disp);
+                load_base(&mut self.hot, R10);
+                self.lea(R11, Some(R11), Some(R10), 1, 0, !code64);
+            }
+            _ => {
+                let b = b.map(|b| self.guest(b, R11));
+                let x = x.map(|x| self.guest(x, R10));
+                self.lea(R11, b, x, instr.memory_index_scale(), disp as i32, is_narrow(instr));
+                load_base(&mut self.hot, R10);
+                self.lea(R11, Some(R11), Some(R10), 1, 0, !code64);
+            }
+        }
+        R11
     }
 
     /// Refuses what is not made of registers of the code's size, or of 32 bits.

@@ -23,10 +23,9 @@ impl Emitter {
 
     /// The same right behind `instr`, which changed some.
     pub(crate) fn save_flags_of(&mut self, instr: &Instruction) {
-        let Some((recipe, register)) = recipe::recipe(instr) else { return self.save_flags() };
+        let Some(recipe) = recipe::recipe(instr) else { return self.save_flags() };
         self.sync_rsp();
-        let value = self.guest(regs::number(register), R10);
-        recipe::put_aside(&mut self.hot, recipe, value);
+        self.put_aside(&recipe);
         self.flags_saved = Some(self.hot_len() as u32);
     }
 

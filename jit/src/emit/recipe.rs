@@ -1,9 +1,9 @@
-//! Recipes: status flags put aside as what they come from, two stores, where the instruction that set them left it in a
+//! Recipes: status flags put aside as what they come from, two or three stores, where the instruction that set them left it in a
 //! register. Hardly anybody wants flags behind an indirect transfer; who does has them made (`stubs`, `flags`).
 
-use crate::assembler::SimpleAssembler;
+use super::{Emitter, store};
 use crate::context::ctx;
-use crate::regs;
+use crate::regs::{self, R10};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -12,7 +12,10 @@ pub(crate) const MARK: i8 = 1 << 1;
 /// Bits of a recipe that number its [`Kind`] and the operand's size, from bit 3 on.
 pub(crate) const NUMBERED: i32 = 0x78;
 
-/// How the flags come from the value put aside and the immediate operand in bits 16 to 31.
+/// In AL where the operand is in `flags_operand`. It is in bits 16 to 31 of the recipe otherwise.
+pub(crate) const OPERAND: i8 = i8::MIN;
+
+/// How the flags come from the value put aside and an operand.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
     /// The value is the result of AND, OR, XOR or TEST.
@@ -28,27 +31,48 @@ pub(crate) enum Kind {
 /// All of them, by number.
 pub(crate) const KINDS: [Kind; 4] = [Kind::Logic, Kind::Sum, Kind::Difference, Kind::Compared];
 
-/// The recipe for the status flags that `instr` leaves, and the register with the value.
-pub(super) fn recipe(instr: &Instruction) -> Option<(i32, Register)> {
+/// The recipe for the flags of an instruction, the register with the value, and that with the operand if it is in one.
+pub(super) struct Recipe {
+    word: i32,
+    value: Register,
+    operand: Option<Register>,
+}
+
+/// The recipe for the status flags that `instr` leaves.
+pub(super) fn recipe(instr: &Instruction) -> Option<Recipe> {
     use Mnemonic as M;
-    let register = instr.op0_register();
-    if instr.op0_kind() != OpKind::Register || !register.is_gpr() || regs::is_high_byte(register) {
-        return None;
-    }
+    let value = plain_register(instr, 0)?;
     let kind = match instr.mnemonic() {
         M::And | M::Or | M::Xor => Kind::Logic,
-        M::Test if instr.op1_kind() == OpKind::Register && instr.op1_register() == register => Kind::Logic,
+        M::Test if plain_register(instr, 1) == Some(value) => Kind::Logic,
         M::Add => Kind::Sum,
         M::Sub => Kind::Difference,
         M::Cmp => Kind::Compared,
         _ => return None,
     };
-    let operand = match kind {
-        Kind::Logic => 0,
-        _ => i16::try_from(immediate(instr)?).ok()?,
-    };
-    let number = (kind as i32) << 2 | register.size().trailing_zeros() as i32;
-    Some((i32::from(operand) << 16 | number << 3 | i32::from(MARK), register))
+    let number = (kind as i32) << 2 | value.size().trailing_zeros() as i32;
+    let word = number << 3 | i32::from(MARK);
+    if kind == Kind::Logic {
+        return Some(Recipe { word, value, operand: None });
+    }
+    if let Some(operand) = plain_register(instr, 1) {
+        // What it was is lost where it is the destination, too.
+        let there = operand != value || kind == Kind::Compared;
+        let word = word | i32::from(OPERAND as u8);
+        return there.then_some(Recipe { word, value, operand: Some(operand) });
+    }
+    let operand = i16::try_from(immediate(instr)?).ok()?;
+    Some(Recipe { word: i32::from(operand) << 16 | word, value, operand: None })
+}
+
+/// Operand `n`, if it is a general register from its lowest byte on.
+fn plain_register(instr: &Instruction, n: u32) -> Option<Register> {
+    let register = instr.op_register(n);
+    let plain = instr.op_count() > n
+        && instr.op_kind(n) == OpKind::Register
+        && register.is_gpr()
+        && !regs::is_high_byte(register);
+    plain.then_some(register)
 }
 
 /// Whether the flags of `instr` can be put aside as a recipe.
@@ -72,9 +96,16 @@ fn immediate(instr: &Instruction) -> Option<i64> {
     Some((instr.immediate(1) << unused) as i64 >> unused)
 }
 
-/// Puts recipe `recipe` and the value in `host` aside.
-pub(super) fn put_aside(ops: &mut SimpleAssembler, recipe: i32, host: u8) {
-    let (at, value) = (ctx!(saved_flags) as i8, ctx!(flags_value));
-    super::store(ops, value, host);
-    dynasm!(ops ; .arch x64 ; mov DWORD [BYTE rsp + at], recipe);
+impl Emitter {
+    /// Puts the flags aside right behind the instruction of the recipe. Uses r10.
+    pub(super) fn put_aside(&mut self, recipe: &Recipe) {
+        let at = ctx!(saved_flags) as i8;
+        let registers = [(Some(recipe.value), ctx!(flags_value)), (recipe.operand, ctx!(flags_operand))];
+        for (register, at) in registers {
+            let Some(register) = register else { continue };
+            let host = self.guest(regs::number(register), R10);
+            store(&mut self.hot, at, host);
+        }
+        dynasm!(self.hot ; .arch x64 ; mov DWORD [BYTE rsp + at], recipe.word);
+    }
 }
