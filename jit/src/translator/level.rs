@@ -80,10 +80,10 @@ impl Translator {
         self.context().returns = [UNKNOWN; RETURNS];
     }
 
-    /// Brings CPL, CS and SS up to date where translated code changed them; whether it did.
-    pub(super) fn follow_level(&mut self, cpu: &mut CpuState) -> bool {
+    /// Brings CPL, CS and SS up to date where translated code changed them.
+    pub(super) fn follow_level(&mut self, cpu: &mut CpuState) {
         match std::mem::replace(&mut self.context().loaded, NOTHING) {
-            NOTHING => return false,
+            NOTHING => {}
             CALLED => load_call_segments(cpu),
             RETURNED => load_return_segments(cpu),
             number => {
@@ -93,7 +93,6 @@ impl Translator {
                 cpu.cpl = (cs.selector & 3) as u8;
             }
         }
-        true
     }
 
     /// The interpreter executed IRETQ: the next one like it may be done in translated code.

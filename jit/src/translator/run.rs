@@ -371,7 +371,9 @@ impl Translator {
         self.core.passed(mode.linear(address));
         loop {
             let reason = self.enter(cpu, entry);
-            if self.follow_level(cpu) {
+            self.follow_level(cpu);
+            // A miss since the level changed may have followed it before.
+            if mode.has(Mode::USER) != (cpu.cpl == 3) {
                 mode = self.mode_at(cpu, cpu.cpl);
             }
             if self.options.single_blocks && self.ends_block(reason, mode) {

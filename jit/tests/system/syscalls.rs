@@ -50,6 +50,23 @@ fn syscall_saves_the_flags_before_it() {
     });
 }
 
+/// The kernel's code is entered anew, returns in place, and the program misses a page before it jumps to new code.
+#[test]
+fn behind_sysret_code_is_the_programs() {
+    both(Start::Long, |bed| {
+        set_up(bed);
+        bed.cpu.msr.sfmask |= flags::IF;
+        bed.put(CODE + 0x800, program!(64: "sldt eax", "sysretq").bytes);
+        bed.user();
+        bed.cpu.gpr[gpr::RSI] = DATA;
+        let program = program!(64: "mov ebx, 5", "2: syscall", "mov rax, [rsi]", "add rsi, 0x1000", "dec ebx", "jz 3f",
+            "jmp 2b", "3:"; "cli");
+        bed.run(&program);
+        let t = bed.taken();
+        assert_eq!((t.vector, t.rip, bed.cpu.gpr[gpr::RBX]), (13, CODE + program.at, 0));
+    });
+}
+
 #[test]
 fn syscall_without_sce_is_undefined() {
     both(Start::Long, |bed| {
