@@ -1,94 +1,17 @@
 //! Translated blocks, the jumps between them, and how to find both.
 
+mod mode;
+mod moving;
+
 use crate::code_cache::CodeOffset;
 use crate::flags::FlagsOut;
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
+pub(crate) use mode::Mode;
+use moving::Instances;
 use paravane_memory::{PAGE_SHIFT, RamOffset};
 use std::hash::BuildHasher;
 use std::num::NonZeroU32;
 use std::ops::Range;
-
-/// Everything the translation of a block depends on besides its bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
-pub(crate) struct Mode(pub u32);
-
-impl Mode {
-    /// 32-bit code.
-    pub(crate) const CODE32: u32 = 1 << 0;
-    /// CPL 3.
-    pub(crate) const USER: u32 = 1 << 1;
-    /// x87 and MMX usable (CR0.EM and TS clear).
-    pub(crate) const X87: u32 = 1 << 2;
-    /// SSE usable.
-    pub(crate) const SSE: u32 = 1 << 3;
-    /// AVX usable.
-    pub(crate) const AVX: u32 = 1 << 4;
-    /// 16-bit code.
-    pub(crate) const CODE16: u32 = 1 << 5;
-    /// DF is set.
-    pub(crate) const DOWN: u32 = 1 << 6;
-    /// Count retired instructions.
-    pub(crate) const COUNTED: u32 = 1 << 7;
-    /// Leave before more instructions are counted than the budget has.
-    pub(crate) const BUDGETED: u32 = 1 << 22;
-    /// The copy of a block that uses no base group.
-    pub(crate) const UNGROUPED: u32 = 1 << 8;
-    /// CR4.SMAP.
-    pub(crate) const SMAP: u32 = 1 << 9;
-    /// RDTSC may be translated.
-    pub(crate) const TSC: u32 = 1 << 10;
-    /// CR4.FSGSBASE.
-    pub(crate) const FSGSBASE: u32 = 1 << 23;
-    /// Repeated PAUSEs give the host's processor away.
-    pub(crate) const YIELDS: u32 = 1 << 24;
-    /// CPL 1 or 2.
-    pub(crate) const MIDDLE: u32 = 1 << 11;
-    /// Real-address or virtual-8086 mode.
-    pub(crate) const LEGACY: u32 = 1 << 12;
-    /// Not 64-bit code, and ES, SS or DS are not the flat, writable segments of 32-bit systems.
-    pub(crate) const SEGMENTED: u32 = 1 << 13;
-    /// The stack pointer is SP.
-    pub(crate) const STACK16: u32 = 1 << 14;
-    /// Some segment expands down.
-    pub(crate) const EXPAND_DOWN: u32 = 1 << 15;
-
-    /// Accesses through segment register `number` need few checks. 32-bit code: readable and writable up to 4 GiB. 16-bit
-    /// code: readable and writable up to 64 KiB at least, with a base that keeps the alignment of offsets; in real-address and
-    /// virtual-8086 mode also after other selectors are loaded. Not used for what is flat anyway.
-    pub(crate) const fn plain(number: u8) -> u32 {
-        1 << (16 + number)
-    }
-
-    /// Operand and address size of the code.
-    pub(crate) fn bits(self) -> u32 {
-        match self.0 & (Mode::CODE16 | Mode::CODE32) {
-            0 => 64,
-            Mode::CODE16 => 16,
-            _ => 32,
-        }
-    }
-
-    /// 64-bit code.
-    pub(crate) fn code64(self) -> bool {
-        self.bits() == 64
-    }
-
-    /// The linear address of a code address (see `segments`).
-    pub(crate) fn linear(self, address: u64) -> u64 {
-        if self.code64() { address } else { address & 0xFFFF_FFFF }
-    }
-
-    /// The code address `n` bytes behind `address`; linear addresses have 32 bits outside 64-bit code.
-    pub(crate) fn advance(self, address: u64, n: u64) -> u64 {
-        let sum = address.wrapping_add(n);
-        if self.code64() { sum } else { address & !0xFFFF_FFFF | sum & 0xFFFF_FFFF }
-    }
-
-    /// Whether `bit` is set.
-    pub(crate) fn has(self, bit: u32) -> bool {
-        self.0 & bit != 0
-    }
-}
 
 /// Identifies a block: its bytes, where they are seen, and how.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -103,6 +26,11 @@ impl BlockKey {
     /// Linear address of the first byte.
     pub(crate) fn linear(&self) -> u64 {
         self.mode.linear(self.address)
+    }
+
+    /// What the validation cell of its page holds while it is there.
+    pub(crate) fn cell(&self) -> u32 {
+        (self.at.0 >> PAGE_SHIFT) as u32 + 1
     }
 }
 
@@ -130,6 +58,12 @@ pub(crate) struct Link {
     pub(crate) back: bool,
     /// Was counted, or is.
     pub(crate) counted: bool,
+    /// The block it was chained to last.
+    pub(crate) to: Option<BlockId>,
+    /// It jumps there, uncounted.
+    pub(crate) chained: bool,
+    /// Code on its way to another page.
+    pub(crate) thunk: Option<CodeOffset>,
 }
 
 /// Parts of a page, of 64 bytes each: one bit per part.
@@ -203,6 +137,10 @@ pub(crate) struct Block {
     pub(crate) crosses_into: Option<NonZeroPage>,
     /// Its instructions in [`BlockTable::sites`].
     sites: (u32, u16),
+    /// Its jumps in [`BlockTable::links`].
+    links: (u32, u16),
+    /// What moves with it in [`BlockTable::constants`].
+    constants: (u32, u16),
     /// First of the links that jump here, in `incoming`.
     incoming: u32,
 }
@@ -237,6 +175,9 @@ pub(crate) struct NewBlock<'a> {
     pub(crate) crosses_into: Option<NonZeroPage>,
     pub(crate) trace: bool,
     pub(crate) sites: &'a [InstructionSite],
+    /// How many of the last links and constants are its own.
+    pub(crate) links: u16,
+    pub(crate) constants: u16,
 }
 
 /// The live blocks made from a page, and what of it they were made from: each of them, and at most all together.
@@ -244,6 +185,7 @@ pub(crate) struct NewBlock<'a> {
 struct PageBlocks {
     granules: Granules,
     blocks: Vec<(Granules, BlockId)>,
+    instances: Instances,
 }
 
 /// A link that jumps to a block, and the next of the block's.
@@ -263,6 +205,8 @@ pub(crate) struct BlockTable {
     pages: HashMap<u64, PageBlocks>,
     pub(crate) blocks: Vec<Block>,
     pub(crate) links: Vec<Link>,
+    /// Where code holds addresses, of 64 bits, that move with it.
+    pub(crate) constants: Vec<CodeOffset>,
     sites: Vec<InstructionSite>,
     incoming: Vec<Incoming>,
 }
@@ -291,6 +235,7 @@ impl BlockTable {
             on_page.granules.add(granules);
             on_page.blocks.push((granules, id));
         }
+        self.note_instance(&key);
         let at = self.sites.len() as u32;
         self.sites.extend_from_slice(sites);
         self.blocks.push(Block {
@@ -307,6 +252,8 @@ impl BlockTable {
             trace: new.trace,
             crosses_into,
             sites: (at, sites.len() as u16),
+            links: (self.links.len() as u32 - u32::from(new.links), new.links),
+            constants: (self.constants.len() as u32 - u32::from(new.constants), new.constants),
             incoming: NONE,
         });
         id
@@ -333,13 +280,16 @@ impl BlockTable {
 
     /// Records that link `link` jumps to block `to`.
     pub(crate) fn add_incoming(&mut self, to: BlockId, link: u32) {
+        if self.links[link as usize].to.replace(to) == Some(to) {
+            return;
+        }
         let first = &mut self.blocks[to as usize].incoming;
         let at = self.incoming.len() as u32;
         self.incoming.push(Incoming { link, next: *first });
         *first = at;
     }
 
-    /// The links that jump to block `to`.
+    /// The links that jump to block `to`, or did.
     pub(crate) fn incoming(&self, to: BlockId) -> impl Iterator<Item = &Link> {
         let first = self.incoming.get(self.blocks[to as usize].incoming as usize);
         let list = std::iter::successors(first, |link| self.incoming.get(link.next as usize));
@@ -349,9 +299,16 @@ impl BlockTable {
     /// Takes one link off those that jump to block `to`.
     pub(crate) fn take_incoming(&mut self, to: BlockId) -> Option<&Link> {
         let first = &mut self.blocks[to as usize].incoming;
-        let Incoming { link, next } = self.incoming.get(*first as usize)?;
-        *first = *next;
-        self.links.get(*link as usize)
+        loop {
+            let Incoming { link, next } = self.incoming.get(*first as usize)?;
+            *first = *next;
+            let number = *link as usize;
+            if self.links[number].to == Some(to) {
+                let link = &mut self.links[number];
+                (link.to, link.chained) = (None, false);
+                return Some(link);
+            }
+        }
     }
 
     /// Takes the blocks made from some of `written` of the page off their pages, to be retired, and says whether the page has
@@ -449,12 +406,21 @@ mod tests {
     use crate::flags::FlagSet;
 
     fn insert(table: &mut BlockTable, at: u64, granules: Granules, crosses_into: Option<u64>) -> BlockId {
+        let key = BlockKey { at: RamOffset(at), address: at, mode: Mode(0) };
+        insert_at(table, key, granules, crosses_into)
+    }
+
+    pub(super) fn insert_at(
+        table: &mut BlockTable,
+        key: BlockKey,
+        granules: Granules,
+        crosses_into: Option<u64>,
+    ) -> BlockId {
         let n = table.blocks.len() as u32;
         let start = CodeOffset(n * 64);
-        let (sites, mode) =
-            ([InstructionSite { host: 4, guest: 0 }, InstructionSite { host: 9, guest: 3 }], Mode(0));
+        let sites = [InstructionSite { host: 4, guest: 0 }, InstructionSite { host: 9, guest: 3 }];
         table.insert(NewBlock {
-            key: BlockKey { at: RamOffset(at), address: at, mode },
+            key,
             start,
             entry: start,
             saved_entry: start,
@@ -466,7 +432,26 @@ mod tests {
             crosses_into: crosses_into.and_then(NonZeroPage::new),
             trace: false,
             sites: &sites,
+            links: 0,
+            constants: 0,
         })
+    }
+
+    pub(super) fn link(target: u64, same_page: bool) -> Link {
+        let (site, stub) = (CodeOffset(0), CodeOffset(0));
+        Link {
+            target,
+            site,
+            stub,
+            flags: FlagsOut::Live(FlagSet::NONE),
+            same_page,
+            ungrouped: false,
+            back: false,
+            counted: false,
+            to: None,
+            chained: false,
+            thunk: None,
+        }
     }
 
     fn take(table: &mut BlockTable, page: u64, written: Granules) -> (Vec<BlockId>, bool) {
@@ -519,19 +504,7 @@ mod tests {
     fn links_into_a_block_are_given_back_once() {
         let mut t = BlockTable::default();
         let [a, b] = [0x1000, 0x1040].map(|at| insert(&mut t, at, Granules(1), None));
-        for target in 0..3 {
-            let (site, stub) = (CodeOffset(0), CodeOffset(0));
-            t.links.push(Link {
-                target,
-                site,
-                stub,
-                flags: FlagsOut::Live(FlagSet::NONE),
-                same_page: true,
-                ungrouped: false,
-                back: false,
-                counted: false,
-            });
-        }
+        t.links.extend((0..3).map(|target| link(target, true)));
         for (to, link) in [(a, 0), (b, 1), (a, 2)] {
             t.add_incoming(to, link);
         }

@@ -151,6 +151,25 @@ impl CodeCache {
         unsafe { self.rw.add(site.0 as usize).cast::<u32>().write_unaligned(rel) };
     }
 
+    /// Adds `by` to the 64 bits at `at`.
+    pub(crate) fn add(&mut self, at: CodeOffset, by: u64) {
+        let first = at.0 as usize;
+        assert!(self.is_code(first) && self.is_code(first + 7), "patch outside emitted code");
+        // SAFETY: in bounds by the check above.
+        unsafe {
+            let at = self.rw.add(first).cast::<u64>();
+            at.write_unaligned(at.read_unaligned().wrapping_add(by));
+        }
+    }
+
+    /// Replaces code by as much other code.
+    pub(crate) fn replace(&mut self, at: CodeOffset, code: &[u8]) {
+        let first = at.0 as usize;
+        assert!(first + code.len() <= self.used, "patch outside emitted code");
+        // SAFETY: in bounds by the check above; the source is a Rust slice outside the cache.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.rw.add(first), code.len()) };
+    }
+
     /// Executable address of `at`.
     pub(crate) fn address(&self, at: CodeOffset) -> u64 {
         self.rx as u64 + u64::from(at.0)

@@ -195,7 +195,7 @@ impl ContextStack {
 }
 
 /// Page-validation cells; see `pages`.
-pub(crate) const XSLOTS: usize = 16_384;
+pub(crate) const XSLOTS: usize = 65_536;
 
 /// Links that are counted at a time; more share.
 pub(crate) const HEAT: usize = 4_096;

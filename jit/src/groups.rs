@@ -27,10 +27,12 @@ pub(crate) struct Key {
     pub(crate) base: Option<u8>,
     pub(crate) index: Option<u8>,
     pub(crate) scale: u8,
+    /// Counts from RIP: such addresses move with the code (see `block::moving`), others at constants do not.
+    pub(crate) relative: bool,
 }
 
 impl Key {
-    const STACK: Key = Key { base: Some(RSP), index: None, scale: 1 };
+    const STACK: Key = Key { base: Some(RSP), index: None, scale: 1, relative: false };
 
     /// By how much addresses move if `register` does by `n`.
     pub(crate) fn step(self, register: u8, n: i32) -> i32 {
@@ -341,7 +343,8 @@ pub(crate) fn operand(instr: &Instruction, code64: bool) -> Option<Operand> {
     let (base, index) = (instr.memory_base(), instr.memory_index());
     if base == Register::RIP || base == Register::None && index == Register::None {
         let wide = code64 || instr.memory_displ_size() == 4;
-        return wide.then_some(Operand { key: Key { base: None, index: None, scale: 1 }, disp });
+        let relative = base == Register::RIP;
+        return wide.then_some(Operand { key: Key { base: None, index: None, scale: 1, relative }, disp });
     }
     let wide = |r: Register| r.is_gpr() && r.size() == if code64 { 8 } else { 4 };
     let number = |r: Register| (r != Register::None).then(|| regs::number(r));
@@ -351,7 +354,7 @@ pub(crate) fn operand(instr: &Instruction, code64: bool) -> Option<Operand> {
     let (base, index) = (number(base), number(index));
     let scale = if index.is_some() { instr.memory_index_scale() as u8 } else { 1 };
     let disp = i64::from(disp as i32) as u64;
-    Some(Operand { key: Key { base, index, scale }, disp })
+    Some(Operand { key: Key { base, index, scale, relative: false }, disp })
 }
 
 /// Whether the access is a locked one; XCHG with memory is, prefix or not.

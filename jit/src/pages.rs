@@ -70,6 +70,8 @@ struct PageKey {
 struct Slot {
     key: PageKey,
     global: bool,
+    /// When it became valid last, by [`CodePages::clock`].
+    used: u64,
 }
 
 /// Validation cells and jump caches of one vCPU.
@@ -89,6 +91,8 @@ pub(crate) struct CodePages {
     /// The caches found last: supervisor, user.
     recent: [usize; 2],
     next_victim: usize,
+    /// Counts what became valid.
+    clock: u64,
 }
 
 impl CodePages {
@@ -104,6 +108,7 @@ impl CodePages {
             caches: Vec::new(),
             recent: [0; 2],
             next_victim: 0,
+            clock: 0,
         }
     }
 
@@ -117,7 +122,7 @@ impl CodePages {
         if s >= XSLOTS {
             return None;
         }
-        self.slots.push(Slot { key, global: false });
+        self.slots.push(Slot { key, global: false, used: 0 });
         self.numbers.insert(key, s as u32);
         Some(s as u32)
     }
@@ -131,6 +136,8 @@ impl CodePages {
     }
 
     fn mark_valid(&mut self, slot: u32, global: bool) {
+        self.clock += 1;
+        self.slots[slot as usize].used = self.clock;
         let valid = &mut self.valid[usize::from(global)];
         if valid.len() >= 4 * XSLOTS {
             // Single pages were dropped and validated again and again.
@@ -138,6 +145,11 @@ impl CodePages {
             valid.dedup();
         }
         valid.push(slot);
+    }
+
+    /// When the user's linear page number `page` became valid last, in an order.
+    pub(crate) fn used(&self, page: u64) -> u64 {
+        self.numbers.get(&PageKey { page, user: true }).map_or(0, |&slot| self.slots[slot as usize].used)
     }
 
     /// The cache for `mode` in the current space.

@@ -27,6 +27,7 @@
 //! | XSAVE areas, compaction, XCR0                                                       | xsave                         |
 //! | alignment checking                                                                  | alignment                     |
 //! | hot loops: their ways out, faults in them, changes of them                          | traces                        |
+//! | the same code at other linear addresses                                            | moving                        |
 //! | modified code (by other processors: `smp.rs`)                                       | modified                      |
 //! | mode switches, unreal mode; A20, the first megabyte's end                           | modes, wraps                  |
 //! | all of it at once, drawn from pieces; engine against engine                        | mixed, mixed32, segmented     |
@@ -69,6 +70,8 @@ mod models;
 mod modes;
 #[path = "system/modified.rs"]
 mod modified;
+#[path = "system/moving.rs"]
+mod moving;
 #[path = "system/opcodes.rs"]
 mod opcodes;
 #[path = "system/paging.rs"]

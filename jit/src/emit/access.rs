@@ -77,7 +77,9 @@ impl Emitter {
     pub(super) fn address(&mut self, instr: &Instruction, info: u64, live: FlagSet) -> Result<(), Unfit> {
         let segment = instr.memory_segment();
         if self.code64 || self.is_flat(segment) {
-            if let Some(ea) = fixed_address(instr)
+            let moves = self.movable && matches!(instr.memory_base(), Register::RIP | Register::EIP);
+            if !moves
+                && let Some(ea) = fixed_address(instr)
                 && self.access_fixed(ea, info, live)
             {
                 return Ok(());
@@ -161,7 +163,7 @@ impl Emitter {
             return Ok(self.based_address(instr, b, x));
         }
         if b.is_none() && x.is_none() {
-            Self::constant(&mut self.hot, R11, disp);
+            self.fixed(R11, disp, base == Register::RIP);
             return Ok(R11);
         }
         if let (Some(b), None, 0, false) = (b, x, disp, narrow && self.code64)
@@ -182,11 +184,11 @@ impl Emitter {
     fn based_address(&mut self, instr: &Instruction, b: Option<u8>, x: Option<u8>) -> u8 {
         let at = ctx!(seg_base) + if instr.memory_segment() == Register::FS { 32 } else { 40 };
         let disp = instr.memory_displacement64();
-        let code64 = self.code64;
+        let (code64, relative) = (self.code64, instr.memory_base() == Register::RIP);
         let load_base = |ops: &mut SimpleAssembler, to| load(ops, to, at);
         match (b, x, i32::try_from(disp as i64)) {
-            (None, None, Ok(0)) => load_base(&mut self.hot, R11),
-            (None, None, Ok(disp)) => {
+            (None, None, Ok(0)) if !relative => load_base(&mut self.hot, R11),
+            (None, None, Ok(disp)) if !relative => {
                 load_base(&mut self.hot, R11);
                 self.lea(R11, Some(R11), None, 1, disp, !code64);
             }
@@ -195,8 +197,8 @@ impl Emitter {
                 load_base(&mut self.hot, R10);
                 self.lea(R11, Some(b), Some(R10), 1, disp, !code64);
             }
-            (None, None, Err(_)) => {
-                Self::constant(&mut self.hot, R11, disp);
+            (None, None, _) => {
+                self.fixed(R11, disp, relative);
                 load_base(&mut self.hot, R10);
                 self.lea(R11, Some(R11), Some(R10), 1, 0, !code64);
             }
@@ -217,6 +219,10 @@ impl Emitter {
         let fits = |r: Register| {
             matches!(r, Register::None | Register::RIP) || r.size() == wanted || self.code64 && r.size() == 4
         };
+        // The lower half of an address cannot be moved.
+        if self.movable && instr.memory_base() == Register::EIP {
+            return Err(Unfit);
+        }
         if fits(instr.memory_base()) && fits(instr.memory_index()) { Ok(()) } else { Err(Unfit) }
     }
 
@@ -272,10 +278,10 @@ impl Emitter {
             self.set_guest(n, to);
             return Ok(());
         }
-        if size >= 4 && constant && self.code64 {
+        if size >= 4 && constant && self.code64 && (!self.movable || size == 8 && base == Register::RIP) {
             let disp = instr.memory_displacement64();
             let to = if let Place::Host(h) = regs::place(n) { h } else { R10 };
-            Self::constant(&mut self.hot, to, if size == 8 { disp } else { disp & 0xFFFF_FFFF });
+            self.hot_address(to, if size == 8 { disp } else { disp & 0xFFFF_FFFF });
             self.set_guest(n, to);
             return Ok(());
         }
@@ -449,7 +455,9 @@ impl Emitter {
     pub(super) fn translate(&mut self, place: u8, write: bool, dead: bool) {
         self.index(R10, place, dead);
         match (dead, write) {
-            (true, true) => dynasm!(self.hot ; .arch x64 ; add Rq(place), [r14 + r10 * 8 - WRITE_BIAS as i32]),
+            (true, true) => {
+                dynasm!(self.hot ; .arch x64 ; add Rq(place), [r14 + r10 * 8 - WRITE_BIAS as i32])
+            }
             (true, false) => {
                 dynasm!(self.hot ; .arch x64 ; add Rq(place), [BYTE r15 + r10 * 8 - READ_BIAS as i8]);
             }

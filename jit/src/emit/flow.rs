@@ -181,7 +181,7 @@ impl Emitter {
     pub(crate) fn interpret(&mut self, rip: u64) {
         give_back(&mut self.hot, self.remaining);
         let address = self.code_address(rip);
-        Self::constant(&mut self.hot, R10, address);
+        self.hot_address(R10, address);
         store(&mut self.hot, ctx!(rip), R10);
         self.hot.push(0xE9);
         let stub = self.interpret_stub();
@@ -425,7 +425,7 @@ impl Emitter {
 
     pub(super) fn cold_leave(&mut self, rip: u64, reason: Reason) {
         let address = self.code_address(rip);
-        Self::constant(&mut self.cold, R10, address);
+        self.cold_address(address);
         store(&mut self.cold, ctx!(rip), R10);
         dynasm!(self.cold ; .arch x64 ; mov r10d, reason as i32);
         let saved = self.flags_saved.is_some();
@@ -435,7 +435,7 @@ impl Emitter {
     pub(super) fn cold_interpret(&mut self, rip: u64) {
         give_back(&mut self.cold, self.remaining);
         let address = self.code_address(rip);
-        Self::constant(&mut self.cold, R10, address);
+        self.cold_address(address);
         store(&mut self.cold, ctx!(rip), R10);
         let stub = self.interpret_stub();
         self.cold_jmp(Target::Cache(stub));

@@ -94,14 +94,15 @@ impl Emitter {
     /// The host address of the range's beginning in `pointer`. Returns its linear address if that is fixed and the range known
     /// to lie on one page.
     fn group_pointer(&mut self, plan: &Plan, pointer: u8, dead: bool) -> Option<u64> {
-        let Key { base, index, scale } = plan.key;
+        let Key { base, index, scale, relative } = plan.key;
         if base.is_none() && index.is_none() {
             let ea = plan.anchor.wrapping_add(i64::from(plan.lo) as u64);
-            if let Some(entry) = fixed_entry(ea, (plan.hi - plan.lo) as u64, plan.write) {
+            let moves = relative && self.movable;
+            if !moves && let Some(entry) = fixed_entry(ea, (plan.hi - plan.lo) as u64, plan.write) {
                 self.translate_fixed(pointer, ea, entry, dead);
                 return Some(ea);
             }
-            Self::constant(&mut self.hot, pointer, ea);
+            self.fixed(pointer, ea, relative);
         } else {
             let base = base.map(|r| self.guest(r, R10));
             let index = index.map(|r| self.guest(r, R11));

@@ -27,7 +27,7 @@ impl Emitter {
         let slow = self.leaves_for(Reason::Syscall);
         self.slow_if_zero(ctx!(system_calls), slow);
         self.flags_from_recipe();
-        Self::constant(&mut self.hot, RCX, next);
+        self.hot_address(RCX, next);
         // Of the flags beyond the status flags only IF may be set, and it is cleared.
         dynasm!(self.hot
             ; .arch x64

@@ -93,12 +93,16 @@ pub(crate) struct Emitter {
     cold: SimpleAssembler,
     fixups: Vec<(Pos, Target)>,
     pub(crate) links: Vec<PendingLink>,
+    /// Where the code has addresses that move with it.
+    pub(crate) constants: Vec<Pos>,
     first_link: u32,
     encoder: Encoder,
     stubs: Stubs,
     mode: Mode,
     /// 64-bit code.
     code64: bool,
+    /// The block can be moved to another linear page.
+    movable: bool,
     /// Code address and RIP of the block's beginning.
     address: u64,
     start_rip: u64,
@@ -124,11 +128,13 @@ impl Emitter {
             cold: SimpleAssembler::new(),
             fixups: Vec::new(),
             links: Vec::new(),
+            constants: Vec::new(),
             first_link: 0,
             encoder: Encoder::new(64),
             stubs,
             mode: Mode::default(),
             code64: true,
+            movable: false,
             address: 0,
             start_rip: 0,
             rip: 0,
@@ -147,9 +153,11 @@ impl Emitter {
         self.cold.ops.clear();
         self.fixups.clear();
         self.links.clear();
+        self.constants.clear();
         self.first_link = first_link;
         self.mode = mode;
         self.code64 = mode.code64();
+        self.movable = mode.movable(address);
         self.address = address;
         self.start_rip = rip;
         self.rip = rip;
@@ -227,6 +235,40 @@ impl Emitter {
             dynasm!(ops ; .arch x64 ; mov Rd(reg), v as i32);
         } else {
             dynasm!(ops ; .arch x64 ; mov Rq(reg), QWORD value as i64);
+        }
+    }
+
+    /// Loads a host register with an address that counts from RIP.
+    fn hot_address(&mut self, reg: u8, value: u64) {
+        Self::moving(&mut self.hot, reg, value, self.movable);
+        if self.movable {
+            self.constants.push(Pos::Hot(self.hot.ops.len() - 8));
+        }
+    }
+
+    /// Likewise r10, in cold code.
+    fn cold_address(&mut self, value: u64) {
+        Self::moving(&mut self.cold, R10, value, self.movable);
+        if self.movable {
+            self.constants.push(Pos::Cold(self.cold.ops.len() - 8));
+        }
+    }
+
+    /// Loads a host register with a fixed address, or one that counts from RIP if it is `relative`.
+    fn fixed(&mut self, reg: u8, value: u64, relative: bool) {
+        if relative {
+            self.hot_address(reg, value);
+        } else {
+            Self::constant(&mut self.hot, reg, value);
+        }
+    }
+
+    /// [`Self::constant`]; with room for any other value, at the end, if it `moves`.
+    fn moving(ops: &mut SimpleAssembler, reg: u8, value: u64, moves: bool) {
+        if moves {
+            dynasm!(ops ; .arch x64 ; mov Rq(reg), QWORD value as i64);
+        } else {
+            Self::constant(ops, reg, value);
         }
     }
 
@@ -460,7 +502,9 @@ impl Emitter {
     pub(crate) fn rewind(&mut self, (len, rsp_pending): (usize, i32)) {
         self.rsp_pending = rsp_pending;
         self.hot.ops.truncate(len);
-        self.fixups.retain(|(at, _)| !matches!(at, Pos::Hot(p) if *p >= len));
+        let dropped = |at: &Pos| matches!(at, Pos::Hot(p) if *p >= len);
+        self.fixups.retain(|(at, _)| !dropped(at));
+        self.constants.retain(|at| !dropped(at));
     }
 
     /// Bytes of hot and of cold code.

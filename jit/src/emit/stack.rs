@@ -187,7 +187,13 @@ impl Emitter {
     }
 
     pub(super) fn push_return(&mut self, next: u64, word: i32, live: FlagSet) {
-        self.push_constant(next, word, live);
+        if !self.movable {
+            return self.push_constant(next, word, live);
+        }
+        self.push_word(word, live, |e, scratch| {
+            e.hot_address(scratch, next);
+            scratch
+        });
     }
 
     /// Pushes `n` bytes of `value`.

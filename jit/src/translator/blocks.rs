@@ -4,7 +4,7 @@
 use super::fill::miss_helper;
 use super::traces::heat_cell;
 use super::{Translator, canonical};
-use crate::block::{BlockId, BlockKey, Granules, Link, Mode, NewBlock, NonZeroPage};
+use crate::block::{Block, BlockId, BlockKey, Granules, Link, Mode, NewBlock, NonZeroPage};
 use crate::code_cache::{ALIGNMENT, CodeOffset};
 use crate::frontend::{Crossing, Source};
 use crate::stubs;
@@ -60,6 +60,9 @@ impl Translator {
                 return Some((id, slot));
             }
             self.drop_block(id);
+        }
+        if let Some(id) = self.rebase(&key) {
+            return Some((id, slot));
         }
         if self.cache.free() < BLOCK_RESERVE || self.blocks.blocks.len() >= MAX_BLOCKS {
             self.reset_cache();
@@ -139,14 +142,12 @@ impl Translator {
                 ungrouped: l.ungrouped,
                 back: l.back,
                 counted: false,
+                to: None,
+                chained: false,
+                thunk: None,
             });
         }
-        if let Some(map) = &mut self.perf_map {
-            let user = key.mode.has(Mode::USER);
-            let side = if user { "user" } else { "kernel" };
-            map.block(self.cache.address(start), hot_len, key.linear(), side);
-            map.block(self.cache.address(cold), cold_len, key.linear(), &format!("{side}_cold"));
-        }
+        self.blocks.constants.extend(self.emitter.constants.iter().map(|at| at.place(start, cold)));
         self.stats.blocks += 1;
         self.stats.instructions += u64::from(t.instructions);
         self.stats.guest_bytes += u64::from(t.len);
@@ -164,8 +165,22 @@ impl Translator {
             crosses_into: extra,
             trace: !path.is_empty(),
             sites: &self.frontend.sites,
+            links: self.emitter.links.len() as u16,
+            constants: self.emitter.constants.len() as u16,
         };
-        Some(self.blocks.insert(block))
+        let id = self.blocks.insert(block);
+        self.tell_perf(id);
+        Some(id)
+    }
+
+    /// Tells `perf` where block `id` is, if it wants to know.
+    pub(super) fn tell_perf(&mut self, id: BlockId) {
+        let Some(map) = &mut self.perf_map else { return };
+        let Block { key, start, code_len, cold, .. } = &self.blocks.blocks[id as usize];
+        let side = if key.mode.has(Mode::USER) { "user" } else { "kernel" };
+        map.block(self.cache.address(*start), *code_len as usize, key.linear(), side);
+        let at = self.cache.address(CodeOffset(cold.start));
+        map.block(at, cold.len(), key.linear(), &format!("{side}_cold"));
     }
 
     /// The instruction at code address `address`, and its bytes, if fetching it does not fault.
@@ -199,12 +214,16 @@ impl Translator {
         (u64::from((key.address as u32).wrapping_sub(segment.base)), u64::from(segment.limit))
     }
 
-    /// Chains link `number` to block `to`.
-    pub(super) fn chain(&mut self, number: u32, to: BlockId, slot: u32, page: RamOffset) {
+    /// Chains link `number` to block `to`, whose page cell `slot` validates.
+    pub(super) fn chain(&mut self, number: u32, to: BlockId, slot: u32) {
         let counts = self.counts(number, to);
         let link = &mut self.blocks.links[number as usize];
-        let site = link.site;
-        let entry = self.blocks.blocks[to as usize].entry_for(link.flags);
+        // Its page was not valid for a moment.
+        if link.chained && link.to == Some(to) {
+            return;
+        }
+        let block = &self.blocks.blocks[to as usize];
+        let entry = block.entry_for(link.flags);
         let target = if counts {
             link.counted = true;
             let cell = heat_cell(number);
@@ -218,14 +237,17 @@ impl Translator {
         } else if link.same_page {
             entry
         } else {
-            let value = (page.0 >> PAGE_SHIFT) as u32 + 1;
-            let thunk = self.emitter.link_thunk(self.cache.next(), link, (slot, value), entry);
+            let thunk = self.emitter.link_thunk(self.cache.next(), link, (slot, block.key.cell()), entry);
             if thunk.len() + 64 > self.cache.free() {
                 return;
             }
-            self.cache.append(thunk)
+            let thunk = self.cache.append(thunk);
+            link.thunk = Some(thunk);
+            thunk
         };
-        self.cache.patch_rel32(site, target);
+        let link = &mut self.blocks.links[number as usize];
+        link.chained = !counts;
+        self.cache.patch_rel32(link.site, target);
         self.blocks.add_incoming(to, number);
         self.stats.links += 1;
     }
@@ -239,18 +261,21 @@ impl Translator {
 
     /// Ends a block that its pages do not list any more: nothing jumps to it.
     fn retire(&mut self, id: BlockId) {
-        let block = &self.blocks.blocks[id as usize];
-        let BlockKey { mode, address, .. } = block.key;
-        let (entry, cached) = (block.saved_entry, block.cached);
         while let Some(link) = self.blocks.take_incoming(id) {
             self.cache.patch_rel32(link.site, link.stub);
         }
-        if cached {
-            let entry = self.cache.address(entry);
-            self.pages.uncache(mode, address, entry);
-        }
+        self.uncache(id);
         self.blocks.retire(id);
         self.stats.invalidated += 1;
+    }
+
+    /// No indirect jump finds block `id` any more.
+    pub(super) fn uncache(&mut self, id: BlockId) {
+        let block = &mut self.blocks.blocks[id as usize];
+        if std::mem::take(&mut block.cached) {
+            let entry = self.cache.address(block.saved_entry);
+            self.pages.uncache(block.key.mode, block.key.address, entry);
+        }
     }
 
     /// Removes the blocks made from some of `written` of the page at `ram`. Without blocks it is an ordinary page again.

@@ -13,6 +13,7 @@ mod blocks;
 mod debug;
 mod fill;
 mod level;
+mod rebase;
 mod run;
 mod stats;
 mod traces;
@@ -136,6 +137,8 @@ pub struct Translator {
     perf_map: Option<PerfMap>,
     /// Room for the blocks that a write takes.
     taken: Vec<BlockId>,
+    /// Room for the links of a block that moves.
+    relinked: Vec<u32>,
     /// A loop became hot: the path through it is being found.
     recorder: Option<Recorder>,
     page_bytes: Box<[u8; 4096]>,
@@ -208,6 +211,7 @@ impl Translator {
             limit: u64::MAX,
             budget_short: false,
             taken: Vec::new(),
+            relinked: Vec::new(),
             recorder: None,
             page_bytes: Box::new([0; 4096]),
             page_copied: None,

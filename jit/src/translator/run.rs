@@ -19,7 +19,6 @@ use paravane_cpu::{
     Attention, CpuBus, CpuState, Exit, Fault, SegReg, Shadow, Step, cr0, cr4, flags, gpr,
     virtual_interrupt_due, x87_opcode,
 };
-use paravane_memory::RamOffset;
 use std::io;
 use std::sync::atomic::Ordering;
 
@@ -412,9 +411,9 @@ impl Translator {
                         self.store_registers(cpu);
                         return Rest::Interpret;
                     };
-                    if resets == self.stats.cache_flushes {
-                        let page = RamOffset(self.blocks.blocks[to as usize].key.at.0 & !0xFFF);
-                        self.chain(number, to, slot, page);
+                    // The link may be gone, or have moved.
+                    if resets == self.stats.cache_flushes && self.leads_to(number, address) {
+                        self.chain(number, to, slot);
                         if self.is_hot(number, to) {
                             self.store_registers(cpu);
                             self.recorder = Some(Recorder::new(address, mode));
@@ -456,6 +455,10 @@ impl Translator {
                 self.prepare_levels(cpu, mode);
             }
         }
+    }
+
+    fn leads_to(&self, link: u32, address: u64) -> bool {
+        self.blocks.links[link as usize].target == address
     }
 
     /// Whether a block came to its end, other than by going on in its ungrouped copy.

@@ -6,6 +6,7 @@
 use crate::bed::{
     Bed, CODE, DATA, HANDLERS, IST_STACK, PAE_ROOT, Program, SPARE, STACK, Start, USER_STACK, pte,
 };
+use crate::moving::{AT, PLACES, only_at};
 use crate::wild::{Random, remains};
 use paravane_cpu::{Exit, SegReg, cr4, flags, gpr};
 use std::time::Duration;
@@ -145,6 +146,8 @@ fn body(p: &Program) -> &'static [u8] {
 /// What programs and kernels of one kind are made of, and where they run.
 pub struct Kind {
     pub start: Start,
+    /// Where programs begin; each round at one of these linear addresses.
+    pub places: Vec<u64>,
     /// For everybody; that fault, mostly; for programs; for kernels.
     pub lists: [Vec<Program>; 4],
     /// Jumps back to the beginning of the program while it turns; the distance is missing.
@@ -158,13 +161,13 @@ pub struct Kind {
     pub enter: fn(&mut Bed),
 }
 
-/// Draws a program and a kernel; addresses at which the program's pieces begin.
+/// Draws a program and a kernel; offsets at which the program's pieces begin.
 fn draw(kind: &Kind, random: &mut Random) -> (Vec<u8>, Vec<u8>, Vec<u64>) {
     let [common, faulting, user, kernel] = &kind.lists;
     let mut code = Vec::new();
     let mut starts = Vec::new();
     for _ in 0..6 + random.below(14) {
-        starts.push(CODE + code.len() as u64);
+        starts.push(code.len() as u64);
         let list = match random.below(24) {
             0 => faulting,
             1..8 => user,
@@ -196,6 +199,7 @@ fn draw(kind: &Kind, random: &mut Random) -> (Vec<u8>, Vec<u8>, Vec<u64>) {
 fn long() -> Kind {
     Kind {
         start: Start::Long,
+        places: vec![CODE],
         lists: [common(), faulting(), user(), kernel()],
         turn: vec![0x48, 0xFF, 0x0C, 0x25, 0, 8, 0x20, 0, 0x0F, 0x85], // DEC QWORD [TURNS]; JNZ
         enter_kernel: program!(64: "mov r14, rcx", "mov r15, r11", "mov r12, rsp", "mov esp, 0x70000"),
@@ -204,6 +208,41 @@ fn long() -> Kind {
         prepare: prepare_long,
         enter: enter_long,
     }
+}
+
+/// What depends on where the program is. Label 770 is the piece's beginning; 1 MiB behind the code is data.
+fn relative() -> Vec<Program> {
+    vec![
+        program!(64: "lea rax, [rip + 2f]", "jmp rax", "2: lea r10, [rip + 2b]", "lea ebx, [rip + 2b]", "lea dx, [rip + 2b]"),
+        program!(64: "mov rbx, [rip + 770b + 0x100480]"),
+        program!(64: "cmp rax, [rip + 770b + 0x100480]", "mov r11, [rip + 770b + 0x100488]", "adc [rip + 770b + 0x100490], r11"),
+        program!(64: "add qword ptr [rip + 770b + 0x1004F1], 5", "inc byte ptr [rip + 770b + 0x1004FF]"),
+        program!(64: "movups xmm0, [rip + 770b + 0x100480]", "movaps [rip + 770b + 0x100490], xmm0"),
+        program!(64: "push [rip + 770b + 0x100480]", "lea rax, [rip + 2f]", "mov [rip + 770b + 0x1004A0], rax",
+            "call [rip + 770b + 0x1004A0]", "jmp 3f", "2: pop rdx", "push rdx", "ret", "3: pop rbx"),
+        program!(64: "lea rdx, [rip + 2f]", "mov [rip + 770b + 0x1004A0], rdx", "jmp [rip + 770b + 0x1004A0]", "2:"),
+        program!(64: "lock bts dword ptr [rip + 770b + 0x1004A4], eax", "mov eax, 100", "bt [rip + 770b + 0x1004A4], eax", "setc bl"),
+        program!(64: "lea rbx, [eip + 770b]", "mov eax, [eip + 770b + 0x100480]"),
+        program!(64: "mov ecx, 5", "2: add [rip + 770b + 0x1004C8], rcx", "call 3f", "loop 2b", "jmp 4f", "3: ret", "4:"),
+        program!(64: "mov rbx, [rip + 770b + 0x102480]"),
+        program!(64: "mov rbx, [rip + 770b + 0x103480]"),
+        program!(64: "mov rbx, [rip + 770b + 0x100BFC]", "add [rip + 770b + 0x100C00], rbx"),
+        program!(64: "call 2f", "2: pop rax", "syscall", "add rax, rcx"),
+        program!(64: "ud2"),
+    ]
+}
+
+/// The program is seen at many linear addresses, on two pages, and comes back now at one, now at another.
+fn moving() -> Kind {
+    let mut lists = [common(), faulting(), relative(), kernel()];
+    lists[2].extend(user());
+    let places = [0].into_iter().chain(PLACES).map(|place| place + AT).collect();
+    Kind { places, lists, enter: enter_moving, ..long() }
+}
+
+fn enter_moving(bed: &mut Bed) {
+    only_at(bed, bed.cpu.rip & !0x3FFF_FFFF);
+    enter_long(bed);
 }
 
 fn prepare_long(bed: &mut Bed, random: &mut Random) {
@@ -237,7 +276,7 @@ fn enter_long(bed: &mut Bed) {
 /// Memory, tables and registers before the first run.
 fn prepare(kind: &Kind, bed: &mut Bed, clean: &[u8], code: &[u8], handler: &[u8], random: &mut Random) {
     bed.put(0, clean);
-    bed.put(CODE, code);
+    bed.put(kind.places[0], code);
     bed.put(KERNEL, handler);
     bed.gate(0x40, 14, 3, HANDLERS + 0x400);
     bed.reset();
@@ -271,10 +310,10 @@ fn prepare(kind: &Kind, bed: &mut Bed, clean: &[u8], code: &[u8], handler: &[u8]
 /// The program at `rip`, at CPL 3.
 fn enter(kind: &Kind, bed: &mut Bed, rip: u64, rflags: u64) {
     bed.put64(TURNS, 12);
+    bed.cpu.rip = rip;
     (kind.enter)(bed);
     bed.cpu.gpr[gpr::RSI] = DATA;
     bed.cpu.gpr[gpr::RSP] = USER_STACK;
-    bed.cpu.rip = rip;
     bed.cpu.rflags = rflags | flags::FIXED;
 }
 
@@ -301,7 +340,7 @@ fn compare(kind: &Kind, beds: &mut [Bed; 2], clean: &[u8], seed: u64) -> usize {
     for bed in beds.iter_mut() {
         prepare(kind, bed, clean, &code, &handler, &mut Random(data));
     }
-    let mut rip = CODE;
+    let mut rip = kind.places[0];
     for round in 0..8 {
         let plain = random.below(3) != 0;
         let rflags = if plain { random.of(&[0, flags::IF]) } else { random.next() & 0x24_4AD5 };
@@ -329,13 +368,13 @@ fn compare(kind: &Kind, beds: &mut [Bed; 2], clean: &[u8], seed: u64) -> usize {
         if a.0 != Exit::Halt {
             return round + 1;
         }
-        rip = random.of(&starts);
+        rip = random.of(&starts) + random.of(&kind.places);
     }
     8
 }
 
 /// Both engines over many seeds. `PARAVANE_MIXED_SEEDS` and `PARAVANE_MIXED_FIRST` for more and others.
-pub fn agree(kind: &Kind) {
+pub fn agree(kind: &Kind) -> Bed {
     let number =
         |name: &str, default| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
     let (first, count) = (number("PARAVANE_MIXED_FIRST", 1), number("PARAVANE_MIXED_SEEDS", 40));
@@ -345,9 +384,17 @@ pub fn agree(kind: &Kind) {
     let ends: usize = (first..first + count).map(|seed| compare(kind, &mut beds, &clean, seed)).sum();
     assert!(ends as u64 > count * 4, "only {ends} ends");
     assert!(beds[1].counter("traces").is_some_and(|traces| traces > count / 20), "loops are hot");
+    let [_, translated] = beds;
+    translated
 }
 
 #[test]
 fn engines_agree_on_64_bit_kernels_and_programs() {
     agree(&long());
+}
+
+#[test]
+fn engines_agree_on_programs_that_move() {
+    let moved = agree(&moving()).counter("blocks_rebased");
+    assert!(moved.is_some_and(|moved| moved > 200), "{moved:?} blocks moved");
 }

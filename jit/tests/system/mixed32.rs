@@ -151,6 +151,7 @@ fn enter(bed: &mut Bed) {
 fn kind(start: Start) -> Kind {
     Kind {
         start,
+        places: vec![CODE],
         lists: [common(), faulting(), user(), kernel()],
         turn: vec![0xFF, 0x0D, 0, 8, 0x20, 0, 0x0F, 0x85], // DEC DWORD [TURNS]; JNZ
         enter_kernel: program!(32: "mov [0x202F00], edx", "mov [0x202F04], ecx"),
