@@ -2,6 +2,8 @@
 //! the interpreter, so that nothing touches host state that is not the guest's.
 
 use crate::block::Mode;
+use crate::flags::Effect;
+use crate::groups;
 use crate::regs;
 use iced_x86::{Code, CpuidFeature, EncodingKind, FlowControl, Instruction, Mnemonic, OpAccess};
 use paravane_cpu::CpuModel;
@@ -119,6 +121,22 @@ pub(crate) fn stack_word(instr: &Instruction) -> u32 {
 pub(crate) struct Form {
     pub(crate) class: Class,
     pub(crate) access: [OpAccess; 5],
+    /// What it does to flags, if that is the same for all instructions of the form.
+    flags: Option<Effect>,
+    /// Some operand is memory, which is written.
+    pub(crate) memory: bool,
+    pub(crate) writes_memory: bool,
+    /// General registers that it writes without naming them, one bit each (see [`groups`]).
+    pub(crate) implicit: u16,
+    /// It may move a register by a constant.
+    pub(crate) steps: bool,
+}
+
+impl Form {
+    /// What `instr`, of this form, does to the status flags.
+    pub(crate) fn effect(&self, instr: &Instruction) -> Effect {
+        self.flags.unwrap_or_else(|| Effect::of(instr))
+    }
 }
 
 /// Classification by `Code` and operand kind, filled as forms are met.
@@ -140,7 +158,7 @@ impl Forms {
 
     pub(crate) fn form(&mut self, instr: &Instruction) -> Form {
         // Some forms differ by whether their register-or-memory operand is memory.
-        let memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == iced_x86::OpKind::Memory);
+        let memory = has_memory(instr);
         let slot = instr.code() as usize * 2 + usize::from(memory);
         if let Some(f) = self.known[slot] {
             return f;
@@ -154,10 +172,23 @@ impl Forms {
         let info = self.info.info(&general);
         let access = [0, 1, 2, 3, 4].map(|i| info.op_access(i));
         let class = if self.model.allows(instr) { classify(instr) } else { Class::Interpret };
-        let f = Form { class, access };
+        let f = Form {
+            class,
+            access,
+            flags: Effect::of_form(&general),
+            memory,
+            writes_memory: groups::memory_written(instr, &access),
+            implicit: groups::implicitly_modified(instr.mnemonic(), class),
+            steps: groups::may_step(instr.mnemonic()),
+        };
         self.known[slot] = Some(f);
         f
     }
+}
+
+/// Whether some operand is memory.
+fn has_memory(instr: &Instruction) -> bool {
+    (0..instr.op_count()).any(|i| instr.op_kind(i) == iced_x86::OpKind::Memory)
 }
 
 fn classify(instr: &Instruction) -> Class {

@@ -28,8 +28,43 @@ impl FlagSet {
     }
 }
 
+/// What an instruction does to the status flags.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Effect {
+    pub(crate) reads: FlagSet,
+    /// It may change some.
+    pub(crate) writes: bool,
+    /// It certainly replaces these, whatever its operands are at run time.
+    pub(crate) kills: FlagSet,
+}
+
+impl Effect {
+    pub(crate) fn of(instr: &Instruction) -> Effect {
+        Effect {
+            reads: FlagSet(instr.rflags_read() & FlagSet::ALL.0),
+            writes: instr.rflags_modified() & FlagSet::ALL.0 != 0,
+            kills: FlagSet(killed(instr)),
+        }
+    }
+
+    /// The effect of all instructions of the form of `instr`, if it is the same: it may depend on REP or the count of a shift.
+    pub(crate) fn of_form(instr: &Instruction) -> Option<Effect> {
+        use Mnemonic as M;
+        let shifts = matches!(
+            instr.mnemonic(),
+            M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+        );
+        (!shifts && !instr.is_string_instruction()).then(|| Effect::of(instr))
+    }
+
+    /// Flags live before the instruction, given those live after it.
+    pub(crate) fn before(self, after: FlagSet) -> FlagSet {
+        FlagSet(after.0 & !self.kills.0).or(self.reads)
+    }
+}
+
 /// Flags that `instr` certainly replaces, whatever its operands are at run time.
-pub(crate) fn killed(instr: &Instruction) -> u32 {
+fn killed(instr: &Instruction) -> u32 {
     let modified = instr.rflags_modified() & FlagSet::ALL.0;
     // Left undefined by the manual, and as they were by some processors (`paravane_cpu`, undefined flags): what follows sees
     // what came before.
@@ -86,11 +121,6 @@ fn counts_something(instr: &Instruction) -> bool {
     instr.op_kind(instr.op_count() - 1) == OpKind::Immediate8 && instr.immediate8() & 0x1F != 0
 }
 
-/// Whether `instr` may change a status flag.
-pub(crate) fn writes(instr: &Instruction) -> bool {
-    instr.rflags_modified() & FlagSet::ALL.0 != 0
-}
-
 /// How status flags leave a block by one of its exits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum FlagsOut {
@@ -108,9 +138,4 @@ impl FlagsOut {
             FlagsOut::Saved => FlagSet::NONE,
         }
     }
-}
-
-/// Flags live before `instr`, given those live after it.
-pub(crate) fn before(instr: &Instruction, after: FlagSet) -> FlagSet {
-    FlagSet((after.0 & !killed(instr)) | (instr.rflags_read() & FlagSet::ALL.0))
 }

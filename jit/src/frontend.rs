@@ -4,9 +4,9 @@ use crate::block::{Granules, InstructionSite, Mode};
 use crate::classify::{Class, Form, Forms, stack_word};
 use crate::emit::recipe::is_recipe;
 use crate::emit::{Emitter, Site};
-use crate::flags::{self, FlagSet, FlagsOut};
+use crate::flags::{FlagSet, FlagsOut};
 use crate::groups::{self, Planner};
-use iced_x86::{Decoder, EncodingKind, Instruction, OpKind};
+use iced_x86::{Decoder, EncodingKind, Instruction};
 
 /// Instructions in a block at most.
 const MAX_INSTRUCTIONS: usize = 64;
@@ -156,12 +156,14 @@ impl Frontend {
         let (mut read, mut open) = (0, FlagSet::ALL.0);
         for _ in 0..LOOK_AHEAD {
             decoder.decode_out(&mut instr);
-            read |= instr.rflags_read() & open;
+            let form = forms.form(&instr);
+            let effect = form.effect(&instr);
+            read |= effect.reads.0 & open;
             let leaves = instr.flow_control() != iced_x86::FlowControl::Next;
-            if instr.is_invalid() || leaves || forms.form(&instr).class.leaves() {
+            if instr.is_invalid() || leaves || form.class.leaves() {
                 break;
             }
-            open &= !flags::killed(&instr);
+            open &= !effect.kills.0;
             if open & !read == 0 {
                 break;
             }
@@ -259,9 +261,9 @@ impl Frontend {
                     after = after.or(ahead.live());
                 }
             }
-            let instr = &self.instrs[i];
-            let leaves = self.forms[i].class.leaves();
-            if saved && !leaves && flags::writes(instr) {
+            let (instr, form) = (&self.instrs[i], &self.forms[i]);
+            let (leaves, effect) = (form.class.leaves(), form.effect(instr));
+            if saved && !leaves && effect.writes {
                 self.save = Some(i + 1);
                 (after, saved) = (FlagSet::ALL, false);
             }
@@ -269,7 +271,7 @@ impl Frontend {
                 _ if exact => FlagSet::ALL,
                 true if saved => FlagSet::NONE,
                 true => FlagSet::ALL,
-                false => flags::before(instr, after),
+                false => effect.before(after),
             };
             self.live[i] = after;
         }
@@ -337,7 +339,7 @@ impl Frontend {
         let mut ended = false;
         self.sites.clear();
         for i in 0..self.instrs.len() {
-            let (instr, form) = (self.instrs[i], self.forms[i]);
+            let (instr, form) = (&self.instrs[i], &self.forms[i]);
             self.sites.push(site_at(emitter, instr.ip().wrapping_sub(source.rip)));
             emitter.at(instr.ip(), counted.saturating_sub(i as u32));
             let site = Site { before: self.live[i] };
@@ -348,7 +350,7 @@ impl Frontend {
                 emitter.sync_rsp();
                 emitter.group(p, site.before);
             }
-            if emitter.rsp_is_pending() && !emitter.tolerates_pending_rsp(&instr, form.class) {
+            if emitter.rsp_is_pending() && !emitter.tolerates_pending_rsp(instr, form.class) {
                 emitter.sync_rsp();
             }
             if i + 1 < self.instrs.len() && matches!(form.class, Class::Jcc | Class::Jmp) {
@@ -360,7 +362,7 @@ impl Frontend {
                 continue;
             }
             let start = emitter.mark();
-            if emit_one(&instr, &form, source, emitter, site, (taken, next), &mut ended).is_err() {
+            if emit_one(instr, form, source, emitter, site, (taken, next), &mut ended).is_err() {
                 emitter.rewind(start);
                 emitter.sync_rsp();
                 emitter.interpret(instr.ip());
@@ -369,7 +371,9 @@ impl Frontend {
             if ended {
                 break;
             }
-            if let Some((base, n)) = groups::adjustment(&instr, code64) {
+            if form.steps
+                && let Some((base, n)) = groups::adjustment(instr, code64)
+            {
                 emitter.adjusted(base, n);
             }
             for p in self.planner.plans.iter().filter(|p| p.last == i) {
@@ -466,15 +470,15 @@ impl Frontend {
 
     /// Whether the last instruction that changes flags leaves what they come from.
     fn saves_by_recipe(&self) -> bool {
-        self.instrs.iter().rev().find(|i| flags::writes(i)).is_some_and(is_recipe)
+        let writes = |i: &usize| self.forms[*i].effect(&self.instrs[*i]).writes;
+        (0..self.instrs.len()).rev().find(writes).is_some_and(|i| is_recipe(&self.instrs[i]))
     }
 
     /// Whether an access behind the last instruction that changes flags would have to keep them for the block's end.
     fn accesses_behind_flags(&self) -> bool {
-        let accesses = |(instr, form): (&Instruction, &Form)| {
-            form.class.uses_stack() || (0..instr.op_count()).any(|k| instr.op_kind(k) == OpKind::Memory)
-        };
-        let behind = |&(instr, form): &(&Instruction, &Form)| form.class.leaves() || !flags::writes(instr);
+        let accesses = |(_, form): (&Instruction, &Form)| form.class.uses_stack() || form.memory;
+        let behind =
+            |&(instr, form): &(&Instruction, &Form)| form.class.leaves() || !form.effect(instr).writes;
         self.instrs.iter().zip(&self.forms).rev().take_while(behind).any(accesses)
     }
 }

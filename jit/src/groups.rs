@@ -226,7 +226,7 @@ impl Planner {
     /// Finds the useful groups of a block, the most useful first.
     pub(crate) fn plan(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) {
         self.plans.clear();
-        if candidates(instrs, forms) < 2 {
+        if candidates(forms) < 2 {
             return;
         }
         self.open.clear();
@@ -260,9 +260,11 @@ impl Planner {
                 break;
             }
             self.open.iter_mut().for_each(|r| r.reach(i, live));
-            if let Some(operand) = grouped_operand(instr, &form.class, code64) {
+            if form.memory
+                && let Some(operand) = grouped_operand(instr, &form.class, code64)
+            {
                 let size = instr.memory_size().size() as i32;
-                let write = memory_written(instr, &form.access);
+                let write = form.writes_memory;
                 let (region, disp) = self.region(operand, i, live);
                 region.add(i, disp, size, write);
             }
@@ -279,8 +281,9 @@ impl Planner {
                 }
                 _ => {}
             }
-            let mut modified = modified(instr, form.class, &form.access);
-            if let Some((base, n)) = adjustment(instr, code64)
+            let mut modified = modified(instr, &form);
+            if form.steps
+                && let Some((base, n)) = adjustment(instr, code64)
                 && self.follow(base, i, n, live)
             {
                 modified &= !(1 << base);
@@ -305,11 +308,10 @@ fn place(region: &Region, plans: &[Plan]) -> Option<Plan> {
 }
 
 /// Instructions that may become members.
-fn candidates(instrs: &[Instruction], forms: &[Form]) -> usize {
+fn candidates(forms: &[Form]) -> usize {
     let stack =
         |c: Class| matches!(c, Class::Push | Class::Pop | Class::Call | Class::CallIndirect | Class::Ret);
-    let memory = |i: &Instruction| (0..i.op_count()).any(|k| i.op_kind(k) == OpKind::Memory);
-    instrs.iter().zip(forms).filter(|(i, f)| memory(i) || stack(f.class)).count()
+    forms.iter().filter(|f| f.memory || stack(f.class)).count()
 }
 
 /// The memory operand, if it can be a member.
@@ -362,7 +364,8 @@ pub(crate) fn is_locked(instr: &Instruction) -> bool {
     instr.has_lock_prefix() || instr.mnemonic() == Mnemonic::Xchg
 }
 
-fn memory_written(instr: &Instruction, access: &[OpAccess; 5]) -> bool {
+/// Whether `instr`, with such accesses, writes its memory operand.
+pub(crate) fn memory_written(instr: &Instruction, access: &[OpAccess; 5]) -> bool {
     (0..instr.op_count()).any(|i| {
         instr.op_kind(i) == OpKind::Memory
             && !matches!(access[i as usize], OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
@@ -402,34 +405,45 @@ fn change(instr: &Instruction, r: Register) -> Option<i32> {
     }
 }
 
+/// Whether [`adjustment`] may find something.
+pub(crate) fn may_step(m: Mnemonic) -> bool {
+    matches!(m, Mnemonic::Add | Mnemonic::Sub | Mnemonic::Inc | Mnemonic::Dec | Mnemonic::Lea)
+}
+
 /// The registers `instr` may change in a way a group does not follow, one bit each.
-fn modified(instr: &Instruction, class: Class, access: &[OpAccess; 5]) -> u16 {
-    const RAX: u16 = 1 << 0;
-    const RCX: u16 = 1 << 1;
-    const RDX: u16 = 1 << 2;
-    const RBX: u16 = 1 << 3;
-    let mut mask = match class {
-        Class::Leave => 1 << RSP | 1 << 5,
-        Class::Rdtsc => RAX | RCX | RDX,
-        // RSI, RDI, and what they load or count with.
-        Class::String => RAX | RCX | 1 << 6 | 1 << 7,
-        _ => implicitly_modified(instr.mnemonic(), RAX | RCX | RDX | RBX),
-    };
+fn modified(instr: &Instruction, form: &Form) -> u16 {
+    let mut mask = form.implicit;
     for i in 0..instr.op_count() {
+        if matches!(form.access[i as usize], OpAccess::Read | OpAccess::CondRead | OpAccess::None) {
+            continue;
+        }
         let r = instr.op_register(i);
-        if instr.op_kind(i) == OpKind::Register
-            && r.is_gpr()
-            && !matches!(access[i as usize], OpAccess::Read | OpAccess::CondRead | OpAccess::None)
-        {
+        if instr.op_kind(i) == OpKind::Register && r.is_gpr() {
             mask |= 1 << regs::number(r);
         }
     }
     mask
 }
 
-/// `all` for the few instructions that write RAX, RCX, RDX or RBX without naming them.
-fn implicitly_modified(m: Mnemonic, all: u16) -> u16 {
-    let does = matches!(
+/// The registers that an instruction writes without naming them, as far as groups care; RSP is followed elsewhere.
+pub(crate) fn implicitly_modified(m: Mnemonic, class: Class) -> u16 {
+    const RAX: u16 = 1 << 0;
+    const RCX: u16 = 1 << 1;
+    const RDX: u16 = 1 << 2;
+    const RBX: u16 = 1 << 3;
+    match class {
+        Class::Leave => 1 << RSP | 1 << 5,
+        Class::Rdtsc => RAX | RCX | RDX,
+        // RSI, RDI, and what they load or count with.
+        Class::String => RAX | RCX | 1 << 6 | 1 << 7,
+        _ if writes_accumulators(m) => RAX | RCX | RDX | RBX,
+        _ => 0,
+    }
+}
+
+/// The few instructions that write RAX, RCX, RDX or RBX without naming them.
+fn writes_accumulators(m: Mnemonic) -> bool {
+    matches!(
         m,
         Mnemonic::Mul
             | Mnemonic::Imul
@@ -449,6 +463,5 @@ fn implicitly_modified(m: Mnemonic, all: u16) -> u16 {
             | Mnemonic::Pcmpistri
             | Mnemonic::Vpcmpestri
             | Mnemonic::Vpcmpistri
-    );
-    if does { all } else { 0 }
+    )
 }
