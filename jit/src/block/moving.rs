@@ -3,7 +3,7 @@
 //! lead. So the blocks made from a page for one linear page, an *instance*, can be moved to another.
 //!
 //! Several programs may run by turns. A page that is wanted back where its blocks were before has one more instance from then on,
-//! so that nobody's blocks are moved for long.
+//! so that nobody's blocks are moved for long; up to a limit, for a program can map a page wherever it likes.
 
 use super::{Block, BlockId, BlockKey, BlockTable, Mode, NONE};
 use crate::code_cache::CodeOffset;
@@ -13,7 +13,7 @@ use std::ops::Range;
 
 /// Instances of a page before any other is wanted back.
 const INSTANCES: usize = 1;
-/// Linear pages, that the blocks of a page left, which are remembered.
+/// Linear pages, that the blocks of a page left, which are remembered, and instances that it has more than [`INSTANCES`] at most.
 const LEFT: usize = 32;
 
 /// The linear pages for which a page has blocks that can be moved, and those that they were moved from.
@@ -39,7 +39,7 @@ impl Instances {
         }
         if let Some(i) = self.left.iter().position(|&left| left == page) {
             self.left.swap_remove(i);
-            self.returns += 1;
+            self.returns = (self.returns + 1).min(LEFT);
         }
         if self.present.len() < INSTANCES + self.returns {
             return None;
@@ -250,6 +250,23 @@ mod tests {
             }
             assert_eq!((moves, instances.present.len() as u64), (0, programs));
         }
+    }
+
+    #[test]
+    fn there_are_not_more_instances_than_are_of_use() {
+        let mut instances = Instances::default();
+        let mut want = |page| {
+            let first = instances.present.first().copied();
+            instances.replace(page, |_| 0);
+            instances.note(page);
+            first
+        };
+        for page in 0..10 * LEFT as u64 {
+            // Who has to go for a new one comes back at once.
+            want(page).map(&mut want);
+        }
+        assert_eq!(instances.present.len(), INSTANCES + LEFT);
+        assert!(instances.left.len() <= LEFT);
     }
 
     #[test]
