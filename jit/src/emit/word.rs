@@ -62,7 +62,7 @@ pub(super) fn compare_with_zero(ops: &mut SimpleAssembler, base: u8) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use iced_x86::{Decoder, DecoderOptions, OpKind, Register};
+    use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind, Register};
 
     /// Every encoding means what it should, and none is longer than it must be.
     #[test]
@@ -92,6 +92,39 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn constants_as_decoded() {
+        for (size, base, disp, value) in [4, 8]
+            .into_iter()
+            .flat_map(|size| (0..16).map(move |base| (size, base)))
+            .flat_map(|(size, base)| [0, -8, 128].map(|disp| (size, base, disp)))
+            .flat_map(|(size, base, disp)| [0, -1, i32::MAX].map(|value| (size, base, disp, value)))
+        {
+            let mut ops = SimpleAssembler::new();
+            store_constant(&mut ops, size, base, disp, value);
+            let i = Decoder::new(64, &ops.ops, DecoderOptions::NONE).decode();
+            assert_eq!(
+                (i.len(), i.mnemonic(), i.memory_size().size() as i32),
+                (ops.ops.len(), Mnemonic::Mov, size)
+            );
+            assert_eq!(
+                (i.memory_base().number(), i.memory_displacement64() as i32),
+                (usize::from(base), disp)
+            );
+            assert_eq!((i.memory_index(), i.immediate(1) as i32), (Register::None, value));
+        }
+        for base in (0..16).filter(|base| !matches!(base & 7, 4 | 5)) {
+            let mut ops = SimpleAssembler::new();
+            compare_with_zero(&mut ops, base);
+            let i = Decoder::new(64, &ops.ops, DecoderOptions::NONE).decode();
+            assert_eq!((i.len(), i.mnemonic(), i.memory_size().size()), (ops.ops.len(), Mnemonic::Cmp, 4));
+            assert_eq!(
+                (i.memory_base().number(), i.memory_displacement64(), i.immediate(1)),
+                (usize::from(base), 0, 0)
+            );
         }
     }
 }

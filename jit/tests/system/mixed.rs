@@ -223,6 +223,7 @@ fn relative() -> Vec<Program> {
         program!(64: "lea rdx, [rip + 2f]", "mov [rip + 770b + 0x1004A0], rdx", "jmp [rip + 770b + 0x1004A0]", "2:"),
         program!(64: "lock bts dword ptr [rip + 770b + 0x1004A4], eax", "mov eax, 100", "bt [rip + 770b + 0x1004A4], eax", "setc bl"),
         program!(64: "lea rbx, [eip + 770b]", "mov eax, [eip + 770b + 0x100480]"),
+        program!(64: "mov rbx, fs:[rip + 770b + 0x100480]", "add gs:[rip + 770b + 0x100488], rbx"),
         program!(64: "mov ecx, 5", "2: add [rip + 770b + 0x1004C8], rcx", "call 3f", "loop 2b", "jmp 4f", "3: ret", "4:"),
         program!(64: "mov rbx, [rip + 770b + 0x102480]"),
         program!(64: "mov rbx, [rip + 770b + 0x103480]"),
