@@ -1,7 +1,7 @@
 //! The one host mapping behind all guest memory.
 //!
 //! Invariants this unsafe island relies on:
-//! * `base..base + len` is one live anonymous mapping, readable and writable, for the life of `Backing`;
+//! * `base..base + len` is one live mapping of all of `file`, readable and writable, for the life of `Backing`;
 //! * no Rust reference into it is ever made, and no Rust load or store: guest and devices write it at any time, so every
 //!   access is assembly, which is no part of Rust's memory model;
 //! * every public method checks `offset + size <= len` before touching memory.
@@ -11,7 +11,7 @@ use crate::transfer::PIECES;
 use std::arch::asm;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 
 /// Which way a file transfer goes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,6 +21,7 @@ pub(crate) enum Direction {
 }
 
 pub(crate) struct Backing {
+    file: File,
     base: *mut u8,
     len: u64,
 }
@@ -30,25 +31,54 @@ unsafe impl Send for Backing {}
 // SAFETY: as above.
 unsafe impl Sync for Backing {}
 
+/// A file of `len` bytes that is memory alone and has no name.
+fn memory_file(len: u64) -> io::Result<File> {
+    let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: a query with a valid out-pointer, which is left alone should it fail.
+    unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &mut limit) };
+    if limit.rlim_cur < len {
+        // The kernel would end the process.
+        return Err(io::Error::other(
+            "guest memory is a file for the host, whose size is limited (ulimit -f)",
+        ));
+    }
+    // SAFETY: the name is a C string; the descriptor is new, so that `File` owns it alone.
+    let file = unsafe {
+        let fd = libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        File::from_raw_fd(fd)
+    };
+    file.set_len(len)?;
+    Ok(file)
+}
+
 impl Backing {
     /// Reserves `len` bytes (a multiple of the page size), zero-filled and touched lazily.
     pub(crate) fn new(len: u64) -> io::Result<Backing> {
         let size = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
+        let file = memory_file(len)?;
+        // SAFETY: a fresh mapping of our own file at an address of the kernel's choice.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 size,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
                 0,
             )
         };
         if base == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Backing { base: base.cast(), len })
+        Ok(Backing { file, base: base.cast(), len })
+    }
+
+    /// What is mapped: offsets in it are those of guest memory.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     pub(crate) fn base(&self) -> *mut u8 {

@@ -6,6 +6,7 @@ use crate::claims::{Claims, CodeWatcher, Pages};
 use crate::layout::{Layout, Mapped, OverlayId};
 use crate::split::Split;
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
@@ -269,6 +270,11 @@ impl GuestMemory {
     /// Host address of the backing; `base + RamOffset` is a byte of guest memory. For the translator.
     pub fn host_base(&self) -> *mut u8 {
         self.0.backing.base()
+    }
+
+    /// The file behind the backing, in which a `RamOffset` is the offset of a byte: for mapping pages elsewhere, too.
+    pub fn backing_file(&self) -> &File {
+        self.0.backing.file()
     }
 
     /// Bytes of the backing (RAM, ROM and overlay storage).

@@ -14,12 +14,17 @@ pub fn beyond_ram(pid: u32, ram: u64) -> Option<u64> {
     Some(resident(&smaps, ram) + tables)
 }
 
+/// The name of the memory that paravane maps as guest RAM, some pages of it more than once.
+const GUEST: &str = "/memfd:guest-memory";
+
 /// Resident bytes in all mappings but guest RAM's.
 fn resident(smaps: &str, ram: u64) -> u64 {
-    let (mut sum, mut counts) = (0, true);
+    let (mut sum, mut counts, mut guest) = (0, true, false);
     for line in smaps.lines() {
-        if let Some(size) = kilobytes(line, "Size:") {
-            counts = !(ram..=ram + OVERLAYS).contains(&size);
+        if line.split(' ').next().is_some_and(|range| range.contains('-')) {
+            guest = line.contains(GUEST);
+        } else if let Some(size) = kilobytes(line, "Size:") {
+            counts = !guest && !(ram..=ram + OVERLAYS).contains(&size);
         } else if let Some(bytes) = kilobytes(line, "Pss:").filter(|_| counts) {
             sum += bytes;
         }
@@ -41,6 +46,7 @@ mod tests {
     fn guest_ram_is_left_out() {
         let smaps = "7f00-7f01 rw-p 0 00:00 0\nSize:   589824 kB\nKernelPageSize:   4 kB\nRss:   100000 kB\nPss:   100000 kB\n\
                      7f02-7f03 rw-p 0 00:00 0\nSize: 4294967296 kB\nRss:    80 kB\nPss:   40 kB\n\
+                     7f03-7f04 rw-s 0 00:01 9 /memfd:guest-memory (deleted)\nSize:   4 kB\nRss:   4 kB\nPss:   2 kB\n\
                      7f04-7f05 r-xp 0 00:00 0 /bin/x\nSize:   12 kB\nRss:   8 kB\nPss:   8 kB\n";
         assert_eq!(resident(smaps, 512 << 20), 48 << 10);
         assert_eq!(resident(smaps, 8 << 30), 100_048 << 10, "no mapping has the size of RAM");
