@@ -42,8 +42,8 @@ pub use fault::{Fault, Vector};
 pub use interp::{operand_alignment, x87_opcode};
 pub use interpreter::Interpreter;
 pub use mmu::{
-    Access, Flushes, PagingFeatures, Peek, PeekEnd, PeekStep, Privilege, Translation, inspect, peek,
-    translate,
+    Access, Flushes, PageTable, PagingFeatures, Peek, PeekEnd, PeekStep, Privilege, Translation, inspect,
+    page_table, peek, translate,
 };
 pub use paravane_memory::{Port, VpIndex};
 pub use plan::{DEVICE_PAGES, DebugPlan, DebugStop, Space, WatchHit, WatchKind, Watchpoint};

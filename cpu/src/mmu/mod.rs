@@ -9,7 +9,7 @@ pub use flushes::Flushes;
 pub use peek::{Peek, PeekEnd, PeekStep, peek};
 pub(crate) use tlb::{Entry, Tlb};
 pub(crate) use walk::mask_a20;
-pub use walk::{inspect, translate};
+pub use walk::{PageTable, inspect, page_table, translate};
 
 use paravane_memory::PhysAddr;
 

@@ -91,6 +91,73 @@ pub fn inspect(
     Walk { cpu, mem, features, lin: lin.0, access, privilege, marks: false }.run().ok()
 }
 
+/// What shows the 2 MiB around a linear address to 64-bit programs: a page table, or the entry of a larger page.
+pub struct PageTable<'a> {
+    mem: &'a GuestMemory,
+    /// The table, or nothing where there is a larger page.
+    at: Option<RamOffset>,
+    /// The larger page's entry, with its address for the 2 MiB.
+    entry: u64,
+    rights: u64,
+    reserved: u64,
+}
+
+/// The page table for `lin` at CPL 3 in 64-bit mode, if all entries that lead to it are accessed already.
+pub fn page_table<'a>(
+    cpu: &CpuState,
+    mem: &'a GuestMemory,
+    features: PagingFeatures,
+    lin: LinAddr,
+) -> Option<PageTable<'a>> {
+    let mut reserved = features.beyond();
+    if cpu.efer & efer::NXE == 0 {
+        reserved |= XD;
+    }
+    let (mut table, mut rights) = (cpu.cr3 & ADDRESS, P | W | U);
+    for level in [4, 3, 2] {
+        let shift = 12 + 9 * (level - 1);
+        let at = PhysAddr(mask_a20(cpu, table + (lin.0 >> shift & 511) * 8));
+        let Mapped::Ram(page) = mem.resolve(at.page()) else { return None };
+        let value = mem.ram_load(RamOffset(page.0 + at.page_offset()), 8);
+        let large = value & PS != 0;
+        let unused = if level == 4 || level == 3 && !features.page_1g { PS } else { 0 };
+        if value & (P | A) != P | A || value & (reserved | unused) != 0 {
+            return None;
+        }
+        rights &= value;
+        if large {
+            let size = 1u64 << shift;
+            if value & (size - 1) & !0x1FFF != 0 {
+                return None;
+            }
+            let inside = lin.0 & (size - 1) & !0x1F_FFFF;
+            let entry = value & !(ADDRESS & (size - 1)) | inside;
+            return Some(PageTable { mem, at: None, entry, rights, reserved: 0 });
+        }
+        table = value & ADDRESS;
+    }
+    let Mapped::Ram(at) = mem.resolve(PhysAddr(mask_a20(cpu, table)).page()) else { return None };
+    Some(PageTable { mem, at: Some(at), entry: 0, rights, reserved })
+}
+
+impl PageTable<'_> {
+    /// What [`inspect`] would answer of page `i` (0 to 511): where it is, and whether it may be written; `None` if it may not be
+    /// read. Panics beyond.
+    pub fn page(&self, i: usize) -> Option<(PhysAddr, bool)> {
+        assert!(i < 512);
+        let (entry, phys) = match self.at {
+            Some(at) => {
+                let entry = self.mem.ram_load(RamOffset(at.0 + i as u64 * 8), 8);
+                (entry, entry & ADDRESS)
+            }
+            None => (self.entry, (self.entry & ADDRESS) + ((i as u64) << 12)),
+        };
+        let rights = self.rights & entry;
+        let good = entry & (P | A) == P | A && rights & U != 0 && entry & self.reserved == 0;
+        good.then_some((PhysAddr(phys), rights & W != 0 && entry & D != 0))
+    }
+}
+
 struct Walk<'a> {
     cpu: &'a CpuState,
     mem: &'a GuestMemory,
@@ -329,6 +396,47 @@ mod tests {
         assert_eq!(look(Read).expect("accessed").phys, PhysAddr(0x5123));
         assert_eq!(look(Write), None, "not dirty");
         assert_eq!(mem.read_u64(PhysAddr(0x4000)), Ok(0x5027));
+    }
+
+    /// What a table says of its pages is what looking at each says.
+    #[test]
+    fn a_page_table_says_what_looking_does() {
+        let big = 0x20_0000u64;
+        for (pte, pde, pml4) in [
+            (0x5067u64, 0x4027u64, 0x2027u64),
+            (0x5067, 0x4007, 0x2027),
+            (0x5067, 0x4023, 0x2027),
+            (0x5067, 0x4025, 0x2027),
+            (0x5047, 0x4027, 0x2027),
+            (0x5027, 0x4027, 0x2027),
+            (0x5065, 0x4027, 0x2027),
+            (0x5063, 0x4027, 0x2027),
+            (0x5067 | 1 << 45, 0x4027, 0x2027),
+            (0x5067 | XD, 0x4027, 0x2027),
+            (0x5067, 0x4027, 0x2027 | PS),
+            (0x5067, 0x4027, 0x2026),
+            (0, 0x4027, 0x2027),
+            (0, big | 0xE7, 0x2027),
+            (0, big | 0xA7, 0x2027),
+            (0, big | 0xC7, 0x2027),
+            (0, big | 0x40E7, 0x2027),
+        ] {
+            let (mut cpu, mem) = long(pte);
+            for (at, entry) in [(0x1000u64, pml4), (0x2000, 0x3027), (0x3000, pde)] {
+                mem.write(PhysAddr(at), &entry.to_le_bytes()).expect("RAM");
+            }
+            for efer in [efer::LME | efer::LMA | efer::NXE, efer::LME | efer::LMA] {
+                cpu.efer = efer;
+                let table = page_table(&cpu, &mem, ALL, LinAddr(0));
+                for i in [0usize, 1, 511] {
+                    let lin = LinAddr(i as u64 * 4096);
+                    let look = inspect(&cpu, &mem, ALL, lin, Read, User);
+                    let expected = look.map(|t| (t.phys, t.writable));
+                    let found = table.as_ref().and_then(|table| table.page(i));
+                    assert_eq!(found, expected, "{pte:#x} {pde:#x} {pml4:#x} {efer:#x} page {i}");
+                }
+            }
+        }
     }
 
     #[test]
