@@ -301,6 +301,7 @@ mod tests {
             cpus: 1,
             model: "max".into(),
             engine: EngineKind::Jit,
+            windows: crate::machine::WindowUse::Auto,
             clock: ClockKind::Instructions,
             boot: Boot::Kernel { kernel: kernel.clone(), initrd: None, append: String::new() },
             disks: Vec::new(),

@@ -185,7 +185,8 @@ pub(crate) struct NewBlock<'a> {
 struct PageBlocks {
     granules: Granules,
     blocks: Vec<(Granules, BlockId)>,
-    instances: Instances,
+    /// Of blocks that use tables, and of those that use a window.
+    instances: [Instances; 2],
 }
 
 /// A link that jumps to a block, and the next of the block's.

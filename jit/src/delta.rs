@@ -214,6 +214,20 @@ impl DeltaTables {
         self.memory.address(0) + 8 * DeltaTables::cell(self.table(view, false), lin)
     }
 
+    /// The pages that programs of the current space may access by table, some more than once.
+    pub(crate) fn known(&self, pages: &mut Vec<u64>) {
+        let user = self.table(View::User, false);
+        let group = &self.groups[1 + self.active];
+        let cells = group.log.iter().flatten().filter(|&&cell| cell / ENTRIES == user);
+        // Bit 47 is the sign.
+        pages.extend(cells.map(|cell| (((cell % ENTRIES) << 28) as i64 >> 16) as u64));
+    }
+
+    /// Whether an invalidation at `lin` covers more than a page.
+    pub(crate) fn is_large(&self, lin: u64) -> bool {
+        self.large.extent(lin) != Extent::Page
+    }
+
     /// Whether `view` has a usable entry for `lin`.
     pub(crate) fn holds(&self, view: View, write: bool, lin: u64) -> bool {
         self.memory.read(DeltaTables::cell(self.table(view, write), lin)).is_some()

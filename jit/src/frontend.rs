@@ -334,7 +334,7 @@ impl Frontend {
         let ungrouped = Mode::UNGROUPED | Mode::SEGMENTED;
         self.planner.plans.clear();
         if source.mode.0 & ungrouped == 0 && crossing.is_none() {
-            self.planner.plan(&self.instrs, &self.forms, &self.live, code64);
+            self.planner.plan(&self.instrs, &self.forms, &self.live, source.mode);
         }
         let mut ended = false;
         self.sites.clear();

@@ -6,6 +6,7 @@
 //! `[r9 + disp]`. Where the check
 //! fails the block goes on in its ungrouped copy; a group check never raises the guest's fault.
 
+use crate::block::Mode;
 use crate::classify::{Class, Form, stack_word};
 use crate::flags::FlagSet;
 use crate::regs;
@@ -19,6 +20,8 @@ pub(crate) const SLOTS: usize = 4;
 const SLOT_MEMBERS: u32 = 3;
 /// Bytes a group may span.
 const MAX_SPAN: i32 = 2048;
+/// The same where memory is accessed through a window, in which regions are checked instead of pages.
+const MAX_SPAN_IN_WINDOW: i32 = 1 << 20;
 
 /// What the addresses of a group have in common, without a constant: `base + index * scale`, or nothing at all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -132,11 +135,11 @@ impl Region {
         }
     }
 
-    fn add(&mut self, at: usize, disp: i32, size: i32, write: bool) {
+    fn add(&mut self, at: usize, disp: i32, size: i32, write: bool, max_span: i32) {
         let lo = self.moved.saturating_add(disp);
         let hi = lo.saturating_add(size);
         let (min, max) = if self.members == 0 { (lo, hi) } else { (self.lo.min(lo), self.hi.max(hi)) };
-        if self.full || max.saturating_sub(min) > MAX_SPAN || lo.unsigned_abs() > 1 << 30 {
+        if self.full || max.saturating_sub(min) > max_span || lo.unsigned_abs() > 1 << 30 {
             self.full = true;
             return;
         }
@@ -172,6 +175,8 @@ pub(crate) struct Planner {
     done: Vec<Region>,
     /// First instruction at which each register has its present value.
     since: [usize; 16],
+    /// Memory is accessed through a window.
+    window: bool,
     pub(crate) plans: Vec<Plan>,
 }
 
@@ -194,11 +199,11 @@ impl Planner {
         self.region(Operand { key: Key::STACK, disp: 0 }, at, live).0
     }
 
-    fn close(&mut self, register: u8, at: usize) {
+    fn close(&mut self, register: u8, at: usize, live: &[FlagSet]) {
         self.since[register as usize] = at + 1;
         while let Some(k) = self.open.iter().position(|r| r.key.names(register)) {
             let r = self.open.swap_remove(k);
-            self.consider(r);
+            self.consider(r, live);
         }
     }
 
@@ -217,16 +222,20 @@ impl Planner {
         known
     }
 
-    fn consider(&mut self, r: Region) {
-        if r.members >= 2 {
+    /// A group pays if it saves checks; one in a window also if the check moves to where no flags are live.
+    fn consider(&mut self, r: Region, live: &[FlagSet]) {
+        let moves = self.window && r.members == 1 && r.free.is_some() && !live[r.last].is_empty();
+        if r.members >= 2 || moves {
             self.done.push(r);
         }
     }
 
     /// Finds the useful groups of a block, the most useful first.
-    pub(crate) fn plan(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) {
+    pub(crate) fn plan(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], mode: Mode) {
         self.plans.clear();
-        if candidates(forms) < 2 {
+        let code64 = mode.code64();
+        self.window = mode.has(Mode::WINDOW);
+        if candidates(forms) < if self.window { 1 } else { 2 } {
             return;
         }
         self.open.clear();
@@ -234,15 +243,17 @@ impl Planner {
         self.since = [0; 16];
         self.find_regions(instrs, forms, live, code64);
         let mut open = std::mem::take(&mut self.open);
-        open.drain(..).for_each(|r| self.consider(r));
+        open.drain(..).for_each(|r| self.consider(r, live));
         self.open = open;
         self.done.sort_by_key(|r| std::cmp::Reverse(r.members));
         for r in &self.done {
-            self.plans.extend(place(r, &self.plans));
+            let plan = if self.window { Some(r.plan()) } else { place(r, &self.plans) };
+            self.plans.extend(plan);
         }
     }
 
     fn find_regions(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) {
+        let max_span = if self.window { MAX_SPAN_IN_WINDOW } else { MAX_SPAN };
         for (i, instr) in instrs.iter().enumerate() {
             let form = forms[i];
             let ends = matches!(
@@ -266,17 +277,17 @@ impl Planner {
                 let size = instr.memory_size().size() as i32;
                 let write = form.writes_memory;
                 let (region, disp) = self.region(operand, i, live);
-                region.add(i, disp, size, write);
+                region.add(i, disp, size, write, max_span);
             }
             match form.class {
                 Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => {
                     let word = stack_word(instr) as i32;
-                    self.stack(i, live).add(i, -word, word, true);
+                    self.stack(i, live).add(i, -word, word, true, max_span);
                     self.follow(RSP, i, -word, live);
                 }
                 Class::Pop | Class::Ret | Class::Popf => {
                     let word = stack_word(instr) as i32;
-                    self.stack(i, live).add(i, 0, word, false);
+                    self.stack(i, live).add(i, 0, word, false, max_span);
                     self.follow(RSP, i, word, live);
                 }
                 _ => {}
@@ -289,7 +300,7 @@ impl Planner {
                 modified &= !(1 << base);
             }
             while modified != 0 {
-                self.close(modified.trailing_zeros() as u8, i);
+                self.close(modified.trailing_zeros() as u8, i, live);
                 modified &= modified - 1;
             }
         }

@@ -30,6 +30,7 @@ mod stubs;
 mod tables;
 mod translator;
 mod vectors;
+mod windows;
 
 pub use host::HostVectorUnit;
 pub use translator::{JitOptions, Translator};

@@ -43,6 +43,11 @@ impl Spaces {
         self.slots[self.current].tag == Some(tag)
     }
 
+    /// The slot that is current.
+    pub(crate) fn current(&self) -> usize {
+        self.current
+    }
+
     /// The slot of `tag`.
     pub(crate) fn find(&self, tag: u16) -> Option<usize> {
         self.slots.iter().position(|s| s.tag == Some(tag))

@@ -9,6 +9,7 @@
 //!   put there;
 //! * `guard..guard + GUARD_BYTES` is never mapped accessible.
 
+use crate::windows::reserve_aside;
 use std::io;
 
 /// Entries per table: one for each page of a 48-bit space.
@@ -21,8 +22,9 @@ const ALIGNMENT: u64 = 1 << 16;
 const PAGE_ENTRIES: u64 = 512;
 /// Table pages that one translator may have accessible at a time (48 MiB).
 const MAX_READY: usize = 12_288;
-/// The same for all of a process. Each page may take two of the mappings that the host allows (vm.max_map_count, 65,530).
-const ALL_READY: usize = 24_576;
+/// The same for all of a process. Each page may take two of the mappings that the host allows (vm.max_map_count, 65,530), and so
+/// may the pages of windows.
+const ALL_READY: usize = 12_288;
 
 /// How many pages each of `vcpus` translators in a process may have accessible.
 pub(crate) fn share_of_mappings(vcpus: usize) -> usize {
@@ -109,7 +111,7 @@ impl TableMemory {
     /// Reserves address space for `count` tables, of which up to `max_ready` pages are accessible at a time; no memory yet.
     pub(crate) fn new(count: u64, max_ready: usize) -> io::Result<TableMemory> {
         let guard = reserve(None, GUARD_BYTES)? as u64;
-        let reserved = reserve(None, count * TABLE_BYTES + ALIGNMENT).inspect_err(|_| {
+        let reserved = reserve_aside(count * TABLE_BYTES + ALIGNMENT).inspect_err(|_| {
             // SAFETY: the reservation made just now.
             unsafe { libc::munmap(guard as *mut libc::c_void, GUARD_BYTES as usize) };
         })?;

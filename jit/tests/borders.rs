@@ -17,14 +17,14 @@ fn model() -> CpuModel {
     model_by_name("max", &HostFeatures::detect()).unwrap()
 }
 
-fn besiege(mode: NativeMode) {
+fn besiege(mode: NativeMode, window_after: u32) {
     let _guard = ONE_AT_A_TIME.lock();
     let mut siege = Siege::new(mode).unwrap();
     let reference =
         Interpreter::new(model(), Box::new(HostVectorUnit::new().unwrap()), Attention::default(), VpIndex(0));
     let memory = siege.guest().memory();
-    let subject =
-        Translator::new(model(), memory, Attention::default(), VpIndex(0), JitOptions::default()).unwrap();
+    let options = JitOptions { window_after, ..JitOptions::default() };
+    let subject = Translator::new(model(), memory, Attention::default(), VpIndex(0), options).unwrap();
     siege.begin(Box::new(reference), Box::new(subject)).unwrap();
     let (mut attacks, mut findings) = (0, Vec::new());
     let first = setting("PARAVANE_FUZZ_SEED", 1);
@@ -41,21 +41,27 @@ fn besiege(mode: NativeMode) {
     }
     println!("{mode:?}: {attacks} attacks");
     assert!(attacks > 5_000, "only {attacks}");
+    assert_eq!(window_after == 0, siege.counter("windows_opened") > 0);
     let shown = findings.iter().take(10).map(String::as_str).collect::<Vec<_>>().join("\n");
     assert!(findings.is_empty(), "{} findings:\n{shown}", findings.len());
 }
 
 #[test]
 fn guests_that_aim_at_the_host_in_64_bit_mode() {
-    besiege(NativeMode::Long);
+    besiege(NativeMode::Long, u32::MAX);
+}
+
+#[test]
+fn guests_that_aim_at_the_host_through_windows() {
+    besiege(NativeMode::Long, 0);
 }
 
 #[test]
 fn guests_that_aim_at_the_host_in_32_bit_mode() {
-    besiege(NativeMode::Protected32);
+    besiege(NativeMode::Protected32, u32::MAX);
 }
 
 #[test]
 fn guests_that_aim_at_the_host_in_16_bit_mode() {
-    besiege(NativeMode::Protected16);
+    besiege(NativeMode::Protected16, u32::MAX);
 }

@@ -43,7 +43,7 @@ fn bench(mode: NativeMode) -> Option<Bench> {
 }
 
 /// Adds the engines that were asked for.
-fn add_engines(bench: &mut Bench, attention: &Attention) {
+fn add_engines(bench: &mut Bench, attention: &Attention, mode: NativeMode) {
     let asked = std::env::var("PARAVANE_FUZZ_ENGINE").unwrap_or_else(|_| "both".into());
     if asked != "translator" {
         let vector = Box::new(HostVectorUnit::new().unwrap());
@@ -51,10 +51,16 @@ fn add_engines(bench: &mut Bench, attention: &Attention) {
         bench.add("interpreter", Box::new(engine), Leave::Nothing);
     }
     if asked != "interpreter" {
-        let options = JitOptions { hot_loop: 2, ..JitOptions::default() };
-        let memory = bench.guest().memory();
-        let engine = Translator::new(model(), memory, attention.clone(), VpIndex(0), options).unwrap();
-        bench.add("translator", Box::new(engine), Leave::DeadFlags);
+        // Memory by tables, and where there can be windows through these.
+        for (name, window_after) in [("translator", u32::MAX), ("translator with windows", 0)] {
+            if window_after == 0 && mode != NativeMode::Long {
+                continue;
+            }
+            let options = JitOptions { hot_loop: 2, window_after, ..JitOptions::default() };
+            let memory = bench.guest().memory();
+            let engine = Translator::new(model(), memory, attention.clone(), VpIndex(0), options).unwrap();
+            bench.add(name, Box::new(engine), Leave::DeadFlags);
+        }
     }
 }
 
@@ -71,7 +77,7 @@ fn conform(mode: NativeMode) {
     let _guard = ONE_AT_A_TIME.lock();
     let Some(mut bench) = bench(mode) else { return };
     let attention = Attention::default();
-    add_engines(&mut bench, &attention);
+    add_engines(&mut bench, &attention, mode);
     bench.watch(attention);
     let mut texts = Vec::new();
     let mut whole: Option<Report> = None;
@@ -115,6 +121,8 @@ fn conform(mode: NativeMode) {
     let traced = complete && mode != NativeMode::Protected16 && whole.programs > 200;
     let interpreted = std::env::var("PARAVANE_FUZZ_ENGINE").is_ok_and(|engine| engine == "interpreter");
     assert!(!traced || interpreted || whole.traces > 0, "no loop became a trace");
+    let windowed = mode == NativeMode::Long && !interpreted;
+    assert!(!windowed || bench.counter("windows_opened") > 0, "no engine had a window");
 }
 
 /// lock sub dword ptr [eax + eax * 4 + disp32], imm32 in 16-bit code.
@@ -226,7 +234,7 @@ fn findings_stay_fixed() {
     }
     for (mode, name, code) in programs {
         let Some(mut bench) = bench(mode) else { continue };
-        add_engines(&mut bench, &Attention::default());
+        add_engines(&mut bench, &Attention::default(), mode);
         let mut gpr = [0; 16];
         gpr[4] = 0x5000_0800;
         let program = Program::of(&mut bench, code, gpr).expect(name);

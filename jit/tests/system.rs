@@ -110,6 +110,8 @@ mod v8086;
 mod vme;
 #[path = "system/wild.rs"]
 mod wild;
+#[path = "system/windows.rs"]
+mod windows;
 #[path = "system/wraps.rs"]
 mod wraps;
 #[path = "system/xsave.rs"]

@@ -4,7 +4,9 @@ mod values;
 
 use crate::compare::{CompareConfig, Guest};
 use crate::debug::GdbAddress;
-use crate::machine::{Boot, ClockKind, DiskConfig, EngineKind, MAX_CPUS, MachineConfig, SerialConfig};
+use crate::machine::{
+    Boot, ClockKind, DiskConfig, EngineKind, MAX_CPUS, MachineConfig, SerialConfig, WindowUse,
+};
 use crate::trace::{self, Filter};
 use clap::{Args, Parser, Subcommand};
 use std::fmt;
@@ -126,6 +128,10 @@ pub struct RunArgs {
     /// What executes guest code.
     #[arg(long, value_enum, default_value_t = EngineKind::Jit)]
     pub engine: EngineKind,
+    /// Let the host's page tables show the memory of 64-bit programs: of those that run for long, of all (slow where processes come and
+    /// go), or of none. By the instruction clock `auto` means never.
+    #[arg(long, value_enum, default_value_t = WindowUse::Auto)]
+    pub windows: WindowUse,
     /// Where time comes from: the host, or retired instructions (1 ns each; deterministic).
     #[arg(long, value_enum, default_value_t = ClockKind::Host)]
     pub clock: ClockKind,
@@ -429,6 +435,7 @@ impl RunArgs {
             cpus: self.processors()?,
             model: self.cpu.clone(),
             engine: self.engine,
+            windows: self.windows,
             clock: self.clock,
             boot,
             disks,

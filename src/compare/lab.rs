@@ -5,7 +5,7 @@ use super::marks::{End, Mark, Marks, Section};
 use super::result::{Key, Path, Sample, Test};
 use super::session::{self, GuestRun};
 use super::{CompareConfig, CompareError, lines::Lines};
-use crate::machine::{Boot, ClockKind, DiskBus, DiskConfig, MachineConfig};
+use crate::machine::{Boot, ClockKind, DiskBus, DiskConfig, MachineConfig, WindowUse};
 use paravane_firmware::lab::{
     self, Bus, Job, MARK_BEGIN, MARK_DONE, MARK_END, MARK_FAILED, MARK_JOB, Op, Report, Status, Transfer,
 };
@@ -118,6 +118,7 @@ fn config(config: &CompareConfig, path: Path, image: &ScratchImage, jobs: &[Job]
         cpus: 1,
         model: "max".into(),
         engine: config.engine,
+        windows: WindowUse::Auto,
         clock: ClockKind::Host,
         boot: Boot::Image { image: lab::LAB_ELF, append },
         disks: vec![DiskConfig { file: image.path(), bus, readonly: false, snapshot: false }],

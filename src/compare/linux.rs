@@ -5,7 +5,7 @@ use super::marks::{Mark, Marks, Section};
 use super::result::{Key, Path, Sample, Test};
 use super::session::{self, GuestRun};
 use super::{CompareConfig, CompareError, lines::Lines};
-use crate::machine::{Boot, ClockKind, DiskBus, DiskConfig, MachineConfig};
+use crate::machine::{Boot, ClockKind, DiskBus, DiskConfig, MachineConfig, WindowUse};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -93,6 +93,7 @@ fn config(
         cpus: 1,
         model: "max".into(),
         engine: settings.engine,
+        windows: WindowUse::Auto,
         clock: ClockKind::Host,
         boot: Boot::Kernel { kernel: kernel.clone(), initrd: Some(initrd.clone()), append },
         disks: vec![DiskConfig { file: image.path(), bus, readonly: false, snapshot: false }],

@@ -12,6 +12,18 @@ pub enum EngineKind {
     Interp,
 }
 
+/// When the translator lets the host's page tables show a program's memory instead of looking addresses up in tables.
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum WindowUse {
+    /// For 64-bit programs that run for long.
+    #[default]
+    Auto,
+    /// For 64-bit programs from their first instruction on; for testing.
+    Always,
+    /// Never.
+    Never,
+}
+
 /// Where machine time comes from.
 #[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum ClockKind {
@@ -92,6 +104,8 @@ pub struct MachineConfig {
     pub model: String,
     /// Engine.
     pub engine: EngineKind,
+    /// Windows of the translator.
+    pub windows: WindowUse,
     /// Clock.
     pub clock: ClockKind,
     /// What is started.

@@ -21,7 +21,9 @@ mod tsc;
 
 pub use access_log::DeviceAccess;
 pub use clock::{HostClock, InstructionClock};
-pub use config::{Boot, ClockKind, DiskBus, DiskConfig, EngineKind, MAX_CPUS, MachineConfig, SerialConfig};
+pub use config::{
+    Boot, ClockKind, DiskBus, DiskConfig, EngineKind, MAX_CPUS, MachineConfig, SerialConfig, WindowUse,
+};
 pub use cpubus::MachineBus;
 pub use dma::Dma;
 pub use engine::probe_translator;
@@ -205,6 +207,11 @@ impl Machine {
             single_blocks: self.single_blocks,
             vcpus: self.vcpus.len(),
             ..self.tuning.clone()
+        };
+        let options = match self.config.windows {
+            WindowUse::Auto => options,
+            WindowUse::Always => JitOptions { window_after: 0, ..options },
+            WindowUse::Never => JitOptions { window_after: u32::MAX, ..options },
         };
         engine::build(self.config.engine, self.model.clone(), &self.mem, vp, attention, options)
     }

@@ -194,6 +194,7 @@ mod tests {
             cpus: 1,
             model: "max".into(),
             engine: EngineKind::Interp,
+            windows: crate::machine::WindowUse::Auto,
             clock: ClockKind::Instructions,
             boot: Boot::Kernel { kernel: kernel.clone(), initrd: None, append: String::new() },
             disks: vec![DiskConfig {

@@ -33,6 +33,8 @@ impl Mode {
     pub(crate) const FSGSBASE: u32 = 1 << 23;
     /// Repeated PAUSEs give the host's processor away.
     pub(crate) const YIELDS: u32 = 1 << 24;
+    /// Memory is accessed through a window (see [`crate::windows`]).
+    pub(crate) const WINDOW: u32 = 1 << 25;
     /// CPL 1 or 2.
     pub(crate) const MIDDLE: u32 = 1 << 11;
     /// Real-address or virtual-8086 mode.

@@ -74,6 +74,12 @@ impl BlockKey {
         self.at.0 >> PAGE_SHIFT
     }
 
+    /// Which of the two kinds of instances it belongs to: blocks that use a window move by themselves, for short programs
+    /// never need them.
+    fn kind(&self) -> usize {
+        usize::from(self.mode.has(Mode::WINDOW))
+    }
+
     fn linear_page(&self) -> u64 {
         self.address >> PAGE_SHIFT
     }
@@ -92,7 +98,7 @@ impl BlockTable {
         if key.movable()
             && let Some(on_page) = self.pages.get_mut(&key.page())
         {
-            on_page.instances.note(key.linear_page());
+            on_page.instances[key.kind()].note(key.linear_page());
         }
     }
 
@@ -108,8 +114,9 @@ impl BlockTable {
             return None;
         }
         let on_page = self.pages.get_mut(&key.page())?;
-        let from = on_page.instances.replace(key.linear_page(), used)?;
-        let of_instance = |key: &BlockKey| key.movable() && key.linear_page() == from;
+        let from = on_page.instances[key.kind()].replace(key.linear_page(), used)?;
+        let of_instance =
+            |other: &BlockKey| other.movable() && other.linear_page() == from && other.kind() == key.kind();
         let ids = on_page.blocks.iter().map(|&(_, id)| id);
         moved.extend(ids.filter(|&id| {
             let other = &self.blocks[id as usize].key;

@@ -2,6 +2,7 @@
 //! into a host address or leaves for the miss stub.
 
 use super::segment::Bound;
+use super::window::Spot;
 use super::{Emitter, Pos, Target, Unfit, load};
 use crate::assembler::SimpleAssembler;
 use crate::context::ctx;
@@ -73,27 +74,30 @@ pub(super) enum Keep {
 }
 
 impl Emitter {
-    /// Turns the memory operand into a host address in r11 for an access of the kind `info` says, as [`Self::access`] does.
-    pub(super) fn address(&mut self, instr: &Instruction, info: u64, live: FlagSet) -> Result<(), Unfit> {
+    /// Makes the memory operand accessible for the kind `info` says, as [`Self::access`] does.
+    pub(super) fn address(&mut self, instr: &Instruction, info: u64, live: FlagSet) -> Result<Spot, Unfit> {
+        if self.window {
+            let operand = self.operand_in_window(instr, info, live)?;
+            return Ok(self.spot_of(operand));
+        }
         let segment = instr.memory_segment();
         if self.code64 || self.is_flat(segment) {
             let moves = self.movable && matches!(instr.memory_base(), Register::RIP | Register::EIP);
             if !moves
+                && !self.has_window()
                 && let Some(ea) = fixed_address(instr)
                 && self.access_fixed(ea, info, live)
             {
-                return Ok(());
+                return Ok(Spot::R11);
             }
             let ea = self.effective_address(instr, true)?;
-            self.access_as(ea, info, live);
-            return Ok(());
+            return Ok(self.access_as(ea, info, live));
         }
         let ea = self.effective_address(instr, false)?;
         if ea != R10 {
             dynasm!(self.hot ; .arch x64 ; mov r10d, Rd(ea));
         }
-        self.access_segment(segment, address16(instr), info, live);
-        Ok(())
+        Ok(self.access_segment(segment, address16(instr), info, live))
     }
 
     /// [`Self::access_as`] at a fixed address; false if that takes the usual way.
@@ -347,23 +351,27 @@ impl Emitter {
         }
     }
 
-    /// Turns the linear address in host register `ea`, best r11, into a host address in r11 for an access of `size` bytes;
-    /// keeps `live`. Uses r9 (while flags are live and no group owns it) and may overwrite r10.
-    pub(super) fn access(&mut self, ea: u8, size: u32, write: bool, live: FlagSet) {
-        self.access_as(ea, MissInfo::of(size, write), live);
+    /// Makes `size` bytes at the linear address in host register `ea`, best r11, accessible: by table at a host address in r11,
+    /// in a window where `ea` says; keeps `live`. Uses r9 (while flags are live and no group owns it) and may overwrite r10.
+    pub(super) fn access(&mut self, ea: u8, size: u32, write: bool, live: FlagSet) -> Spot {
+        self.access_as(ea, MissInfo::of(size, write), live)
     }
 
     /// [`Self::access`] of the kind `info` says.
-    pub(super) fn access_as(&mut self, ea: u8, info: u64, live: FlagSet) {
+    pub(super) fn access_as(&mut self, ea: u8, info: u64, live: FlagSet) -> Spot {
+        if self.window {
+            return self.access_in_window(ea, info, live);
+        }
         self.access_linear(ea, Access { info, keep: Self::keep(live), saved: false, bound: None });
+        Spot::R11
     }
 
-    /// [`Self::access`] with the flags saved already if `access.saved`, and a limit to look at if the access is misaligned.
+    /// [`Self::access`] by table, with the flags saved already if `access.saved`, and a limit to look at if the access is misaligned.
     pub(super) fn access_linear(&mut self, ea: u8, access: Access) {
         let Access { info, keep, saved, bound } = access;
         let (size, write) = (info as u32 & 0xFF, info & MissInfo::WRITE != 0);
         let retry = self.hot_here();
-        let dead = saved || keep == Keep::Nothing;
+        let dead = self.is_dead(keep, saved);
         if ea == R11 {
             self.translate(R11, write, dead);
         } else {
@@ -445,8 +453,14 @@ impl Emitter {
         Self::restore(&mut self.hot, keep, self.r9_busy);
     }
 
+    /// Whether a look-up in a table may change flags.
+    fn is_dead(&self, keep: Keep, saved: bool) -> bool {
+        // Look-ups that may have BEXTR's control in r14.
+        (saved || keep == Keep::Nothing) && !self.has_window()
+    }
+
     /// Whether misaligned accesses of the kind `info` says leave for the interpreter, wherever they lie.
-    fn must_be_aligned(&self, info: u64) -> bool {
+    pub(super) fn must_be_aligned(&self, info: u64) -> bool {
         let (size, kind) = (info & 0xFF, |bit| info & bit != 0);
         size >= 16 && kind(MissInfo::ALIGNED) || size <= 8 && kind(MissInfo::LOCKED) && self.splits_are_dear
     }
@@ -493,7 +507,14 @@ impl Emitter {
 
     /// The entry of the delta table with the index in `index`.
     fn load_delta(&mut self, to: u8, index: u8, write: bool) {
-        if write {
+        if write && self.has_window() {
+            dynasm!(self.hot
+                ; .arch x64
+                ; mov r14, [rsp + ctx!(write_table)]
+                ; mov Rq(to), [r14 + Rq(index) * 8 - WRITE_BIAS as i32]
+                ; mov r14, [rsp + ctx!(window_regions)]
+            );
+        } else if write {
             dynasm!(self.hot ; .arch x64 ; mov Rq(to), [r14 + Rq(index) * 8 - WRITE_BIAS as i32]);
         } else {
             dynasm!(self.hot ; .arch x64 ; mov Rq(to), [BYTE r15 + Rq(index) * 8 - READ_BIAS as i8]);
@@ -516,7 +537,7 @@ impl Emitter {
     fn cold_miss(&mut self, ea: u8, access: Access, retry: Pos) {
         let Access { info, keep, saved, .. } = access;
         if ea == R11 {
-            self.cold_undo(R11, info & MissInfo::WRITE != 0, saved || keep == Keep::Nothing);
+            self.cold_undo(R11, info & MissInfo::WRITE != 0, self.is_dead(keep, saved));
         }
         Self::restore(&mut self.cold, keep, self.r9_busy);
         if ea != R10 && ea != R11 {

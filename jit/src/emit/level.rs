@@ -133,7 +133,7 @@ impl Emitter {
         let last = 4096 - FRAME;
         dynasm!(self.hot ; .arch x64 ; mov r10d, r8d ; and r10d, 0xFFF ; cmp r10d, last);
         self.hot_jcc(7, slow);
-        self.access(HOST_RSP, 8, false, FlagSet::NONE);
+        self.by_table(|e| e.access(HOST_RSP, 8, false, FlagSet::NONE));
         dynasm!(self.hot ; .arch x64 ; mov r9, r11);
     }
 

@@ -19,6 +19,7 @@ mod segment;
 mod stack;
 mod string;
 mod system;
+mod window;
 mod word;
 
 use crate::assembler::SimpleAssembler;
@@ -101,6 +102,8 @@ pub(crate) struct Emitter {
     mode: Mode,
     /// 64-bit code.
     code64: bool,
+    /// Memory is accessed through a window.
+    window: bool,
     /// The block can be moved to another linear page.
     movable: bool,
     /// Code address and RIP of the block's beginning.
@@ -134,6 +137,7 @@ impl Emitter {
             stubs,
             mode: Mode::default(),
             code64: true,
+            window: false,
             movable: false,
             address: 0,
             start_rip: 0,
@@ -157,6 +161,7 @@ impl Emitter {
         self.first_link = first_link;
         self.mode = mode;
         self.code64 = mode.code64();
+        self.window = mode.has(Mode::WINDOW);
         self.movable = mode.movable(address);
         self.address = address;
         self.start_rip = rip;
@@ -341,14 +346,17 @@ impl Emitter {
             );
             high_byte = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));
             new.set_segment_prefix(Register::None);
-            if let Some(m) = self.member(instr, size, write).filter(|_| !high_byte) {
+            let mut info = MissInfo::of(size, write);
+            info |= if operand_alignment(instr) > 1 { MissInfo::ALIGNED } else { 0 };
+            info |= if groups::is_locked(instr) { MissInfo::LOCKED } else { 0 };
+            if self.window && !high_byte {
+                self.operand_in_window(instr, info, site.before)?.put(&mut new);
+                free = &[R10, R9];
+            } else if let Some(m) = self.member(instr, size, write).filter(|_| !high_byte) {
                 self.address_member(&mut new, m);
                 free = if new.memory_base() == Register::R9 { &[R10, R11] } else { &[R10] };
             } else {
-                let mut info = MissInfo::of(size, write);
-                info |= if operand_alignment(instr) > 1 { MissInfo::ALIGNED } else { 0 };
-                info |= if groups::is_locked(instr) { MissInfo::LOCKED } else { 0 };
-                self.address(instr, info, site.before)?;
+                self.by_table(|e| e.address(instr, info, site.before))?;
                 new.set_memory_base(Register::R11);
                 new.set_memory_index(Register::None);
                 new.set_memory_index_scale(1);

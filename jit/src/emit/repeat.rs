@@ -52,11 +52,11 @@ impl Emitter {
         dynasm!(self.hot ; .arch x64 ; mov [rsp + COUNT], r10);
         Self::restore(&mut self.hot, keep, true);
         if moves {
-            self.access(RSI, 1, false, site.before);
+            self.by_table(|e| e.access(RSI, 1, false, site.before));
             dynasm!(self.hot ; .arch x64 ; mov r10b, [r11] ; mov [rsp + ctx!(tmp)], r11);
         }
-        self.access(RDI, 1, true, site.before);
-        // The probes fault, if anything does (a non-canonical address), while all registers are the guest's.
+        self.by_table(|e| e.access(RDI, 1, true, site.before));
+        // The host's own must not fault, and does not on pages in tables. The probes fault, if anything does (a non-canonical address), while all registers are the guest's.
         dynasm!(self.hot ; .arch x64 ; mov r10b, [r11]);
         self.next_turn(registers, size);
         dynasm!(self.hot ; .arch x64 ; mov rdi, r11 ; mov rcx, [rsp + COUNT]);

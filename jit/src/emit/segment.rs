@@ -3,6 +3,7 @@
 //! access at a 16-bit offset reaches beyond 64 KiB only if it is misaligned, and those leave the fast path anyway.
 
 use super::access::{Access, Keep};
+use super::window::Spot;
 use super::{Emitter, Pos, Site, Target, Unfit};
 use crate::block::Mode;
 use crate::context::ctx;
@@ -60,7 +61,13 @@ impl Emitter {
     /// Turns the zero-extended offset in r10 into a host address in r11 for an access of the kind `info` says through
     /// `segment`; `narrow` if it has 16 bits. Keeps `live`, as [`Self::access`] does; what the segment does not allow leaves for the
     /// interpreter.
-    pub(super) fn access_segment(&mut self, segment: Register, narrow: bool, info: u64, live: FlagSet) {
+    pub(super) fn access_segment(
+        &mut self,
+        segment: Register,
+        narrow: bool,
+        info: u64,
+        live: FlagSet,
+    ) -> Spot {
         if self.is_flat(segment) && !matches!(segment, Register::FS | Register::GS) {
             return self.access_as(R10, info, live);
         }
@@ -82,6 +89,7 @@ impl Emitter {
         }
         let bound = (free && self.mode.has(Mode::CODE16)).then_some(Bound { base, end });
         self.access_linear(R10, Access { info, keep, saved: !free, bound });
+        Spot::R11
     }
 
     /// MOV, POP, LES and the like into ES, DS, FS and GS, in real-address and virtual-8086 mode: where the mode stays what it

@@ -1,6 +1,7 @@
 //! Words on the stack: PUSH, POP, LEAVE, near CALL and RET (SDM vol. 1, 6.2), with RSP moved once for a run of them in
 //! a base group.
 
+use super::window::Spot;
 use super::word::{Op, store_constant, word};
 use super::{Emitter, Site, Unfit};
 use crate::block::Mode;
@@ -16,9 +17,13 @@ use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 const RBP: u8 = 5;
 
 impl Emitter {
-    /// Turns the stack address `disp` behind host register `from` (RSP, RBP) into a host address in r11.
-    fn access_stack(&mut self, from: u8, disp: i32, size: i32, write: bool, live: FlagSet) {
+    /// Makes the stack address `disp` behind host register `from` (RSP, RBP) accessible.
+    fn access_stack(&mut self, from: u8, disp: i32, size: i32, write: bool, live: FlagSet) -> Spot {
         let size = size as u32;
+        if self.window {
+            let Spot { base, .. } = self.access(from, size, write, live);
+            return Spot { base, disp, window: true };
+        }
         if !self.mode.has(Mode::SEGMENTED) {
             if disp == 0 {
                 return self.access(from, size, write, live);
@@ -37,27 +42,28 @@ impl Emitter {
                 }
             }
         }
-        self.access_segment(Register::SS, narrow, MissInfo::of(size, write), live);
+        self.access_segment(Register::SS, narrow, MissInfo::of(size, write), live)
     }
 
     /// Pushes `n` bytes of what `value` puts into the register it returns; it may use `scratch` only.
     pub(super) fn push_word(&mut self, n: i32, live: FlagSet, value: impl FnOnce(&mut Emitter, u8) -> u8) {
-        self.push_by(n, live, |e, pointer, at| {
+        self.push_by(n, live, |e, at| {
             let r = value(e, R10);
-            word(&mut e.hot, Op::Store, n, r, pointer, at);
+            e.through(at);
+            word(&mut e.hot, Op::Store, n, r, at.base, at.disp);
         });
     }
 
-    /// Pushes `n` bytes, which `store` stores to a host register plus a displacement; it may use r10.
-    fn push_by(&mut self, n: i32, live: FlagSet, store: impl FnOnce(&mut Emitter, u8, i32)) {
+    /// Pushes `n` bytes, which `store` stores; it may use r10.
+    fn push_by(&mut self, n: i32, live: FlagSet, store: impl FnOnce(&mut Emitter, Spot)) {
         if let Some(m) = self.stack_member(-n, n, true) {
-            let pointer = self.pointer(m);
-            store(self, pointer, m.offset);
+            let at = self.spot(m);
+            store(self, at);
             self.rsp_pending -= n;
         } else {
             self.sync_rsp();
-            self.access_stack(HOST_RSP, -n, n, true, live);
-            store(self, R11, 0);
+            let at = self.access_stack(HOST_RSP, -n, n, true, live);
+            store(self, at);
             self.add_rsp(HOST_RSP, -n);
         }
         self.rsp_adjusted(-n);
@@ -66,25 +72,21 @@ impl Emitter {
     /// Loads the `n` bytes at the top of the stack into host register `r`; RSP stays. A word of 16 bits is zero-extended
     /// in r11 and leaves the rest of other registers alone.
     pub(super) fn load_top(&mut self, r: u8, n: i32, live: FlagSet) {
-        if let Some(m) = self.stack_member(0, n, false) {
-            let (p, at) = (self.pointer(m), m.offset);
-            self.load_word(r, p, at, n);
+        let at = if let Some(m) = self.stack_member(0, n, false) {
+            self.spot(m)
         } else {
             self.sync_rsp();
-            self.access_stack(HOST_RSP, 0, n, false, live);
-            self.load_stack(r, n);
-        }
+            self.access_stack(HOST_RSP, 0, n, false, live)
+        };
+        self.load_word(r, at, n);
     }
 
-    fn load_stack(&mut self, r: u8, n: i32) {
-        self.load_word(r, R11, 0, n);
-    }
-
-    fn load_word(&mut self, r: u8, from: u8, at: i32, n: i32) {
+    fn load_word(&mut self, r: u8, at: Spot, n: i32) {
+        self.through(at);
         if n == 2 && r == R11 {
-            dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [Rq(from) + at]);
+            dynasm!(self.hot ; .arch x64 ; movzx r11d, WORD [Rq(at.base) + at.disp]);
         } else {
-            word(&mut self.hot, Op::Load, n, r, from, at);
+            word(&mut self.hot, Op::Load, n, r, at.base, at.disp);
         }
     }
 
@@ -95,13 +97,11 @@ impl Emitter {
 
     /// Loads the `n` bytes of the memory operand of PUSH, CALL or JMP into r11.
     pub(super) fn load_operand(&mut self, instr: &Instruction, n: i32, live: FlagSet) -> Result<(), Unfit> {
-        if let Some(m) = self.member(instr, n as u32, false) {
-            let (p, at) = (self.pointer(m), m.offset);
-            self.load_word(R11, p, at, n);
-        } else {
-            self.address(instr, MissInfo::of(n as u32, false), live)?;
-            self.load_stack(R11, n);
-        }
+        let at = match self.member(instr, n as u32, false) {
+            Some(m) if !self.window => self.spot(m),
+            _ => self.address(instr, MissInfo::of(n as u32, false), live)?,
+        };
+        self.load_word(R11, at, n);
         Ok(())
     }
 
@@ -139,6 +139,8 @@ impl Emitter {
         let memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
         let n = stack_word(instr) as i32;
         match class {
+            // In a window they may fault.
+            Class::Push | Class::Pop | Class::Call | Class::Ret if self.window => false,
             Class::Push => !names_rsp && !memory && self.stack_member(-n, n, true).is_some(),
             Class::Pop => !names_rsp && self.stack_member(0, n, false).is_some(),
             Class::Call => self.stack_member(-n, n, true).is_some(),
@@ -209,7 +211,10 @@ impl Emitter {
                 scratch
             });
         };
-        self.push_by(n, live, |e, pointer, at| store_constant(&mut e.hot, n, pointer, at, short));
+        self.push_by(n, live, |e, at| {
+            e.through(at);
+            store_constant(&mut e.hot, n, at.base, at.disp, short);
+        });
     }
 
     /// POP into a register.
@@ -242,8 +247,8 @@ impl Emitter {
     /// LEAVE.
     pub(crate) fn leave(&mut self, instr: &Instruction, site: Site) {
         let word = stack_word(instr) as i32;
-        self.access_stack(RBP, 0, word, false, site.before);
-        self.load_stack(R11, word);
+        let at = self.access_stack(RBP, 0, word, false, site.before);
+        self.load_word(R11, at, word);
         self.add_rsp(RBP, word);
         if word == 2 {
             dynasm!(self.hot ; .arch x64 ; mov bp, r11w);

@@ -1,6 +1,8 @@
 //! String instructions (SDM vol. 1, 7.3.9) and bit strings.
 
 use super::access::{Keep, NEED_FS_GS, address16};
+use super::window::Spot;
+use super::word::operand;
 use super::{Emitter, Site, Unfit};
 use crate::block::Mode;
 use crate::classify::Form;
@@ -54,28 +56,28 @@ impl Emitter {
         }
         match (instr.mnemonic(), rsi, rdi) {
             (M::Stosb | M::Stosw | M::Stosd | M::Stosq, _, Some(to)) => {
-                self.access_index(to, size, true, site.before);
-                self.sized_store(0, size);
+                let at = self.access_index(to, size, true, site.before);
+                self.sized(Sized::Store, at, 0, size);
             }
             (M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq, Some(from), _) => {
-                self.access_index(from, size, false, site.before);
-                self.sized_load(0, size);
+                let at = self.access_index(from, size, false, site.before);
+                self.sized(Sized::Load, at, 0, size);
             }
             (M::Scasb | M::Scasw | M::Scasd | M::Scasq, _, Some(at)) => {
-                self.access_index(at, size, false, site.before);
-                self.sized_compare(0, size);
+                let at = self.access_index(at, size, false, site.before);
+                self.sized(Sized::Compare, at, 0, size);
             }
             (M::Movsb | M::Movsw | M::Movsd | M::Movsq, Some(from), Some(to)) => {
                 self.load_to_tmp(from, size, site.before);
-                self.access_index(to, size, true, site.before);
+                let at = self.access_index(to, size, true, site.before);
                 dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(tmp)]);
-                self.sized_store(R10, size);
+                self.sized(Sized::Store, at, R10, size);
             }
             (_, Some(from), Some(at)) => {
                 self.load_to_tmp(from, size, site.before);
-                self.access_index(at, size, false, site.before);
+                let at = self.access_index(at, size, false, site.before);
                 dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + ctx!(tmp)]);
-                self.sized_compare(R10, size);
+                self.sized(Sized::Compare, at, R10, size);
             }
             _ => return Err(Unfit),
         }
@@ -96,15 +98,15 @@ impl Emitter {
         flat && !NEED_FS_GS.contains(&index.segment)
     }
 
-    /// Turns what `index` points to into a host address in r11.
-    pub(super) fn access_index(&mut self, index: Index, size: u32, write: bool, live: FlagSet) {
+    /// Makes what `index` points to accessible.
+    pub(super) fn access_index(&mut self, index: Index, size: u32, write: bool, live: FlagSet) -> Spot {
         let r = index.register;
         match index.width {
             _ if self.is_linear(index) => return self.access(r, size, write, live),
             4 => dynasm!(self.hot ; .arch x64 ; mov r10d, Rd(r)),
             _ => dynasm!(self.hot ; .arch x64 ; movzx r10d, Rw(r)),
         }
-        self.access_segment(index.segment, index.width == 2, MissInfo::of(size, write), live);
+        self.access_segment(index.segment, index.width == 2, MissInfo::of(size, write), live)
     }
 
     /// BT, BTS, BTR, BTC with a register bit offset: the offset picks the word, then the bit in it.
@@ -147,7 +149,8 @@ impl Emitter {
             (_, false) => dynasm!(self.hot ; .arch x64 ; lea r10d, [r10 + r11 * 4]),
         }
         let locked = if atomic { MissInfo::LOCKED } else { 0 };
-        self.access_as(R10, MissInfo::of(size, write) | locked, site.before);
+        // A store may come behind the flags.
+        let at = self.by_table(|e| e.access_as(R10, MissInfo::of(size, write) | locked, site.before));
         let mut new = *instr;
         if atomic {
             let r = self.guest(n, R10);
@@ -163,7 +166,7 @@ impl Emitter {
             return self.encode(&new);
         }
         // On a register operand the processor takes the offset modulo the width itself.
-        self.sized_load(R10, size);
+        self.sized(Sized::Load, at, R10, size);
         dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
         let r = self.guest(n, R11);
         new.set_op0_kind(OpKind::Register);
@@ -173,41 +176,30 @@ impl Emitter {
         self.encode(&new)?;
         if write {
             dynasm!(self.hot ; .arch x64 ; mov r11, [rsp + ctx!(tmp)]);
-            self.sized_store(R10, size);
+            self.sized(Sized::Store, at, R10, size);
         }
         Ok(())
     }
 
     fn load_to_tmp(&mut self, from: Index, size: u32, live: FlagSet) {
-        self.access_index(from, size, false, live);
-        self.sized_load(R10, size);
+        let at = self.access_index(from, size, false, live);
+        self.sized(Sized::Load, at, R10, size);
         dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r10);
     }
 
-    fn sized_store(&mut self, r: u8, size: u32) {
-        match size {
-            1 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rb(r)),
-            2 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rw(r)),
-            4 => dynasm!(self.hot ; .arch x64 ; mov [r11], Rd(r)),
-            _ => dynasm!(self.hot ; .arch x64 ; mov [r11], Rq(r)),
-        }
+    /// `op` with `size` bytes of host register `r` and those at `at`.
+    fn sized(&mut self, op: Sized, at: Spot, r: u8, size: u32) {
+        self.through(at);
+        let opcode = op as u8 - u8::from(size == 1);
+        operand(&mut self.hot, opcode, size as i32, r, at.base, at.disp);
     }
+}
 
-    fn sized_load(&mut self, r: u8, size: u32) {
-        match size {
-            1 => dynasm!(self.hot ; .arch x64 ; mov Rb(r), [r11]),
-            2 => dynasm!(self.hot ; .arch x64 ; mov Rw(r), [r11]),
-            4 => dynasm!(self.hot ; .arch x64 ; mov Rd(r), [r11]),
-            _ => dynasm!(self.hot ; .arch x64 ; mov Rq(r), [r11]),
-        }
-    }
-
-    fn sized_compare(&mut self, r: u8, size: u32) {
-        match size {
-            1 => dynasm!(self.hot ; .arch x64 ; cmp Rb(r), [r11]),
-            2 => dynasm!(self.hot ; .arch x64 ; cmp Rw(r), [r11]),
-            4 => dynasm!(self.hot ; .arch x64 ; cmp Rd(r), [r11]),
-            _ => dynasm!(self.hot ; .arch x64 ; cmp Rq(r), [r11]),
-        }
-    }
+/// Opcodes of forms with a register for words; those for bytes come before.
+#[derive(Clone, Copy)]
+enum Sized {
+    Store = 0x89,
+    Load = 0x8B,
+    /// The register with what is in memory.
+    Compare = 0x3B,
 }

@@ -14,21 +14,22 @@ pub(super) enum Op {
 
 /// `op` with `size` bytes (2, 4 or 8) of host register `reg` and `[base + disp]`.
 pub(super) fn word(ops: &mut SimpleAssembler, op: Op, size: i32, reg: u8, base: u8, disp: i32) {
-    encode(ops, op as u8, size, reg, base, disp);
+    operand(ops, op as u8, size, reg, base, disp);
 }
 
 /// Stores `value`, sign-extended, to the `size` bytes (4 or 8) at `[base + disp]`.
 pub(super) fn store_constant(ops: &mut SimpleAssembler, size: i32, base: u8, disp: i32, value: i32) {
-    encode(ops, 0xC7, size, 0, base, disp);
+    operand(ops, 0xC7, size, 0, base, disp);
     ops.push_i32(value);
 }
 
-fn encode(ops: &mut SimpleAssembler, opcode: u8, size: i32, reg: u8, base: u8, disp: i32) {
+/// `opcode` with register field `reg` (of a byte: AL, CL, DL, BL or from SPL on) and `[base + disp]`.
+pub(super) fn operand(ops: &mut SimpleAssembler, opcode: u8, size: i32, reg: u8, base: u8, disp: i32) {
     if size == 2 {
         ops.push(0x66);
     }
     let rex = u8::from(size == 8) << 3 | reg >> 3 << 2 | base >> 3;
-    if rex != 0 {
+    if rex != 0 || size == 1 && reg >= 4 {
         ops.push(0x40 | rex);
     }
     ops.push(opcode);

@@ -103,6 +103,12 @@ impl Siege {
         Some(lines)
     }
 
+    /// The subject's counter of this name.
+    pub fn counter(&self, name: &str) -> u64 {
+        let counters = self.engines.iter().flat_map(|[_, subject]| subject.counters());
+        counters.filter(|(counter, _)| counter == name).map(|(_, value)| value).sum()
+    }
+
     /// Canary bytes that were written.
     pub fn hurt(&self) -> Vec<u64> {
         self.canaries.as_ref().map(Canaries::hurt).unwrap_or_default()

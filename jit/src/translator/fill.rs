@@ -31,12 +31,13 @@ pub(super) unsafe extern "sysv64" fn miss_helper(context: *mut JitContext) -> u6
     // SAFETY: `engine` is set by `run` to the translator that owns the context, which holds no borrow now.
     let (this, ea, info) =
         unsafe { (&mut *((*context).engine as *mut Translator), (*context).miss_ea, (*context).miss_info) };
-    if this.fill(ea, info) { JMP_BYTES } else { 0 }
+    let done = if info & MissInfo::REGION != 0 { this.admit_region(ea, info) } else { this.fill(ea, info) };
+    if done { JMP_BYTES } else { 0 }
 }
 
 impl Translator {
     /// Fills the delta table for an access of kind `info` at `ea`; false if the interpreter must do it.
-    fn fill(&mut self, ea: u64, info: u64) -> bool {
+    pub(super) fn fill(&mut self, ea: u64, info: u64) -> bool {
         self.stats.misses += 1;
         let (size, write, soft) = (info & 0xFF, info & MissInfo::WRITE != 0, info & MissInfo::SOFT != 0);
         // SAFETY: set while translated code runs, and only then is this called.
@@ -135,7 +136,7 @@ impl Translator {
         filled
     }
 
-    fn remember_writer(&mut self, ram: RamOffset, lin: u64) {
+    pub(super) fn remember_writer(&mut self, ram: RamOffset, lin: u64) {
         let n = (ram.0 >> PAGE_SHIFT) as usize;
         let w = self.writers[n];
         let tag = lin | 1;
@@ -144,7 +145,9 @@ impl Translator {
             return;
         }
         for (i, &old) in w.iter().enumerate() {
-            if old == 0 || !self.delta.writes(old & !1, host) {
+            let page = old & !1;
+            let shown = self.delta.writes(page, host) || self.windows.writes(page, ram.0 >> PAGE_SHIFT);
+            if old == 0 || !shown {
                 self.writers[n][i] = tag;
                 return;
             }
@@ -166,12 +169,14 @@ impl Translator {
         let n = (ram.0 >> PAGE_SHIFT) as usize;
         let w = std::mem::take(&mut self.writers[n]);
         if w[0] == MANY {
+            self.windows.hide_all();
             self.delta.flush(false);
             return;
         }
         for tag in w {
             if tag != 0 {
                 self.delta.revoke_write(tag & !1);
+                self.windows.protect(tag & !1);
             }
         }
     }
@@ -198,6 +203,7 @@ impl Translator {
     pub(super) fn flush(&mut self, keep_global: bool) {
         self.stats.translation_flushes += 1;
         self.delta.flush(keep_global);
+        (0..self.delta.spaces()).for_each(|space| self.spoil_window(space));
         let (pages, cells) = self.code_pages();
         pages.flush(cells, keep_global);
     }
@@ -206,6 +212,7 @@ impl Translator {
     fn flush_space(&mut self, space: usize) {
         self.stats.translation_flushes += 1;
         self.delta.flush_space(space);
+        self.spoil_window(space);
         let (pages, cells) = self.code_pages();
         pages.flush_space(cells, space);
     }
@@ -213,6 +220,8 @@ impl Translator {
     fn flush_page(&mut self, tag: u16, lin: u64) {
         self.stats.page_flushes += 1;
         let space = self.spaces.find(tag);
+        // A page that is global goes everywhere; that others go, too, is allowed.
+        self.windows.hide_page(lin, self.delta.is_large(lin));
         self.delta.flush_page(space, lin);
         let (pages, cells) = self.code_pages();
         pages.flush_page(cells, space, lin);
@@ -231,6 +240,7 @@ impl Translator {
             self.flush_space(to);
         }
         self.delta.switch(to);
+        self.switch_window(to, replaced);
         let (pages, cells) = self.code_pages();
         pages.switch(cells, to);
     }

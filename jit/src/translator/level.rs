@@ -37,6 +37,7 @@ impl Translator {
     /// Sets the jump cache.
     pub(super) fn prepare_levels(&mut self, cpu: &CpuState, mode: Mode) {
         let plain = mode.code64()
+            && (cpu.cpl == 3 || !self.candidates.is_due())
             && mode.0 & (Mode::MIDDLE | Mode::DOWN) == 0
             && (cpu.cpl == 0 || cpu.rflags & !(flags::STATUS | flags::IF | flags::RF) == flags::FIXED);
         let calls = plain && cpu.efer & efer::SCE != 0 && cpu.msr.sfmask & flags::IF != 0;
@@ -56,7 +57,10 @@ impl Translator {
             write_base: self.delta.write_base(view),
             jump_cache,
         };
-        let levels = [level(View::Supervisor, kernel), level(View::User, user)];
+        let mut levels = [level(View::Supervisor, kernel), level(View::User, user)];
+        if self.windows.is_open() {
+            levels[1].write_base = self.windows.base();
+        }
         let c = self.context();
         c.levels = levels;
         c.jump_cache = if cpu.cpl == 3 { user } else { kernel };

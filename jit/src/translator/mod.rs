@@ -18,6 +18,7 @@ mod run;
 mod stats;
 mod traces;
 mod way;
+mod window;
 
 use crate::block::{BlockId, BlockTable};
 use crate::classify::Forms;
@@ -34,6 +35,7 @@ use crate::signal;
 use crate::spaces::Spaces;
 use crate::stubs::{self, Stubs};
 use crate::vectors::LiveVectors;
+use crate::windows::Windows;
 use fill::{Writers, miss_helper};
 use level::Returns;
 use paravane_cpu::{
@@ -47,6 +49,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use traces::Recorder;
+use window::Candidates;
 
 /// What the user may choose about the translator.
 #[derive(Clone, Debug)]
@@ -61,6 +64,9 @@ pub struct JitOptions {
     pub single_blocks: bool,
     /// How often a loop is closed before it is translated once more, as a trace.
     pub hot_loop: u32,
+    /// How often a 64-bit program is found running, by polls, before its address space gets a window (see `windows`); 0: at once;
+    /// [`u32::MAX`]: never.
+    pub window_after: u32,
     /// Translators in this process, one for each vCPU: they share the host's address space and the number of mappings it
     /// allows.
     pub vcpus: usize,
@@ -76,6 +82,7 @@ impl Default for JitOptions {
             tsc_base: None,
             single_blocks: false,
             hot_loop: 1_000,
+            window_after: 3,
             vcpus: 1,
             perf_map: false,
         }
@@ -111,6 +118,8 @@ pub struct Translator {
     pages: CodePages,
     segments: CodeSegments,
     spaces: Spaces,
+    windows: Windows,
+    candidates: Candidates,
     returns: Returns,
     /// Room for what the core wants forgotten.
     flushes: Flushes,
@@ -177,6 +186,8 @@ impl Translator {
         let delta = DeltaTables::for_one_of(options.vcpus)?;
         let pages = CodePages::new(delta.spaces());
         let spaces = Spaces::new(delta.spaces());
+        let windows = Windows::new(delta.spaces(), u64::from(vp.0), options.vcpus, mem.backing_file())?;
+        let candidates = Candidates::new(delta.spaces());
         // SAFETY: freshly mapped zeroed memory of the right size and alignment; all-zero is a valid context.
         unsafe { (*context).mxcsr = 0x1F80 };
         let mut translator = Translator {
@@ -195,6 +206,8 @@ impl Translator {
             pages,
             segments: CodeSegments::new(),
             spaces,
+            windows,
+            candidates,
             returns: Returns::default(),
             flushes: Flushes::default(),
             interprets_all: false,
@@ -262,12 +275,14 @@ impl Engine for Translator {
             if self.budgeted() && cpu.instructions >= self.limit {
                 break Exit::Budget;
             }
+            self.settle_window(cpu);
             let rest = match self.mode(cpu) {
                 Some(mode) if !self.budget_short => self.run_translated(cpu, mode),
                 _ => Rest::Interpret,
             };
             let step = match rest {
                 Rest::Nothing => Step::Done,
+                Rest::Again => continue,
                 Rest::Raise(fault) => self.raise(cpu, bus, fault),
                 // A budget may end exactly where the interpreter takes over.
                 Rest::Interpret if cpu.instructions >= self.limit => Step::Done,
@@ -346,6 +361,7 @@ impl Engine for Translator {
             self.attention.set(Attention::NMI);
         }
         self.core.start_over();
+        self.forget_windows();
         self.flush(false);
         self.claims.release_all_writing();
         self.spaces = Spaces::new(self.delta.spaces());

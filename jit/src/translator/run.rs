@@ -25,6 +25,8 @@ use std::sync::atomic::Ordering;
 /// What is left to do about the instruction at RIP after translated code was left.
 pub(super) enum Rest {
     Nothing,
+    /// It may be tried again.
+    Again,
     /// The interpreter executes it.
     Interpret,
     /// It raised this.
@@ -46,6 +48,8 @@ unsafe fn fault_callback(data: *mut (), fault: &mut FaultContext) -> bool {
     let Some((rip, remaining)) = this.blocks.rip_at(block, at) else { return false };
     this.stats.host_faults += 1;
     this.poison_hit = fault.signal() == libc::SIGSEGV;
+    this.candidates.fault =
+        (fault.vector() == PAGE_FAULT).then(|| (fault.address(), fault.error_code() & WRITE != 0));
     // SAFETY: the context lives as long as the translator.
     unsafe {
         (*this.context).rip = rip;
@@ -224,14 +228,22 @@ impl Translator {
         } else if self.options.count_instructions {
             m |= Mode::COUNTED;
         }
+        if cpl == 3 && cpu.code64() && self.windows.is_open() {
+            m |= Mode::WINDOW;
+        }
         Mode(m)
     }
 
     /// The mode bits at another privilege level than `mode` has.
     pub(super) fn mode_of_level(&self, cpu: &CpuState, mode: Mode, cpl: u8) -> Mode {
         let bit = |on, bit| if on { bit } else { 0 };
-        let kept = mode.0 & !(Mode::USER | Mode::TSC);
-        Mode(kept | bit(cpl == 3, Mode::USER) | bit(self.reads_tsc(cpu, cpl), Mode::TSC))
+        let kept = mode.0 & !(Mode::USER | Mode::TSC | Mode::WINDOW);
+        let window = cpl == 3 && mode.code64() && self.windows.is_open();
+        Mode(
+            kept | bit(window, Mode::WINDOW)
+                | bit(cpl == 3, Mode::USER)
+                | bit(self.reads_tsc(cpu, cpl), Mode::TSC),
+        )
     }
 
     /// Whether RDTSC may be translated at `cpl`.
@@ -285,7 +297,11 @@ impl Translator {
 
     fn load_registers(&mut self, cpu: &CpuState, mode: Mode, address: u64) {
         let view = self.view(cpu);
-        let (read_base, write_base) = (self.delta.read_base(view), self.delta.write_base(view));
+        let (read_base, write_table) = (self.delta.read_base(view), self.delta.write_base(view));
+        let window_regions = self.windows.base();
+        let write_base = if mode.has(Mode::WINDOW) { window_regions } else { write_table };
+        let user_table = self.delta.write_base(View::User);
+        self.windows.enter();
         let views = [View::Supervisor, View::SupervisorAc]
             .map(|v| [self.delta.read_base(v), self.delta.write_base(v)]);
         let pending = u32::from(self.interrupt_pending);
@@ -294,6 +310,7 @@ impl Translator {
         let budget = if self.budgeted() { self.limit.saturating_sub(cpu.instructions) } else { u64::MAX };
         let c = self.context();
         c.views = views;
+        (c.window_regions, c.write_table) = (window_regions, user_table);
         c.interrupt_pending = pending;
         for (selector, seg) in c.selectors.iter_mut().zip(&cpu.seg) {
             *selector = seg.selector;
@@ -389,12 +406,15 @@ impl Translator {
             match reason {
                 Reason::Interpret => {
                     self.store_registers(cpu);
-                    let filled = std::mem::take(&mut self.poison_hit) && self.fill_operand(cpu, mode);
-                    return if filled { Rest::Nothing } else { Rest::Interpret };
+                    let hit = std::mem::take(&mut self.poison_hit);
+                    let shown = hit && mode.has(Mode::WINDOW) && self.fill_window(cpu);
+                    let filled = shown || hit && self.fill_operand(cpu, mode);
+                    return if filled { Rest::Again } else { Rest::Interpret };
                 }
                 Reason::Attention => {
                     self.stats.attention_exits += 1;
                     self.store_registers(cpu);
+                    self.found_running(cpu);
                     return Rest::Nothing;
                 }
                 Reason::Budget => {
@@ -529,5 +549,8 @@ impl Translator {
     }
 }
 
+/// The host's page faults, and the bit of their error code that says that it was a write.
+const PAGE_FAULT: u8 = 14;
+const WRITE: u32 = 2;
 /// PAUSEs in a row before the host's processor is given away: some microseconds.
 const PAUSES: i32 = 100;

@@ -32,6 +32,7 @@ pub(super) struct Stats {
     pub(super) page_flushes: u64,
     pub(super) space_switches: u64,
     pub(super) spaces_replaced: u64,
+    pub(super) window_faults: u64,
 }
 
 impl Translator {
@@ -69,6 +70,10 @@ impl Translator {
             ("page_flushes", s.page_flushes),
             ("space_switches", s.space_switches),
             ("spaces_replaced", s.spaces_replaced),
+            ("windows_opened", self.windows.opened),
+            ("window_pages", self.windows.shown),
+            ("window_faults", s.window_faults),
+            ("window_comparisons", self.windows.compared),
         ];
         let interpreted = iced_x86::Mnemonic::values()
             .zip(&self.interpreted)

@@ -165,7 +165,12 @@ impl Bed {
         let (attention, vp) = (Attention::default(), VpIndex(n));
         let engine: Box<dyn Engine> = match kind {
             Kind::Translator => {
-                let options = JitOptions { code_cache: 4 << 20, vcpus: count, ..JitOptions::default() };
+                let options = JitOptions {
+                    code_cache: 4 << 20,
+                    vcpus: count,
+                    window_after: 0,
+                    ..JitOptions::default()
+                };
                 let jit = Translator::new(model, &self.mem, attention.clone(), vp, options);
                 Box::new(jit.expect("translator"))
             }

@@ -159,9 +159,18 @@ pub struct Bed {
     pub attention: Attention,
     pub start: Start,
     model: CpuModel,
+    pub kind: Kind,
     engine: Box<dyn Engine>,
     /// Where the last [`Bed::faults`] started and what it left.
     last: Option<(CpuState, CpuState)>,
+}
+
+/// The engines: the translator with memory by tables alone, and with windows for programs from their first instruction on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Interpreter,
+    Tables,
+    Windows,
 }
 
 /// Runs `test` in a fresh machine for each engine.
@@ -171,9 +180,9 @@ pub fn both(start: Start, test: impl Fn(&mut Bed)) {
 
 /// Likewise, on a processor of `model`.
 pub fn both_as(model: &str, start: Start, test: impl Fn(&mut Bed)) {
-    for translated in [false, true] {
-        eprintln!("{model}, {start:?}, {}", if translated { "translator" } else { "interpreter" });
-        test(&mut Bed::of_model(model, start, translated));
+    for engine in [Kind::Interpreter, Kind::Tables, Kind::Windows] {
+        eprintln!("{model}, {start:?}, {engine:?}");
+        test(&mut Bed::of_kind(model, start, engine));
     }
 }
 
@@ -183,11 +192,17 @@ impl Bed {
     }
 
     pub fn of_model(model: &str, start: Start, translated: bool) -> Bed {
+        Bed::of_kind(model, start, if translated { Kind::Windows } else { Kind::Interpreter })
+    }
+
+    pub fn of_kind(model: &str, start: Start, kind: Kind) -> Bed {
         let mem = GuestMemory::new(MemoryConfig::pc(32 << 20)).expect("memory");
         let attention = Attention::default();
         let model = model_by_name(model, &HostFeatures::detect()).expect("a model");
-        let engine: Box<dyn Engine> = if translated {
-            let options = JitOptions { code_cache: 4 << 20, hot_loop: 2, ..JitOptions::default() };
+        let engine: Box<dyn Engine> = if kind != Kind::Interpreter {
+            let window_after = if kind == Kind::Windows { 0 } else { u32::MAX };
+            let options =
+                JitOptions { code_cache: 4 << 20, hot_loop: 2, window_after, ..JitOptions::default() };
             let jit = Translator::new(model.clone(), &mem, attention.clone(), VpIndex(0), options);
             Box::new(jit.expect("translator"))
         } else {
@@ -196,7 +211,7 @@ impl Bed {
         };
         let board = Arc::new(Board::default());
         let cpu = CpuState::reset(0);
-        let mut bed = Bed { cpu, mem, board, attention, start, model, engine, last: None };
+        let mut bed = Bed { cpu, mem, board, attention, start, model, engine, kind, last: None };
         bed.restore();
         bed
     }

@@ -2,7 +2,9 @@
 //! randomization each run of a program is elsewhere): whatever counts from RIP counts from the new one, and little is
 //! translated again.
 
-use crate::bed::{Bed, CODE, DATA, HANDLERS, PD, PDPT, PML4, Program, SPARE, Start, USER_STACK, both, pte};
+use crate::bed::{
+    Bed, CODE, DATA, HANDLERS, Kind, PD, PDPT, PML4, Program, SPARE, Start, USER_STACK, both, pte,
+};
 use crate::wild::Random;
 use paravane_cpu::{Exit, cr4, flags, gpr};
 use std::time::Duration;
@@ -64,8 +66,13 @@ fn run_through(bed: &mut Bed, place: u64, program: &Program) {
     run(bed, place, 13, program.bytes.len() as u64 - 1);
 }
 
+/// Blocks translated, blocks moved, and traces. Not with windows: there is one in a process for programs that lie low and high, as
+/// these do, so that other tests decide which blocks are made.
 fn counters(bed: &Bed) -> Option<[u64; 3]> {
     let of = |name| bed.counter(name);
+    if bed.kind == Kind::Windows {
+        return None;
+    }
     Some([of("blocks_translated")?, of("blocks_rebased")?, of("traces")?])
 }
 
@@ -122,6 +129,9 @@ fn one_after_another() {
 
 /// Once more, and nothing was forgotten: jumps from page to page stay chained.
 fn again_without_exits(bed: &mut Bed, place: u64) {
+    if counters(bed).is_none() {
+        return;
+    }
     clear(bed);
     let exits = bed.counter("link_exits");
     bed.user();
@@ -223,7 +233,7 @@ fn faults() {
                 run(bed, place, *vector, p.at + u64::from(*vector == 3));
             }
         }
-        let moved = bed.counter("blocks_rebased");
+        let moved = counters(bed).map(|[_, moved, _]| moved);
         assert!(moved.is_none_or(|moved| moved >= programs.len() as u64 * 7), "{moved:?}");
     });
 }

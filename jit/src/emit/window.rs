@@ -1,0 +1,284 @@
+//! Accesses through a window (see [`crate::windows`]): the address is the guest's own, the instruction gets a GS prefix, and what is
+//! checked is that the region around the address is one of the window's. Whether the page may be accessed the host's page tables tell.
+
+use super::access::{Keep, NEED_FS_GS};
+use super::{Emitter, Pos, Target, Unfit};
+use crate::block::Mode;
+use crate::flags::FlagSet;
+use crate::groups::{Key, Plan};
+use crate::regs::{self, Place, R10, R11};
+use crate::stubs::MissInfo;
+use crate::windows::{REACH, REGION_SHIFT};
+use dynasmrt::{DynasmApi, dynasm};
+use iced_x86::{Instruction, Register};
+
+/// Host register of guest RAX: AH and AL hold flags that are saved.
+const RAX: u8 = 0;
+
+/// Where host code finds bytes of the guest: behind a host register.
+#[derive(Clone, Copy)]
+pub(super) struct Spot {
+    pub(super) base: u8,
+    pub(super) disp: i32,
+    /// The register holds an address of the guest.
+    pub(super) window: bool,
+}
+
+impl Spot {
+    /// What look-ups in tables leave.
+    pub(super) const R11: Spot = Spot { base: R11, disp: 0, window: false };
+}
+
+/// A memory operand in the window, of host registers.
+#[derive(Clone, Copy)]
+pub(super) struct Operand {
+    base: Option<u8>,
+    index: Option<u8>,
+    scale: u32,
+    disp: i32,
+}
+
+impl Operand {
+    fn behind(base: u8, disp: i32) -> Operand {
+        Operand { base: Some(base), index: None, scale: 1, disp }
+    }
+
+    /// Makes it the memory operand of `instr`.
+    pub(super) fn put(self, instr: &mut Instruction) {
+        let register = |r: Option<u8>| r.map_or(Register::None, |r| Register::RAX + u32::from(r));
+        instr.set_segment_prefix(Register::GS);
+        instr.set_memory_base(register(self.base));
+        instr.set_memory_index(register(self.index));
+        instr.set_memory_index_scale(self.scale);
+        instr.set_memory_displacement64(i64::from(self.disp) as u64);
+        let size = match self {
+            Operand { base: None, .. } => 8,
+            Operand { disp: 0, .. } => 0,
+            _ => 1,
+        };
+        instr.set_memory_displ_size(size);
+    }
+}
+
+/// Whether an operand `disp` behind an address in a region of the window is harmless.
+fn reaches(disp: i64) -> bool {
+    disp.unsigned_abs() < REACH
+}
+
+impl Emitter {
+    /// Whether the block has a window, if this access uses it or not.
+    pub(super) fn has_window(&self) -> bool {
+        self.mode.has(Mode::WINDOW)
+    }
+
+    /// Lets `access` use tables.
+    pub(super) fn by_table<R>(&mut self, access: impl FnOnce(&mut Emitter) -> R) -> R {
+        let window = std::mem::take(&mut self.window);
+        let result = access(self);
+        self.window = window;
+        result
+    }
+
+    /// The next instruction accesses `at`.
+    pub(super) fn through(&mut self, at: Spot) {
+        const GS: u8 = 0x65;
+        if at.window {
+            self.hot.push(GS);
+        }
+    }
+
+    /// [`Emitter::access_as`] through the window.
+    pub(super) fn access_in_window(&mut self, mut ea: u8, info: u64, live: FlagSet) -> Spot {
+        if ea == R10 {
+            dynasm!(self.hot ; .arch x64 ; mov r11, r10);
+            ea = R11;
+        }
+        self.check_access(ea, info, live);
+        Spot { base: ea, disp: 0, window: true }
+    }
+
+    /// The memory operand of `instr`, checked unless a group covers it. It uses r11 at most.
+    pub(super) fn operand_in_window(
+        &mut self,
+        instr: &Instruction,
+        info: u64,
+        live: FlagSet,
+    ) -> Result<Operand, Unfit> {
+        let (size, write) = (info as u32 & 0xFF, info & MissInfo::WRITE != 0);
+        let covered = self.member(instr, size, write).is_some();
+        let aligned = size <= 8 && self.must_be_aligned(info);
+        if let Some(operand) = self.plain_operand(instr).filter(|_| !aligned) {
+            let Operand { base, index, disp, .. } = operand;
+            match (base, index) {
+                _ if covered => return Ok(self.loaded(operand)),
+                (Some(_), None) if reaches(i64::from(disp)) => {
+                    let operand = self.loaded(operand);
+                    self.check_access(operand.base.unwrap_or(R11), info, live);
+                    return Ok(operand);
+                }
+                _ => {}
+            }
+        }
+        let near = self.near(instr);
+        if let Some(at) = near.filter(|_| !self.movable)
+            && let Ok(disp) = i32::try_from(at)
+            && !aligned
+        {
+            return Ok(Operand { base: None, index: None, scale: 1, disp });
+        }
+        let ea = self.effective_address(instr, true)?;
+        if near.is_none() && !covered || aligned {
+            self.check_access(ea, info, live);
+        }
+        Ok(Operand::behind(ea, 0))
+    }
+
+    /// The place of an operand, by a register and a constant: r11, if need be.
+    pub(super) fn spot_of(&mut self, operand: Operand) -> Spot {
+        match operand {
+            Operand { base: Some(base), index: None, disp, .. } => Spot { base, disp, window: true },
+            Operand { base, index, scale, disp } => {
+                self.lea(R11, base, index, scale, disp, false);
+                Spot { base: R11, disp: 0, window: true }
+            }
+        }
+    }
+
+    /// The memory operand as the guest has it, where the host can have it likewise: guest registers, of which the base may be in
+    /// the context.
+    fn plain_operand(&self, instr: &Instruction) -> Option<Operand> {
+        let wide = |r: Register| r == Register::None || r.is_gpr64();
+        let (base, index) = (instr.memory_base(), instr.memory_index());
+        let flat = !NEED_FS_GS.contains(&instr.memory_segment());
+        if !flat || !wide(base) || !wide(index) || base == Register::None && index == Register::None {
+            return None;
+        }
+        let number = |r: Register| (r != Register::None).then(|| regs::number(r));
+        let at_home = |r: u8| matches!(regs::place(r), Place::Home(_));
+        if number(index).is_some_and(at_home) {
+            return None;
+        }
+        let (scale, disp) = (instr.memory_index_scale(), instr.memory_displacement64() as i32);
+        let scale = if index == Register::None { 1 } else { scale };
+        Some(Operand { base: number(base), index: number(index), scale, disp })
+    }
+
+    /// `operand` of guest registers with host registers; the base may be loaded into r11.
+    fn loaded(&mut self, operand: Operand) -> Operand {
+        let base = operand.base.map(|r| self.guest(r, R11));
+        let index = operand.index.map(|r| self.guest(r, R10));
+        debug_assert_ne!(index, Some(R10), "an index in the context");
+        Operand { base, index, ..operand }
+    }
+
+    /// The address of an operand that names no register, if it is so near the code that it needs no check: the code's own region is
+    /// one of the window's.
+    fn near(&self, instr: &Instruction) -> Option<u64> {
+        let named = !matches!(instr.memory_base(), Register::None | Register::RIP)
+            || instr.memory_index() != Register::None
+            || NEED_FS_GS.contains(&instr.memory_segment());
+        let relative = instr.memory_base() == Register::RIP;
+        (!named).then(|| instr.memory_displacement64()).filter(|&at| self.is_near(at, relative))
+    }
+
+    /// Whether `at` is, and stays so should the code move; `relative` if it counts from RIP.
+    fn is_near(&self, at: u64, relative: bool) -> bool {
+        self.address >> 47 == 0
+            && (relative || !self.movable)
+            && reaches(at.wrapping_sub(self.address) as i64)
+    }
+
+    /// Leaves unless the address in host register `ea` lies in a region of the window, and is a multiple of the access's size where
+    /// it must be. Uses r10 and, while flags are live, r9 or the context.
+    fn check_access(&mut self, ea: u8, info: u64, live: FlagSet) {
+        let keep = Self::keep(live);
+        let aligned = info & 0xFF <= 8 && self.must_be_aligned(info);
+        if aligned && ea == RAX && keep == Keep::All {
+            dynasm!(self.hot ; .arch x64 ; mov r11, rax);
+            return self.check_in_register(R11, info, keep, aligned);
+        }
+        self.check_in_register(ea, info, keep, aligned);
+    }
+
+    fn check_in_register(&mut self, ea: u8, info: u64, keep: Keep, aligned: bool) {
+        let retry = self.hot_here();
+        self.check_region(ea, keep);
+        let fail = self.cold_admit(ea, info, keep);
+        if ea == R11 {
+            dynasm!(self.cold ; .arch x64 ; mov r11, r10);
+        }
+        self.cold_jmp(Target::Here(retry));
+        self.cold_land(fail);
+        self.cold_interpret(self.rip);
+        if aligned {
+            let mask = (info & 0xFF) as i8 - 1;
+            dynasm!(self.hot ; .arch x64 ; test Rb(ea), mask);
+            let cold = self.cold_here();
+            self.hot_jcc(5, cold);
+            Self::restore(&mut self.cold, keep, self.r9_busy);
+            self.cold_interpret(self.rip);
+        }
+        Self::restore(&mut self.hot, keep, self.r9_busy);
+    }
+
+    /// Saves the flags of `keep` and leaves for cold code, which begins here, unless `ea` lies in a region of the window.
+    fn check_region(&mut self, ea: u8, keep: Keep) {
+        const TABLE: i32 = -(REGION_SHIFT as i32);
+        dynasm!(self.hot ; .arch x64 ; shrx r10, Rq(ea), r14);
+        if keep == Keep::All {
+            // Beyond the lower half the table faults: before flags are in RAX.
+            dynasm!(self.hot ; .arch x64 ; movzx r10d, BYTE [r14 + r10 + TABLE]);
+            Self::save(&mut self.hot, keep, self.r9_busy);
+            dynasm!(self.hot ; .arch x64 ; test r10d, r10d);
+        } else {
+            Self::save(&mut self.hot, keep, self.r9_busy);
+            dynasm!(self.hot ; .arch x64 ; cmp BYTE [r14 + r10 + TABLE], 0);
+        }
+        let cold = self.cold_here();
+        self.hot_jcc(4, cold);
+    }
+
+    /// Cold code that makes the region of `ea` one of the window's, with flags as they were; goes on, with the address in r10, if it
+    /// is one now. Returns the jump that is taken else.
+    fn cold_admit(&mut self, ea: u8, info: u64, keep: Keep) -> Pos {
+        Self::restore(&mut self.cold, keep, self.r9_busy);
+        dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea) ; mov r11d, (info | MissInfo::REGION) as i32);
+        self.cold.push(0xE8);
+        self.cold_rel32(Target::Cache(self.stubs.miss));
+        self.cold.push(0xE9);
+        self.cold_site()
+    }
+
+    /// [`Emitter::group`] in a window: where one of its addresses lies in a region of the window all may be used.
+    pub(super) fn group_in_window(&mut self, plan: &Plan, live: FlagSet) {
+        self.begin_group(plan);
+        let Key { base, index, scale, relative } = plan.key;
+        let keep = Self::keep(live);
+        let retry = self.hot_here();
+        let ea = match (base, index) {
+            (None, None) => {
+                let at = plan.anchor.wrapping_add(i64::from(plan.lo) as u64);
+                if self.is_near(at, relative) {
+                    return;
+                }
+                self.fixed(R11, at, relative);
+                R11
+            }
+            (Some(base), None) if reaches(i64::from(plan.lo)) && reaches(i64::from(plan.hi)) => {
+                self.guest(base, R11)
+            }
+            _ => {
+                let base = base.map(|r| self.guest(r, R10));
+                let index = index.map(|r| self.guest(r, R11));
+                self.lea(R11, base, index, u32::from(scale), plan.lo, false);
+                R11
+            }
+        };
+        self.check_region(ea, keep);
+        let fail = self.cold_admit(ea, 1 | MissInfo::SOFT, keep);
+        self.cold_jmp(Target::Here(retry));
+        self.cold_land(fail);
+        self.ungrouped_exit();
+        Self::restore(&mut self.hot, keep, self.r9_busy);
+    }
+}

@@ -1,0 +1,672 @@
+//! Windows: the lower half of an address space as the host's own page tables show it, so that translated code of programs reaches a
+//! byte at its linear address plus a constant, which is the base of the host's GS, without a look-up.
+//!
+//! A window shows pages of guest memory one by one, as the delta tables have them, when they are first accessed: a host fault
+//! asks for that, which costs some microseconds, so windows are for programs that run for long (`translator::window`
+//! decides). What is not shown, or shown for reading only, makes the host fault.
+//!
+//! **No address leads elsewhere.** The lower half is divided into *regions*. Translated code compares the region of an address
+//! with a table that has a byte for each region there can be, of canonical addresses or not, and goes on only if the region is
+//! *admitted*: all of its image on the host, and of its two neighbours' images, is our own reservation (or is not for
+//! programs at all). So operands may be [`REACH`] behind an address that was checked, which makes one check do for most of a block.
+//!
+//! The windows of one translator share the table: it shows the regions of the current space.
+//!
+//! Invariants this unsafe island relies on:
+//! * `table..table + TABLE` is our own reservation once the first window was asked for, of which the first `REGIONS` bytes are accessible;
+//! * what a window lists in `reserved` is address space of its own, in which there is nothing but pages of guest memory that it
+//!   mapped there; an admitted region and its neighbours are listed, as far as the host has such addresses for programs.
+
+use hashbrown::HashMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// Regions have 16 MiB.
+pub(crate) const REGION_SHIFT: u32 = 24;
+/// How far behind a checked address an operand may begin.
+pub(crate) const REACH: u64 = 1 << 23;
+/// Regions of the lower half.
+const REGIONS: u64 = 1 << (47 - REGION_SHIFT);
+/// Bytes of address space for the table: one for each region of 64-bit addresses.
+const TABLE: u64 = 1 << (64 - REGION_SHIFT);
+/// Where the host has addresses for programs: not below vm.mmap_min_addr, and not on the last page of the lower half.
+const USABLE: Range<u64> = 1 << 16..(1 << 47) - 4096;
+/// Pages that the windows of all translators in a process may show, each at worst with two of the mappings that the host allows.
+const ALL_PAGES: usize = 12_288;
+/// Regions that the windows of all translators may have, and those of one; each may take a mapping, too.
+const ALL_REGIONS: usize = 4_096;
+const MAX_REGIONS: usize = 1_024;
+/// Pages of a chunk, which one page table shows.
+const CHUNK: usize = 512;
+/// Windows lie this far apart: randomization moves programs and libraries by up to 1 TiB.
+const STEP: u64 = 1 << 41;
+const STEPS: u64 = 40;
+
+/// A page that is shown: its number in guest memory + 1 and, in bit 0, whether it may be written; 0 for none.
+type Shown = u32;
+
+fn shown(ram: u64, write: bool) -> Shown {
+    (ram as u32 + 1) << 1 | u32::from(write)
+}
+
+/// What is shown of 2 MiB.
+struct Chunk {
+    pages: Box<[Shown; CHUNK]>,
+    count: usize,
+}
+
+/// The window of one address space.
+struct Window {
+    /// What to add to a linear address.
+    delta: u64,
+    /// The page tables' root.
+    root: u64,
+    regions: Vec<u64>,
+    /// The host's regions that are reserved.
+    reserved: Vec<u64>,
+    chunks: HashMap<u64, Chunk>,
+    pages: usize,
+    /// The guest flushed translations: what is shown must be compared with its page tables before it is used.
+    stale: bool,
+}
+
+/// See the module's documentation.
+pub(crate) struct Windows {
+    table: *mut u8,
+    ram: OwnedFd,
+    spaces: Vec<Option<Window>>,
+    active: usize,
+    /// This translator's number, the pages it may show, and the regions that each window may have.
+    vp: u64,
+    max_pages: usize,
+    max_regions: usize,
+    /// The current window cannot serve its space.
+    pub(crate) unfit: bool,
+    /// Since start: windows, pages shown, and times that windows were compared with page tables.
+    pub(crate) opened: u64,
+    pub(crate) shown: u64,
+    pub(crate) compared: u64,
+}
+
+// SAFETY: owned reservations, used from one thread at a time.
+unsafe impl Send for Windows {}
+
+/// Where a window must be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Reach {
+    /// All of the program lies below 4 GiB.
+    Low,
+    /// All of it lies above.
+    High,
+    /// Some of it lies below, some above, perhaps at the end of the lower half: linear addresses are the host's.
+    Everywhere,
+}
+
+impl Reach {
+    /// For a program with all of these addresses.
+    pub(crate) fn of(addresses: &[u64]) -> Reach {
+        let low = |lin: &u64| lin >> 32 == 0;
+        match (addresses.iter().any(low), addresses.iter().all(low)) {
+            (true, true) => Reach::Low,
+            (true, false) => Reach::Everywhere,
+            (false, _) => Reach::High,
+        }
+    }
+}
+
+/// Inaccessible address space at `at`, which must be ours with MAP_FIXED, or free with MAP_FIXED_NOREPLACE.
+fn reserve(at: u64, len: u64, how: libc::c_int) -> io::Result<*mut u8> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | how;
+    // SAFETY: a reservation that replaces nothing but what the caller owns.
+    let p = unsafe { libc::mmap(at as *mut libc::c_void, len as usize, libc::PROT_NONE, flags, -1, 0) };
+    if p == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    if p as u64 != at {
+        // Hosts that do not know MAP_FIXED_NOREPLACE take the address for a hint.
+        release(p as u64, len);
+        return Err(io::Error::from(io::ErrorKind::AddrInUse));
+    }
+    Ok(p.cast())
+}
+
+/// Gives address space of ours back.
+fn release(at: u64, len: u64) {
+    // SAFETY: by the caller, the range is ours, and nothing refers to it.
+    unsafe { libc::munmap(at as *mut libc::c_void, len as usize) };
+}
+
+/// Reserves `len` bytes where programs have nothing, if it can be: between where they begin and where randomization puts them.
+/// The host chooses else.
+pub(crate) fn reserve_aside(len: u64) -> io::Result<*mut u8> {
+    const TIB: u64 = 1 << 40;
+    let free = (8..72).map(|n| n * TIB).find_map(|at| reserve(at, len, libc::MAP_FIXED_NOREPLACE).ok());
+    if let Some(p) = free {
+        return Ok(p);
+    }
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a reservation at a place of the kernel's choice.
+    let p = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, libc::PROT_NONE, flags, -1, 0) };
+    if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p.cast()) }
+}
+
+/// Whether the host lets programs set the base of GS.
+fn can_set_gs() -> bool {
+    const HWCAP2_FSGSBASE: u64 = 1 << 1;
+    // SAFETY: a query.
+    unsafe { libc::getauxval(libc::AT_HWCAP2) & HWCAP2_FSGSBASE != 0 }
+}
+
+/// The addresses of the host's region `r` that programs can have.
+fn extent(r: u64) -> Range<u64> {
+    (r << REGION_SHIFT).max(USABLE.start)..((r + 1) << REGION_SHIFT).min(USABLE.end)
+}
+
+impl Window {
+    fn host(&self, lin: u64) -> u64 {
+        lin.wrapping_add(self.delta)
+    }
+
+    fn page(&self, lin: u64) -> Shown {
+        self.chunks.get(&(lin >> 21)).map_or(0, |c| c.pages[(lin >> 12) as usize % CHUNK])
+    }
+
+    fn set(&mut self, lin: u64, page: Shown) {
+        let chunk = || Chunk { pages: Box::new([0; CHUNK]), count: 0 };
+        let chunk = self.chunks.entry(lin >> 21).or_insert_with(chunk);
+        let cell = &mut chunk.pages[(lin >> 12) as usize % CHUNK];
+        let change = usize::from(page != 0).wrapping_sub(usize::from(*cell != 0));
+        *cell = page;
+        chunk.count = chunk.count.wrapping_add(change);
+        self.pages = self.pages.wrapping_add(change);
+    }
+
+    /// Shows nothing in `n` pages from `lin` on any more.
+    fn hide(&mut self, lin: u64, n: u64) {
+        for i in 0..n {
+            self.set(lin + i * 4096, 0);
+        }
+        if reserve(self.host(lin), n * 4096, libc::MAP_FIXED).is_err() {
+            // It would have divided a mapping, and the host allows no more: with all of them gone there are less.
+            self.hide_all();
+        }
+    }
+
+    fn hide_all(&mut self) {
+        if self.pages == 0 {
+            return;
+        }
+        self.chunks.clear();
+        self.pages = 0;
+        for &r in &self.regions {
+            let e = extent(self.host(r << REGION_SHIFT) >> REGION_SHIFT);
+            reserve(e.start, e.end - e.start, libc::MAP_FIXED).expect("a window's own address space");
+        }
+    }
+
+    /// Reserves the host's region `r`, if it is not yet.
+    fn reserve(&mut self, r: u64) -> bool {
+        if r >= REGIONS || self.reserved.contains(&r) {
+            return true;
+        }
+        let e = extent(r);
+        let free = reserve(e.start, e.end - e.start, libc::MAP_FIXED_NOREPLACE).is_ok();
+        if free {
+            self.reserved.push(r);
+        }
+        free
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        for &r in &self.reserved {
+            let e = extent(r);
+            release(e.start, e.end - e.start);
+        }
+    }
+}
+
+impl Windows {
+    /// For `spaces` address spaces of the translator with number `vp`, one of `vcpus` in this process, over guest memory `ram`.
+    pub(crate) fn new(spaces: usize, vp: u64, vcpus: usize, ram: &File) -> io::Result<Windows> {
+        Ok(Windows {
+            table: std::ptr::null_mut(),
+            ram: ram.try_clone()?.into(),
+            spaces: (0..spaces).map(|_| None).collect(),
+            active: 0,
+            vp,
+            max_pages: ALL_PAGES / vcpus.max(1),
+            max_regions: (ALL_REGIONS / (vcpus * spaces).max(1)).min(MAX_REGIONS),
+            unfit: false,
+            opened: 0,
+            shown: 0,
+            compared: 0,
+        })
+    }
+
+    /// Makes the table, if there is none yet; false if the host does not give its address space.
+    fn has_table(&mut self) -> bool {
+        if !self.table.is_null() {
+            return true;
+        }
+        let Ok(table) = reserve_aside(TABLE) else { return false };
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the beginning of the reservation made just now.
+        if unsafe { libc::mprotect(table.cast(), REGIONS as usize, access) } != 0 {
+            release(table as u64, TABLE);
+            return false;
+        }
+        self.table = table;
+        true
+    }
+
+    /// What r14 holds in code that uses a window: the table, and as its low bits the number of bits below a region's number.
+    pub(crate) fn base(&self) -> u64 {
+        self.table as u64 + u64::from(REGION_SHIFT)
+    }
+
+    fn current(&self) -> Option<&Window> {
+        self.spaces[self.active].as_ref()
+    }
+
+    /// Whether the current space has a window.
+    pub(crate) fn is_open(&self) -> bool {
+        self.current().is_some()
+    }
+
+    /// Whether it must be compared with page tables first.
+    pub(crate) fn is_stale(&self) -> bool {
+        self.current().is_some_and(|w| w.stale)
+    }
+
+    /// Whether it is that of the page tables with this root.
+    pub(crate) fn belongs_to(&self, root: u64) -> bool {
+        self.current().is_some_and(|w| w.root == root)
+    }
+
+    /// Lets translated code on this thread use the current window.
+    pub(crate) fn enter(&self) {
+        if let Some(w) = self.current() {
+            // SAFETY: windows are open only where the host allows this; nothing else uses GS.
+            unsafe {
+                std::arch::asm!("wrgsbase {}", in(reg) w.delta, options(nostack, nomem, preserves_flags))
+            };
+        }
+    }
+
+    fn mark(&mut self, region: u64, admitted: bool) {
+        assert!(region < REGIONS && !self.table.is_null());
+        // SAFETY: in the accessible part of the table.
+        unsafe { self.table.add(region as usize).write(u8::from(admitted)) };
+    }
+
+    fn mark_all(&mut self, admitted: bool) {
+        for i in 0..self.current().map_or(0, |w| w.regions.len()) {
+            let Some(region) = self.current().map(|w| w.regions[i]) else { return };
+            self.mark(region, admitted);
+        }
+    }
+
+    /// Makes `space` the current one.
+    pub(crate) fn switch(&mut self, space: usize) {
+        self.mark_all(false);
+        self.active = space;
+        self.unfit = false;
+        self.mark_all(true);
+    }
+
+    /// Opens a window for the current space, with page tables at `root`, that can show the addresses of `wanted`; false if that
+    /// cannot be.
+    pub(crate) fn open(&mut self, root: u64, reach: Reach, wanted: &[u64]) -> bool {
+        debug_assert!(!self.is_open());
+        if !can_set_gs() || !self.has_table() {
+            return false;
+        }
+        let deltas = match reach {
+            Reach::Everywhere => {
+                // There is room for one.
+                (0..self.spaces.len()).for_each(|space| {
+                    if self.spaces[space].as_ref().is_some_and(|w| w.delta == 0) {
+                        self.close(space);
+                    }
+                });
+                0..1
+            }
+            Reach::Low | Reach::High => 1..STEPS,
+        };
+        let first = self.vp * self.spaces.len() as u64 + self.active as u64;
+        for n in deltas {
+            let step = if n == 0 { 0 } else { STEP * (1 + (first + n - 1) % STEPS) };
+            let delta = if reach == Reach::Low { step } else { step.wrapping_neg() };
+            self.spaces[self.active] = Some(Window {
+                delta,
+                root,
+                regions: Vec::new(),
+                reserved: Vec::new(),
+                chunks: HashMap::new(),
+                pages: 0,
+                stale: false,
+            });
+            if wanted.iter().all(|&lin| self.admit(lin)) {
+                self.opened += 1;
+                self.unfit = false;
+                return true;
+            }
+            self.close(self.active);
+        }
+        false
+    }
+
+    /// Closes the window of `space`, if it has one.
+    pub(crate) fn close(&mut self, space: usize) {
+        if space == self.active {
+            self.mark_all(false);
+            self.unfit = false;
+        }
+        self.spaces[space] = None;
+    }
+
+    /// Closes all windows.
+    pub(crate) fn close_all(&mut self) {
+        (0..self.spaces.len()).for_each(|space| self.close(space));
+    }
+
+    /// Admits the region of `lin` to the current window; false if that cannot be.
+    pub(crate) fn admit(&mut self, lin: u64) -> bool {
+        let region = lin >> REGION_SHIFT;
+        let Some(w) = &mut self.spaces[self.active] else { return false };
+        if region >= REGIONS {
+            return false;
+        }
+        if w.regions.contains(&region) {
+            return true;
+        }
+        let host = w.host(region << REGION_SHIFT) >> REGION_SHIFT;
+        let full = w.regions.len() >= self.max_regions;
+        if full
+            || host >= REGIONS
+            || ![host.wrapping_sub(1), host, host + 1].into_iter().all(|r| w.reserve(r))
+        {
+            self.unfit = true;
+            return false;
+        }
+        w.regions.push(region);
+        self.mark(region, true);
+        true
+    }
+
+    /// The linear address that the current window has at host address `at`, if its region is reserved.
+    pub(crate) fn linear(&self, at: u64) -> Option<u64> {
+        let w = self.current()?;
+        w.reserved.contains(&(at >> REGION_SHIFT)).then(|| at.wrapping_sub(w.delta))
+    }
+
+    /// Whether the current window shows the page of `lin`.
+    pub(crate) fn shows(&self, lin: u64) -> bool {
+        self.current().is_some_and(|w| w.page(lin) != 0)
+    }
+
+    /// Whether some window shows the page of `lin` for writing, as page `ram` of guest memory.
+    pub(crate) fn writes(&self, lin: u64, ram: u64) -> bool {
+        self.spaces.iter().flatten().any(|w| w.page(lin) == shown(ram, true))
+    }
+
+    /// Shows pages from that of `lin` on, in an admitted region: pages of guest memory from number `ram` on, as many as `n`.
+    /// False if they cannot be shown.
+    pub(crate) fn show(&mut self, lin: u64, ram: u64, n: u64, write: bool) -> bool {
+        let pages: usize = self.spaces.iter().flatten().map(|w| w.pages).sum();
+        let Some(w) = &self.spaces[self.active] else { return false };
+        let lin = lin & !0xFFF;
+        let at = w.host(lin);
+        let inside = at >= USABLE.start && at + n * 4096 <= USABLE.end;
+        let admitted = [lin, lin + n * 4096 - 1].iter().all(|at| w.regions.contains(&(at >> REGION_SHIFT)));
+        if !inside || !admitted {
+            return false;
+        }
+        if pages + n as usize > self.max_pages {
+            self.hide_all();
+        }
+        let Some(w) = &mut self.spaces[self.active] else { return false };
+        let access = if write { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE;
+        let offset = (ram << 12) as libc::off_t;
+        // SAFETY: in place of our own reservation.
+        let p = unsafe {
+            libc::mmap(
+                at as *mut libc::c_void,
+                n as usize * 4096,
+                access,
+                flags,
+                self.ram.as_raw_fd(),
+                offset,
+            )
+        };
+        if p == libc::MAP_FAILED {
+            // The host has no mapping to spare.
+            self.unfit = true;
+            return false;
+        }
+        for i in 0..n {
+            w.set(lin + i * 4096, shown(ram + i, write));
+        }
+        self.shown += n;
+        true
+    }
+
+    /// Hides the page of `lin` in all windows; with `large`, all pages that may belong to the same large page.
+    pub(crate) fn hide_page(&mut self, lin: u64, large: bool) {
+        for w in self.spaces.iter_mut().flatten() {
+            if large {
+                w.hide_all();
+            } else if w.page(lin) != 0 {
+                w.hide(lin & !0xFFF, 1);
+            }
+        }
+    }
+
+    /// No window writes the page of `lin` any more.
+    pub(crate) fn protect(&mut self, lin: u64) {
+        for w in self.spaces.iter_mut().flatten() {
+            let page = w.page(lin);
+            if page & 1 != 0 {
+                w.hide(lin & !0xFFF, 1);
+            }
+        }
+    }
+
+    /// The guest forgot the translations of `space`.
+    pub(crate) fn spoil(&mut self, space: usize) {
+        if let Some(w) = &mut self.spaces[space] {
+            w.stale = true;
+        }
+    }
+
+    /// Shows nothing any more, in any space.
+    pub(crate) fn hide_all(&mut self) {
+        self.spaces.iter_mut().flatten().for_each(Window::hide_all);
+    }
+
+    /// Hides what the current window shows unless `holds` says, of a chunk's first address, what it may show: a page of guest memory
+    /// for each of its 512, and whether it may be written.
+    pub(crate) fn compare(&mut self, mut holds: impl FnMut(u64, usize) -> Option<(u64, bool)>) {
+        let Some(w) = &mut self.spaces[self.active] else { return };
+        w.stale = false;
+        self.compared += 1;
+        let mut gone: Vec<(u64, u64)> = Vec::new();
+        for (&number, chunk) in &w.chunks {
+            if chunk.count == 0 {
+                continue;
+            }
+            for (i, &page) in chunk.pages.iter().enumerate().filter(|&(_, &page)| page != 0) {
+                let base = number << 21;
+                let good = holds(base, i)
+                    .is_some_and(|(ram, write)| page == shown(ram, write) || page == shown(ram, false));
+                if good {
+                    continue;
+                }
+                let lin = base + i as u64 * 4096;
+                match gone.last_mut() {
+                    Some((from, n)) if *from + *n * 4096 == lin => *n += 1,
+                    _ => gone.push((lin, 1)),
+                }
+            }
+        }
+        for (lin, n) in gone {
+            w.hide(lin, n);
+        }
+    }
+}
+
+impl Drop for Windows {
+    fn drop(&mut self) {
+        if !self.table.is_null() {
+            release(self.table as u64, TABLE);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use paravane_memory::{GuestMemory, MemoryConfig, PhysAddr};
+
+    const FAR: u64 = 0x5555 << 32;
+    const REGION: u64 = 1 << REGION_SHIFT;
+
+    fn windows() -> (Windows, GuestMemory) {
+        let mem = GuestMemory::new(MemoryConfig::pc(1 << 20)).expect("memory");
+        let windows = Windows::new(3, 5, 1, mem.backing_file()).expect("windows");
+        (windows, mem)
+    }
+
+    /// What translated code finds in the table for the region of `lin`, below the end of the lower half.
+    fn admitted(w: &Windows, lin: u64) -> bool {
+        // SAFETY: in the accessible part of the table.
+        unsafe { w.table.add((lin >> REGION_SHIFT) as usize).read() != 0 }
+    }
+
+    fn byte(w: &Windows, lin: u64) -> u8 {
+        let at = w.current().expect("a window").host(lin) as *const u8;
+        // SAFETY: a page that is shown.
+        unsafe { at.read_volatile() }
+    }
+
+    /// Whether the host has something at the address of `lin` that may be read.
+    fn readable(w: &Windows, lin: u64) -> bool {
+        let at = w.current().expect("a window").host(lin);
+        let mut pipe = [0; 2];
+        // SAFETY: the kernel reads the byte, or says that it cannot.
+        unsafe {
+            assert_eq!(libc::pipe(pipe.as_mut_ptr()), 0);
+            let written = libc::write(pipe[1], at as *const libc::c_void, 1);
+            for end in pipe {
+                libc::close(end);
+            }
+            written == 1
+        }
+    }
+
+    #[test]
+    fn regions_are_admitted_with_their_neighbours() {
+        let (mut w, _mem) = windows();
+        assert!(!w.admit(FAR), "no window");
+        assert!(w.open(1, Reach::High, &[FAR]));
+        assert!(admitted(&w, FAR) && !admitted(&w, FAR + REGION) && !admitted(&w, FAR - 1));
+        let window = w.current().expect("open");
+        for lin in [FAR - REACH, FAR + REGION + REACH] {
+            assert!(window.reserved.contains(&(window.host(lin) >> REGION_SHIFT)));
+            assert_eq!(w.linear(window.host(lin)), Some(lin));
+        }
+        for lin in [1 << 47, 1 << 63, u64::MAX, 0] {
+            assert!(!w.admit(lin), "{lin:#x}");
+        }
+        w.switch(1);
+        assert!(!admitted(&w, FAR) && !w.is_open());
+        w.switch(0);
+        assert!(admitted(&w, FAR));
+        w.close(0);
+        assert!(!admitted(&w, FAR) && !w.is_open());
+    }
+
+    #[test]
+    fn the_host_is_never_replaced() {
+        let (mut w, _mem) = windows();
+        let here = std::ptr::from_ref(&w) as u64;
+        assert!(!w.open(1, Reach::Everywhere, &[here]), "our own stack");
+        assert!(w.open(1, Reach::Everywhere, &[0x1234_5678_9000]));
+        assert!(!w.admit(here) && w.unfit && !admitted(&w, here));
+        assert!(!w.show(here, 0, 1, true));
+    }
+
+    #[test]
+    fn pages_come_and_go() {
+        let (mut w, mem) = windows();
+        for n in 0..8u8 {
+            mem.write(PhysAddr(u64::from(n) * 4096), &[n + 1]).expect("RAM");
+        }
+        assert!(w.open(1, Reach::High, &[FAR]));
+        assert!(w.show(FAR + 5, 2, 3, false) && w.show(FAR + 0x8000, 7, 1, true));
+        assert!(
+            !w.show(FAR + REGION, 2, 1, false) && !w.show(FAR + REGION - 4096, 2, 2, false),
+            "another region"
+        );
+        let seen = [0, 0x1000, 0x2FFF, 0x8000].map(|at| byte(&w, (FAR + at) & !0xFFF));
+        assert_eq!(seen, [3, 4, 5, 8]);
+        assert!(w.writes(FAR + 0x8000, 7) && !w.writes(FAR, 2) && !w.writes(FAR + 0x8000, 6));
+        w.protect(FAR);
+        assert!(readable(&w, FAR), "it was not written");
+        w.protect(FAR + 0x8000);
+        assert!(!readable(&w, FAR + 0x8000) && !w.shows(FAR + 0x8000));
+        w.hide_page(FAR + 0x1234, false);
+        assert!(!readable(&w, FAR + 0x1000) && readable(&w, FAR) && readable(&w, FAR + 0x2000));
+        w.spoil(0);
+        assert!(w.is_stale());
+        w.compare(|base, i| (i == 0 && base == FAR).then_some((2, true)));
+        assert!(readable(&w, FAR) && !readable(&w, FAR + 0x2000) && !w.is_stale());
+        w.compare(|_, _| Some((3, false)));
+        assert!(!readable(&w, FAR), "another page of memory");
+    }
+
+    #[test]
+    fn a_full_window_starts_over() {
+        let (mut w, _mem) = windows();
+        w.max_pages = 3;
+        assert!(w.open(1, Reach::High, &[FAR]));
+        assert!(w.show(FAR, 0, 2, true) && w.show(FAR + 0x4000, 2, 1, true));
+        assert!(w.show(FAR + 0x8000, 4, 1, true));
+        assert!(!readable(&w, FAR) && readable(&w, FAR + 0x8000));
+        assert_eq!(w.current().expect("open").pages, 1);
+    }
+
+    #[test]
+    fn a_window_has_few_regions() {
+        let (mut w, _mem) = windows();
+        w.max_regions = 3;
+        assert!(w.open(1, Reach::High, &[FAR]));
+        assert!(w.admit(FAR + 8 * REGION) && w.admit(FAR + 4 * REGION) && !w.unfit);
+        assert!(!w.admit(FAR + 12 * REGION) && w.unfit);
+        assert!(w.admit(FAR), "it is there");
+    }
+
+    #[test]
+    fn windows_lie_apart() {
+        let (mut w, _mem) = windows();
+        let mut deltas = Vec::new();
+        for space in 0..3 {
+            w.switch(space);
+            assert!(w.open(1, Reach::High, &[FAR, 0x7F12 << 32]));
+            deltas.push(w.current().expect("open").delta);
+        }
+        deltas.dedup();
+        assert_eq!(deltas.len(), 3);
+        w.close_all();
+        assert!((0..3).all(|space| w.spaces[space].is_none()));
+        assert_eq!(
+            [&[1, 2][..], &[1, 1 << 40], &[1 << 40, 1 << 41]].map(Reach::of),
+            [Reach::Low, Reach::Everywhere, Reach::High]
+        );
+    }
+}

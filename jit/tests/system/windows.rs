@@ -1,0 +1,272 @@
+//! Programs whose memory the host's page tables show (`windows` of the translator): what the guest's page tables say holds for them
+//! as it does for look-ups in tables, and no address leads elsewhere.
+
+use crate::bed::{Bed, CODE, DATA, HANDLERS, Kind, PD, PDPT, PML4, Program, Start, both, pf, pte};
+use paravane_cpu::{DebugPlan, DebugStop, Exit, Space, WatchKind, Watchpoint, flags, gpr};
+
+/// INT 40H does `program`, at CPL 0.
+fn service(bed: &mut Bed, program: &Program) {
+    let at = HANDLERS + 0x40 * 16;
+    bed.gate(0x40, 14, 3, at);
+    bed.put(at, program.bytes);
+}
+
+/// A machine with a window open, and nothing shown in it yet: [`DATA`] is in RSI, the entry that maps it in RDI.
+fn open() -> Bed {
+    let mut bed = Bed::of_kind("max", Start::Long, Kind::Windows);
+    start(&mut bed);
+    bed.run(&program!(64: "mov eax, [rip]"));
+    assert_eq!((bed.taken().vector, bed.counter("windows_opened")), (13, Some(1)));
+    bed.flush();
+    bed
+}
+
+fn start(bed: &mut Bed) {
+    bed.reset();
+    bed.user();
+    bed.cpu.gpr[gpr::RSI] = DATA;
+    bed.cpu.gpr[gpr::RDI] = bed.pte_at(DATA);
+}
+
+/// Runs `program` from the start to its HLT.
+fn run(bed: &mut Bed, program: &Program) {
+    start(bed);
+    bed.run(program);
+    let (t, hlt) = (bed.taken(), CODE + program.bytes.len() as u64 - 1);
+    assert_eq!((t.vector, t.rip), (13, hlt), "HLT at CPL 3; CR2 {:#x}", bed.cpu.cr2);
+}
+
+/// Pages cost a fault each, and neighbours that were accessed before none.
+#[test]
+fn a_page_is_shown_once() {
+    let mut bed = open();
+    let p = program!(64: "mov ecx, 1000", "2: add [rsi], rcx", "push rcx", "pop rax", "add rax, [rsi + 0xFFC]", "mov rdx, [rsi + rcx * 4]",
+        "dec ecx", "jnz 2b");
+    run(&mut bed, &p);
+    assert_eq!(bed.get64(DATA), 500_500);
+    let faults = bed.counter("window_faults").expect("a counter");
+    // The stack, two pages of data, which are written first, and code that is read.
+    assert!((3..8).contains(&faults), "{faults}");
+    run(&mut bed, &p);
+    assert_eq!(bed.get64(DATA), 1_001_000);
+    assert_eq!(bed.counter("window_faults"), Some(faults));
+    // All of it was accessed: one fault shows everything around.
+    bed.flush();
+    run(&mut bed, &p);
+    assert_eq!(bed.counter("window_faults"), Some(faults), "nothing changed in the page tables");
+}
+
+#[test]
+fn accessed_and_dirty_bits() {
+    let mut bed = open();
+    for page in 0..4 {
+        bed.map(DATA + page * 4096, DATA + page * 4096, pte::ALL);
+    }
+    run(&mut bed, &program!(64: "mov al, [rsi]", "mov [rsi + 0x2010], al", "mov al, [rsi + 0x2FFF]"));
+    let bits = |bed: &Bed, page: u64| bed.pte(DATA + page * 4096) & (pte::A | pte::D);
+    assert_eq!([0, 1, 2, 3].map(|page| bits(&bed, page)), [pte::A, 0, pte::A | pte::D, 0]);
+    run(&mut bed, &program!(64: "mov [rsi], al", "mov al, [rsi + 0x1000]"));
+    assert_eq!([0, 1, 2, 3].map(|page| bits(&bed, page)), [pte::A | pte::D, pte::A, pte::A | pte::D, 0]);
+}
+
+/// INVLPG and MOV to CR3 show what the entry says now.
+#[test]
+fn pages_that_are_mapped_elsewhere() {
+    for kernel in [
+        program!(64: "mov [rdi], rbx", "invlpg [rsi]", "iretq"),
+        program!(64: "mov [rdi], rbx", "mov rax, cr3", "mov cr3, rax", "iretq"),
+    ] {
+        let mut bed = open();
+        service(&mut bed, &kernel);
+        for page in 0..8 {
+            bed.put64(DATA + 0x10_0000 + page * 4096, 100 + page);
+        }
+        run(
+            &mut bed,
+            &program!(64: "lea rbx, [rsi + 0x100067]", "xor r9d, r9d", "mov ecx, 8", "2: int 0x40", "add r9, [rsi]",
+            "mov [rsi + 8], rcx", "add rbx, 0x1000", "dec ecx", "jnz 2b"),
+        );
+        assert_eq!(bed.cpu.gpr[9], (100..108).sum::<u64>());
+        let written: Vec<u64> = (0..8).map(|page| bed.get64(DATA + 0x10_0008 + page * 4096)).collect();
+        assert_eq!(written, [8, 7, 6, 5, 4, 3, 2, 1]);
+    }
+}
+
+/// A page becomes read-only, goes, and is the supervisor's.
+#[test]
+fn pages_that_are_taken_away() {
+    for (bits, error) in [
+        (pte::P | pte::US | pte::A | pte::D, pf::P | pf::W | pf::U),
+        (0, pf::W | pf::U),
+        (pte::P | pte::RW | pte::A | pte::D, pf::P | pf::W | pf::U),
+    ] {
+        let mut bed = open();
+        service(&mut bed, &program!(64: "mov [rdi], rbx", "mov rax, cr3", "mov cr3, rax", "iretq"));
+        bed.put64(DATA + 8, 5);
+        let p = program!(64: "mov qword ptr [rsi + 8], 6", "int 0x40"; "add qword ptr [rsi + 8], 7");
+        start(&mut bed);
+        bed.cpu.gpr[gpr::RBX] = DATA | bits;
+        bed.run(&p);
+        let t = bed.taken();
+        assert_eq!((t.vector, t.error, t.rip, bed.cpu.cr2), (14, Some(error), CODE + p.at, DATA + 8));
+        assert_eq!(bed.get64(DATA + 8), 6);
+    }
+}
+
+/// An access to two pages of which the second is missing changes neither.
+#[test]
+fn accesses_to_two_pages() {
+    let mut bed = open();
+    bed.map(DATA + 0x1000, 0, 0);
+    bed.put64(DATA + 0xFF8, 1);
+    let p = program!(64: "mov al, [rsi]", "mov [rsi], al"; "mov [rsi + 0xFFC], rsi");
+    start(&mut bed);
+    bed.run(&p);
+    let t = bed.taken();
+    assert_eq!((t.vector, t.rip, bed.cpu.cr2), (14, CODE + p.at, DATA + 0x1000));
+    assert_eq!(bed.get64(DATA + 0xFF8), 1);
+    bed.map(DATA + 0x1000, DATA + 0x8000, pte::ALL);
+    run(&mut bed, &p_to_hlt());
+    assert_eq!((bed.get32(DATA + 0xFFC), bed.get32(DATA + 0x8000)), (DATA as u32, (DATA >> 32) as u32));
+}
+
+fn p_to_hlt() -> Program {
+    program!(64: "mov [rsi + 0xFFC], rsi")
+}
+
+/// Programs may write what they run, also where the page was written before.
+#[test]
+fn code_that_changes() {
+    let mut bed = open();
+    run(
+        &mut bed,
+        &program!(64: "mov ecx, 50", "xor eax, eax", "2: mov dword ptr [rip + 3f + 1], ecx", "3: mov edx, 0", "add eax, edx",
+        "dec ecx", "jnz 2b"),
+    );
+    assert_eq!(bed.cpu.gpr[gpr::RAX], 1275);
+    // Code in a page of data that is shown as writable.
+    bed.put(DATA, &[0]);
+    run(
+        &mut bed,
+        &program!(64: "mov ecx, 50", "xor r9d, r9d", "2: mov byte ptr [rsi + 0x100], 0xB8", "mov [rsi + 0x101], ecx",
+        "mov byte ptr [rsi + 0x105], 0xC3", "lea rdx, [rsi + 0x100]", "call rdx", "add r9, rax", "dec ecx", "jnz 2b"),
+    );
+    assert_eq!(bed.cpu.gpr[9], 1275);
+}
+
+/// Addresses without a page, without a region and without a form: faults at the instruction, with all registers and flags as before
+/// it, whichever flags are live.
+#[test]
+fn wild_addresses() {
+    const WILD: [u64; 12] = [
+        0,
+        0x10,
+        0xFFFF,
+        0x1_0000,
+        0x7FFF_FFFF_EFF8,
+        0x7FFF_FFFF_F000,
+        0x7FFF_FFFF_FFFE,
+        0x8000_0000_0000,
+        0xFFFF_7FFF_FFFF_FFF8,
+        0xFFFF_8000_0000_0000,
+        0xFFFF_FFFF_FFFF_FFF0,
+        0x5555_5555_5000,
+    ];
+    let programs = [
+        program!(64: "cmp eax, ebx"; "mov rdx, [r9]", "setc cl", "jo 2f", "js 2f", "jp 2f", "2: jz 3f", "3:"),
+        program!(64: "add eax, ebx"; "mov [r9 + 1], rdx", "adc ecx, 0"),
+        program!(64: "test eax, ebx"; "add [r9], edx"),
+        program!(64: "sub eax, ebx"; "movups xmm0, [r9 + rbp]", "setz cl"),
+        program!(64: "sub eax, ebx"; "lock xadd [r9], rdx", "setc cl"),
+        program!(64: "cmp eax, ebx"; "xchg ah, [rdi]", "setz cl"),
+    ];
+    both(Start::Long, |bed| {
+        for at in WILD.into_iter().chain([1 << 40, 3 << 32]) {
+            for (n, p) in programs.iter().enumerate() {
+                start(bed);
+                bed.map(0, 0, 0);
+                bed.map(0x1_0000, 0, 0);
+                bed.map(0xF000, 0, 0);
+                bed.flush();
+                let g = &mut bed.cpu.gpr;
+                (g[9], g[gpr::RDI], g[gpr::RAX], g[gpr::RBX], g[gpr::RDX]) =
+                    (at, at, 0x8765_4321, 0x1234_5678, 9);
+                g[gpr::RBP] = 0;
+                let before = *g;
+                bed.run(p);
+                let t = bed.taken();
+                let last = at.wrapping_add([7, 8, 3, 15, 7, 0][n]);
+                let first = at.wrapping_add(u64::from(n == 1));
+                let canonical = |lin: u64| ((lin << 16) as i64 >> 16) as u64 == lin;
+                let vector = if canonical(first) && canonical(last) { 14 } else { 13 };
+                assert_eq!((t.vector, t.rip), (vector, CODE + p.at), "{at:#x}, program {n}");
+                let mut now = bed.cpu.gpr;
+                now[gpr::RAX] = if matches!(n, 1 | 3 | 4) { before[gpr::RAX] } else { now[gpr::RAX] };
+                now[gpr::RSP] = before[gpr::RSP];
+                assert_eq!(now, before, "{at:#x}, program {n}");
+                let sum = 0x8765_4321u64 + 0x1234_5678;
+                let (a, b) = (0x8765_4321u32, 0x1234_5678u32);
+                let carry = match n {
+                    1 => sum >> 32 != 0,
+                    2 => false,
+                    _ => a < b,
+                };
+                assert_eq!(t.flags & flags::CF != 0, carry, "{at:#x}, program {n}");
+                bed.map(0, 0, pte::ALL);
+                bed.map(0x1_0000, 0x1_0000, pte::ALL);
+                bed.map(0xF000, 0xF000, pte::ALL);
+            }
+        }
+    });
+}
+
+/// A program that begins low and goes on at the end of the lower half has a window still, or goes on without.
+#[test]
+fn programs_at_both_ends() {
+    both(Start::Long, |bed| {
+        let place = 0x7FFE_0000_0000 | 1 << 30;
+        bed.put64(PDPT + (place >> 30 & 511) * 8, PD | pte::ALL);
+        bed.put64(PML4 + (place >> 39) * 8, PDPT | pte::ALL);
+        bed.flush();
+        for turn in 1..4 {
+            start(bed);
+            bed.cpu.gpr[9] = place;
+            bed.run(&program!(64: "mov ecx, 100", "2: inc qword ptr [rsi]", "add [r9 + rsi], rcx", "mov rax, rsp", "lea rsp, [r9 + rsp]",
+                "push rcx", "pop rdx", "mov rsp, rax", "dec ecx", "jnz 2b", "int 0x50"));
+            assert_eq!(bed.get64(DATA), turn * (100 + 5050));
+        }
+    });
+}
+
+/// As many pages as there are, over and over, with regions that come late.
+#[test]
+fn all_pages_by_turns() {
+    let mut bed = open();
+    for page in 0..0x700 {
+        bed.put64(DATA + page * 4096, page);
+    }
+    let p = program!(64: "mov ecx, 0x700", "xor eax, eax", "mov rdx, rsi", "2: add rax, [rdx]", "mov [rdx + 8], rcx", "add rdx, 0x1000", "dec ecx",
+        "jnz 2b");
+    for _ in 0..3 {
+        run(&mut bed, &p);
+        assert_eq!(bed.cpu.gpr[gpr::RAX], 0x700 * 0x6FF / 2);
+        bed.flush();
+    }
+    let last = DATA + 0x6FF * 4096;
+    assert_eq!((bed.get64(DATA + 8), bed.get64(last + 8)), (0x700, 1));
+    assert!(bed.counter("window_comparisons") >= Some(2));
+}
+
+/// The debugger's eyes see what programs do in windows: a watched page is never shown.
+#[test]
+fn watched_bytes() {
+    let mut bed = open();
+    let p = program!(64: "mov ecx, 10", "2: mov [rsi], rcx", "dec ecx", "jnz 2b", "mov [rsi + 0x20], rcx");
+    run(&mut bed, &p);
+    let watch = Watchpoint { space: Space::Linear, first: DATA + 0x20, len: 8, kind: WatchKind::Write };
+    bed.arm(DebugPlan { watch: [watch].into(), ..DebugPlan::default() });
+    start(&mut bed);
+    bed.load(&p);
+    assert!(matches!(bed.go(), Exit::Debug(DebugStop::Watch(_))));
+    assert_eq!(bed.cpu.rip, CODE + p.bytes.len() as u64 - 1);
+}
