@@ -414,10 +414,30 @@ impl Windows {
         self.spaces.iter().flatten().any(|w| w.page(lin) == shown(ram, true))
     }
 
+    /// Whether the current window may show `n` pages more, at the cost of the others.
+    fn make_room(&mut self, n: usize) -> bool {
+        let pages: usize = self.spaces.iter().flatten().map(|w| w.pages).sum();
+        if pages + n > self.max_pages {
+            let active = self.active;
+            let others = self.spaces.iter_mut().enumerate().filter(|&(space, _)| space != active);
+            others.for_each(|(_, w)| w.iter_mut().for_each(Window::hide_all));
+        }
+        self.current().is_some_and(|w| w.pages + n <= self.max_pages)
+    }
+
+    /// Whether a program that uses `pages` pages fits into a window, with room to grow.
+    pub(crate) fn is_roomy_for(&self, pages: usize) -> bool {
+        pages <= self.max_pages / 2
+    }
+
+    /// Pages that the current window shows.
+    pub(crate) fn pages(&self) -> usize {
+        self.current().map_or(0, |w| w.pages)
+    }
+
     /// Shows pages from that of `lin` on, in an admitted region: pages of guest memory from number `ram` on, as many as `n`.
     /// False if they cannot be shown.
     pub(crate) fn show(&mut self, lin: u64, ram: u64, n: u64, write: bool) -> bool {
-        let pages: usize = self.spaces.iter().flatten().map(|w| w.pages).sum();
         let Some(w) = &self.spaces[self.active] else { return false };
         let lin = lin & !0xFFF;
         let at = w.host(lin);
@@ -426,8 +446,9 @@ impl Windows {
         if !inside || !admitted {
             return false;
         }
-        if pages + n as usize > self.max_pages {
-            self.hide_all();
+        if !self.make_room(n as usize) {
+            self.unfit = true;
+            return false;
         }
         let Some(w) = &mut self.spaces[self.active] else { return false };
         let access = if write { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
@@ -631,14 +652,17 @@ mod tests {
     }
 
     #[test]
-    fn a_full_window_starts_over() {
+    fn the_current_window_goes_first_when_there_is_no_room() {
         let (mut w, _mem) = windows();
         w.max_pages = 3;
-        assert!(w.open(1, Reach::High, &[FAR]));
-        assert!(w.show(FAR, 0, 2, true) && w.show(FAR + 0x4000, 2, 1, true));
-        assert!(w.show(FAR + 0x8000, 4, 1, true));
-        assert!(!readable(&w, FAR) && readable(&w, FAR + 0x8000));
-        assert_eq!(w.current().expect("open").pages, 1);
+        assert!(w.open(1, Reach::High, &[FAR]) && w.show(FAR, 0, 2, true));
+        w.switch(1);
+        assert!(w.open(1, Reach::High, &[FAR]) && w.show(FAR, 4, 1, true) && w.pages() == 1);
+        assert!(w.show(FAR + 0x4000, 5, 2, true) && w.pages() == 3 && !w.unfit);
+        assert!(!w.show(FAR + 0x8000, 7, 1, true) && w.unfit);
+        w.switch(0);
+        assert!(w.pages() == 0 && !readable(&w, FAR));
+        assert!(w.is_roomy_for(1) && !w.is_roomy_for(2));
     }
 
     #[test]

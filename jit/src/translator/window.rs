@@ -18,6 +18,8 @@ const CREDIT: i32 = 1_000;
 const EARNED: i32 = 100;
 /// What a fault counts that shows nothing.
 const IN_VAIN: i32 = 3;
+/// Pages that may be compared with page tables for what a fault costs.
+const COMPARED: i32 = 512;
 /// A program that leaves translated code more often than this between two polls is still beginning.
 const COLD: u64 = 40;
 /// Polls that a space waits for another window at most.
@@ -127,11 +129,13 @@ impl Translator {
         if self.windows.unfit || dear {
             self.close_window();
             let c = self.candidate();
-            c.wait = (2 * c.wait + 16).min(MAX_WAIT);
+            c.wait = (4 * c.wait + 64).min(MAX_WAIT);
             return;
         }
         if self.windows.is_stale() {
             self.compare_window(cpu);
+            let pages = self.windows.pages() as i32;
+            self.candidate().credit -= pages / COMPARED;
         }
         if let Some(lin) = expected {
             self.show_around(cpu, lin);
@@ -146,7 +150,8 @@ impl Translator {
         (c.polls, c.credit) = (0, CREDIT);
         let reach = if c.everywhere { Reach::Everywhere } else { Reach::of(&known) };
         // There is one for all processors.
-        let possible = reach != Reach::Everywhere || self.options.vcpus == 1;
+        let possible =
+            (reach != Reach::Everywhere || self.options.vcpus == 1) && self.windows.is_roomy_for(known.len());
         if !possible || !self.windows.open(root, reach, &[cpu.rip]) {
             let c = self.candidate();
             c.wait = (2 * c.wait + 16).min(MAX_WAIT);
