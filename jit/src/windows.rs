@@ -84,6 +84,8 @@ pub(crate) struct Windows {
     max_regions: usize,
     /// The current window cannot serve its space.
     pub(crate) unfit: bool,
+    /// There shall be none.
+    forbidden: bool,
     /// Since start: windows, pages shown, and times that windows were compared with page tables.
     pub(crate) opened: u64,
     pub(crate) shown: u64,
@@ -241,6 +243,7 @@ impl Windows {
             max_pages: ALL_PAGES / vcpus.max(1),
             max_regions: (ALL_REGIONS / (vcpus * spaces).max(1)).min(MAX_REGIONS),
             unfit: false,
+            forbidden: false,
             opened: 0,
             shown: 0,
             compared: 0,
@@ -322,7 +325,7 @@ impl Windows {
     /// cannot be.
     pub(crate) fn open(&mut self, root: u64, reach: Reach, wanted: &[u64]) -> bool {
         debug_assert!(!self.is_open());
-        if !can_set_gs() || !self.has_table() {
+        if self.forbidden || !can_set_gs() || !self.has_table() {
             return false;
         }
         let deltas = match reach {
@@ -367,6 +370,14 @@ impl Windows {
             self.unfit = false;
         }
         self.spaces[space] = None;
+    }
+
+    /// Closes all windows, and opens none from now on.
+    pub(crate) fn forbid(&mut self) {
+        if !self.forbidden {
+            self.forbidden = true;
+            self.close_all();
+        }
     }
 
     /// Closes all windows.

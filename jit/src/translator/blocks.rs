@@ -39,7 +39,7 @@ impl Translator {
         let t =
             translate(cpu, &self.mem, self.core.paging(), LinAddr(lin), Access::Execute, privilege).ok()?;
         let (Mapped::Ram(o) | Mapped::Rom(o)) = self.mem.resolve(t.phys.page()) else { return None };
-        if user && !self.admit_code(lin) {
+        if user && !self.admit_code(lin, t.global) {
             return None;
         }
         self.context().xslots[slot as usize] = (o.0 >> PAGE_SHIFT) as u32 + 1;

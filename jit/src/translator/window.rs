@@ -201,8 +201,15 @@ impl Translator {
         self.candidates.due = self.windows.is_stale();
     }
 
-    /// Lets the current window, if there is one, be used for code at `lin`: what lies near code is not checked.
-    pub(super) fn admit_code(&mut self, lin: u64) -> bool {
+    /// Lets the current window, if there is one, be used for code at `lin`, on a page that is `global` or not: what lies near code is
+    /// not checked. What is known of a global page is known in all spaces, whichever regions their windows have, so that a guest with global
+    /// pages of programs has no windows.
+    pub(super) fn admit_code(&mut self, lin: u64, global: bool) -> bool {
+        if global {
+            let open = self.windows.is_open();
+            self.windows.forbid();
+            return !open;
+        }
         if !self.windows.is_open() || lin >> 47 != 0 || self.windows.admit(lin) {
             return true;
         }

@@ -2,7 +2,7 @@
 //! as it does for look-ups in tables, and no address leads elsewhere.
 
 use crate::bed::{Bed, CODE, DATA, HANDLERS, Kind, PD, PDPT, PML4, Program, Start, both, pf, pte};
-use paravane_cpu::{DebugPlan, DebugStop, Exit, Space, WatchKind, Watchpoint, flags, gpr};
+use paravane_cpu::{DebugPlan, DebugStop, Exit, Space, WatchKind, Watchpoint, cr4, flags, gpr};
 
 /// INT 40H does `program`, at CPL 0.
 fn service(bed: &mut Bed, program: &Program) {
@@ -255,6 +255,26 @@ fn all_pages_by_turns() {
     let last = DATA + 0x6FF * 4096;
     assert_eq!((bed.get64(DATA + 8), bed.get64(last + 8)), (0x700, 1));
     assert!(bed.counter("window_comparisons") >= Some(2));
+}
+
+/// Where programs have global pages there are no windows: what is known of their code outlives a switch to a space whose window does
+/// not have its region.
+#[test]
+fn global_pages_of_programs() {
+    let mut bed = open();
+    let p = program!(64: "mov ecx, 10", "2: inc qword ptr [rsi]", "dec ecx", "jnz 2b");
+    start(&mut bed);
+    bed.map(CODE, CODE, pte::ALL | pte::G);
+    bed.cpu.cr4 |= cr4::PGE;
+    bed.flush();
+    bed.run(&p);
+    assert_eq!(bed.get64(DATA), 10);
+    bed.map(CODE, CODE, pte::ALL);
+    bed.flush();
+    let before = ["windows_opened", "window_faults"].map(|name| bed.counter(name));
+    run(&mut bed, &program!(64: "mov ecx, 10", "2: inc qword ptr [rsi + 0x5000]", "dec ecx", "jnz 2b"));
+    assert_eq!(bed.get64(DATA + 0x5000), 10);
+    assert_eq!(["windows_opened", "window_faults"].map(|name| bed.counter(name)), before);
 }
 
 /// The debugger's eyes see what programs do in windows: a watched page is never shown.
