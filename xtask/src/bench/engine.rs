@@ -1,9 +1,13 @@
-//! What runs the suite: the host itself, paravane, QEMU. Each run gives samples: name, units, result, CPU time.
+//! What runs the suite: the host itself, paravane, QEMU. Each run gives samples: name, units, result, CPU time; those of
+//! a machine with native ones beside them.
 
 use super::cputime::CpuTime;
 use super::footprint;
-use super::suite::Program;
-use crate::host::{self, Context, Failure, Outcome};
+use super::native::Native;
+use super::pause::{self, Pause};
+use super::sample::{Sample, parse_end};
+use crate::host::{Context, Failure, Outcome};
+use rustix::process::Pid;
 use std::io::{BufRead, BufReader, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -22,19 +26,6 @@ pub enum Engine {
     Paravane(PathBuf),
     /// `qemu-system-x86_64 -accel tcg` with this CPU model
     Qemu(&'static str),
-}
-
-/// What one program did in one run, or what a machine needed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sample {
-    /// The program
-    pub name: String,
-    /// Units of work
-    pub units: u64,
-    /// A checksum, or `skipped`
-    pub result: String,
-    /// Host CPU time; of a memory row, bytes; of a program with several threads, time
-    pub cost: u64,
 }
 
 /// How a machine's disk is attached.
@@ -76,8 +67,10 @@ pub struct Boot<'a> {
     pub initrd: &'a Path,
     /// The kernel command line
     pub append: String,
-    /// A machine that takes longer is killed
+    /// A machine that takes longer is killed; while it stands still no time passes
     pub limit: Duration,
+    /// What the host runs beside the samples, if anything
+    pub native: Option<Native<'a>>,
 }
 
 impl Engine {
@@ -94,7 +87,7 @@ impl Engine {
         let mut command = match self {
             Self::Native => return None,
             Self::Paravane(binary) => {
-                let mut command = host::command(binary);
+                let mut command = pause::tied(binary);
                 command.args([
                     "run",
                     "--memory",
@@ -112,7 +105,7 @@ impl Engine {
                 command
             }
             Self::Qemu(model) => {
-                let mut command = host::command("qemu-system-x86_64");
+                let mut command = pause::tied("qemu-system-x86_64");
                 command.args([
                     "-machine",
                     "pc,accel=tcg",
@@ -143,23 +136,6 @@ impl Engine {
     }
 }
 
-/// Runs the programs on the host, one after the other, `repeat` times each: native runs are short.
-pub fn run_native(programs: &[(Program, u64)], folder: &Path, repeat: u32) -> Outcome<Vec<Sample>> {
-    let mut samples = Vec::new();
-    for (program, units) in programs {
-        let words = program.words(*units);
-        progress(&program.name);
-        for _ in 0..repeat {
-            let mut command = host::command(folder.join(words[0].trim_start_matches("./")));
-            let text = host::text(command.args(&words[1..]).current_dir(folder).stdin(Stdio::null()))?;
-            let own_time = text.lines().filter_map(parse_end).next_back();
-            samples.push(own_time.ok_or_else(|| Failure::new(format!("{}: no end mark", program.name)))?);
-        }
-    }
-    progress("");
-    Ok(samples)
-}
-
 /// What a machine gave: samples, and what went wrong on the way.
 #[derive(Default)]
 pub struct MachineRun {
@@ -176,7 +152,7 @@ pub fn run_machine(engine: &Engine, boot: &Boot<'_>) -> Outcome<MachineRun> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().context(engine.name())?;
     let stderr = child.stderr.take().map(drain);
-    let mut watch = Watch::of(&child);
+    let mut watch = Watch::of(&child, boot.native);
     let in_time = watch.follow(&lines_of(&mut child)?, boot.limit);
     if !in_time {
         child.kill().ok();
@@ -196,22 +172,27 @@ pub fn run_machine(engine: &Engine, boot: &Boot<'_>) -> Outcome<MachineRun> {
 }
 
 /// Reads a machine's console.
-struct Watch {
-    pid: u32,
+struct Watch<'a> {
+    machine: Pid,
+    native: Option<Native<'a>>,
     time: CpuTime,
     start: Instant,
+    /// How long it has stood still since then
+    paused: Duration,
     begun: Option<(String, u64)>,
     finished: bool,
     last_line: String,
     run: MachineRun,
 }
 
-impl Watch {
-    fn of(child: &Child) -> Self {
+impl<'a> Watch<'a> {
+    fn of(child: &Child, native: Option<Native<'a>>) -> Self {
         Self {
-            pid: child.id(),
+            machine: Pid::from_child(child),
+            native,
             time: CpuTime::of(child.id()),
             start: Instant::now(),
+            paused: Duration::ZERO,
             begun: None,
             finished: false,
             last_line: String::new(),
@@ -222,7 +203,7 @@ impl Watch {
     /// Reads to the end; `false` when the limit is reached first.
     fn follow(&mut self, lines: &Receiver<String>, limit: Duration) -> bool {
         loop {
-            match lines.recv_timeout(limit.saturating_sub(self.start.elapsed())) {
+            match lines.recv_timeout(limit.saturating_sub(self.wall())) {
                 Ok(line) => self.line(line.trim()),
                 Err(RecvTimeoutError::Disconnected) => return true,
                 Err(RecvTimeoutError::Timeout) => return false,
@@ -230,9 +211,14 @@ impl Watch {
         }
     }
 
+    /// How long the machine has run.
+    fn wall(&self) -> Duration {
+        self.start.elapsed().saturating_sub(self.paused)
+    }
+
     fn line(&mut self, line: &str) {
         let now = self.time.look();
-        let wall = self.start.elapsed().as_nanos() as u64;
+        let wall = self.wall().as_nanos() as u64;
         // Programs with several threads are timed, as native ones time themselves.
         let clock = |name: &str| if name.starts_with("threads-") { wall } else { now };
         if let Some((_, name)) = line.split_once("@@begin ") {
@@ -261,17 +247,35 @@ impl Watch {
     }
 
     fn footprint(&mut self, name: &str) {
-        let bytes = footprint::beyond_ram(self.pid, MEGABYTES << 20);
+        let bytes = footprint::beyond_ram(self.machine.as_raw_pid() as u32, MEGABYTES << 20);
         self.run.samples.extend(bytes.map(|bytes| machine_sample(name, bytes)));
     }
 
     fn end(&mut self, sample: Sample, now: u64) {
         match self.begun.take() {
             Some((name, begun)) if name == sample.name => {
-                self.run.samples.push(Sample { cost: now.saturating_sub(begun), ..sample });
+                let beside = self.beside(&sample);
+                self.run.samples.push(Sample { cost: now.saturating_sub(begun), beside, ..sample });
             }
             _ => self.problem(&format!("{} ended without having begun", sample.name), ""),
         }
+    }
+
+    /// Runs natively what the guest has just run, while the machine stands still. Its timers catch up between this
+    /// program and the next.
+    fn beside(&mut self, sample: &Sample) -> Vec<Sample> {
+        let Some(native) = self.native.filter(|native| sample.measured() && native.has(&sample.name)) else {
+            return Vec::new();
+        };
+        let ran = Pause::of(self.machine).and_then(|pause| {
+            let ran = native.beside(&sample.name);
+            self.paused += pause.lasted();
+            ran
+        });
+        ran.unwrap_or_else(|failure| {
+            self.run.problems.push(format!("{} natively beside it: {failure}", sample.name));
+            Vec::new()
+        })
     }
 
     fn problem(&mut self, what: &str, said: &str) {
@@ -291,14 +295,14 @@ fn telling(said: &str) -> Option<String> {
 }
 
 /// Shows on a terminal what is running; a log stays free of it.
-fn progress(name: &str) {
+pub fn progress(name: &str) {
     if std::io::stderr().is_terminal() {
         eprint!("\r\x1b[K{name}{}", if name.is_empty() { "" } else { " ..." });
     }
 }
 
 fn machine_sample(name: &str, cost: u64) -> Sample {
-    Sample { name: name.into(), units: 1, result: "none".into(), cost }
+    Sample { name: name.into(), units: 1, result: "none".into(), cost, beside: Vec::new() }
 }
 
 fn drain(mut pipe: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
@@ -326,21 +330,11 @@ fn lines_of(child: &mut Child) -> Outcome<Receiver<String>> {
     Ok(lines)
 }
 
-/// `@@end NAME UNITS RESULT CPU_NANOSECONDS`, perhaps behind a kernel message.
-fn parse_end(line: &str) -> Option<Sample> {
-    let (_, rest) = line.split_once("@@end ")?;
-    let mut words = rest.split_whitespace();
-    Some(Sample {
-        name: words.next()?.to_owned(),
-        units: words.next()?.parse().ok()?,
-        result: words.next()?.to_owned(),
-        cost: words.next()?.parse().ok()?,
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::suite::{Kind, Program};
     use super::*;
+    use crate::host;
 
     #[test]
     fn a_panic_tells_more_than_the_last_line() {
@@ -351,10 +345,22 @@ mod tests {
     }
 
     #[test]
-    fn end_marks() {
-        let sample = parse_end("[ 1.0] x@@end sort 20 d3944189044d9c7f 18115000\r\n").unwrap();
-        assert_eq!((sample.name.as_str(), sample.units, sample.cost), ("sort", 20, 18_115_000));
-        assert_eq!(sample.result, "d3944189044d9c7f");
-        assert!(parse_end("@@end sort").is_none() && parse_end("@@begin sort").is_none());
+    fn the_host_runs_beside_a_machine_that_stands_still() {
+        // `echo` as a program of the suite: it says its end mark.
+        let kind = Kind::Compiled { source: "echo", variant: "@@end sort 2 r 7", narrow: false };
+        let programs = [(Program { name: "sort".into(), class: "integer", units: 2, kind }, 2)];
+        let native = Native { programs: &programs, folder: Path::new("/bin") };
+        let mut child = host::command("sleep").arg("60").spawn().expect("sleep");
+        let mut watch = Watch::of(&child, Some(native));
+        for line in ["@@begin sort", "@@end sort 2 r 9", "@@begin avx2", "@@end avx2 2 r 9"] {
+            watch.line(line);
+        }
+        let ran = watch.wall() + watch.paused;
+        child.kill().ok();
+        child.wait().expect("status");
+        let beside = watch.run.samples.iter().map(|sample| sample.beside.as_slice());
+        let costs: Vec<Vec<u64>> = beside.map(|all| all.iter().map(|native| native.cost).collect()).collect();
+        assert_eq!(costs, [vec![7; 3], vec![]], "avx2 is none of the programs");
+        assert!(!watch.paused.is_zero() && watch.paused < ran && watch.run.problems.is_empty());
     }
 }

@@ -1,21 +1,30 @@
 //! `cargo xtask bench`: one suite of small C programs, natively, in paravane and in QEMU.
 //!
-//! All engines run in one session, A B A B, so that a slow minute of the host hits each of them. What is compared is
-//! host CPU time per unit of work: the guest prints a mark before and after each program, and the emulator's CPU
-//! time is read from `/proc` when a mark arrives. A guest has no say in what it cost.
+//! All machines run in one session, A B A B. What is compared is host CPU time per unit of work: the guest prints a mark
+//! before and after each program, and the emulator's CPU time is read from `/proc` when a mark arrives. A guest has no
+//! say in what it cost.
+//!
+//! A host's speed changes from minute to minute. So at a program's end mark the machine is stopped, the host runs the
+//! same program natively, and the machine goes on: each sample has native ones beside it, taken in the same seconds. A
+//! machine's multiple of native is the median of its samples' multiples of the native ones beside them.
 
 mod cputime;
 mod engine;
 mod footprint;
 mod image;
+mod native;
+mod pause;
 mod report;
+mod sample;
 mod suite;
 
 use crate::guests::{self, Manifest};
 use crate::host::{self, Context, Failure, Outcome};
 use clap::ValueEnum;
-use engine::{Boot, DiskBus, Engine, MachineRun, Sample};
+use engine::{Boot, DiskBus, Engine, MachineRun};
+use native::Native;
 use report::{Measured, Report};
+use sample::Sample;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,7 +40,7 @@ pub struct Options {
     /// Only these programs
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     only: Vec<String>,
-    /// Rounds; each runs every engine once, and the median counts
+    /// Rounds; each runs every machine once, and the median counts
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
     /// What to measure on [default: all that are there]
@@ -153,6 +162,8 @@ fn disk_rows(options: &Options) -> Vec<&'static str> {
 struct Session {
     programs: Vec<(Program, u64)>,
     folder: PathBuf,
+    /// Whether the programs are run natively beside the machines' samples
+    beside: bool,
     kernel: PathBuf,
     plain: PathBuf,
     /// The initrd with the programs, and the one with those for two processors
@@ -189,9 +200,13 @@ impl Drop for ScratchImage {
 fn measure(options: &Options, programs: Vec<Program>) -> Outcome<Report> {
     let mut problems = Vec::new();
     let mut engines = engines(options, &mut problems)?;
-    let session = prepare(options, programs)?;
-    let mut measured = Measured::default();
     let columns = engines.iter().map(Engine::name).collect();
+    let beside = engines.len() > 1 && engines.contains(&Engine::Native);
+    if beside {
+        engines.retain(|engine| *engine != Engine::Native);
+    }
+    let session = prepare(options, programs, beside)?;
+    let mut measured = Measured::default();
     for round in 1..=options.runs {
         engines.retain(|engine| {
             println!("bench: round {round} of {}: {}", options.runs, engine.name());
@@ -243,7 +258,7 @@ fn paravane(options: &Options) -> Outcome<PathBuf> {
     host::release_build()
 }
 
-fn prepare(options: &Options, mut programs: Vec<Program>) -> Outcome<Session> {
+fn prepare(options: &Options, mut programs: Vec<Program>, beside: bool) -> Outcome<Session> {
     let manifest = guests::bring(false)?;
     let guest =
         manifest.guests.get(&options.guest).ok_or_else(|| unknown_guest(&options.guest, &manifest))?;
@@ -276,6 +291,7 @@ fn prepare(options: &Options, mut programs: Vec<Program>) -> Outcome<Session> {
     Ok(Session {
         programs,
         folder,
+        beside,
         kernel: guests::folder().join(&guest.kernel),
         plain,
         loaded,
@@ -298,15 +314,24 @@ impl Session {
     fn round(&self, engine: &Engine, round: u32) -> Outcome<MachineRun> {
         let mut run = self.programs_and_machines(engine, round)?;
         for sample in run.samples.iter_mut().filter(|sample| sample.name == "cold") {
-            sample.units = (sample.units.min(COLD_FUNCTIONS) as f64 * self.cold_instructions) as u64;
+            sample.beside.iter_mut().for_each(|native| self.count_instructions(native));
+            self.count_instructions(sample);
         }
         Ok(run)
     }
 
+    /// Of the program `cold`, whose own units are functions.
+    fn count_instructions(&self, sample: &mut Sample) {
+        sample.units = (sample.units.min(COLD_FUNCTIONS) as f64 * self.cold_instructions) as u64;
+    }
+
+    fn native(&self) -> Native<'_> {
+        Native { programs: &self.programs, folder: &self.folder }
+    }
+
     fn programs_and_machines(&self, engine: &Engine, round: u32) -> Outcome<MachineRun> {
         if *engine == Engine::Native {
-            let samples = engine::run_native(&self.programs, &self.folder, 3)?;
-            return Ok(MachineRun { samples, problems: Vec::new() });
+            return Ok(MachineRun { samples: self.native().all()?, problems: Vec::new() });
         }
         let mut run = MachineRun::default();
         for (name, kernel, initrd) in &self.boots {
@@ -376,7 +401,8 @@ impl Session {
         append: &str,
         disk: Option<(&Path, DiskBus)>,
     ) -> Outcome<MachineRun> {
-        let boot = Boot { cpus, kernel, initrd, append: append.into(), limit: self.limit, disk };
+        let native = self.beside.then(|| self.native());
+        let boot = Boot { cpus, kernel, initrd, append: append.into(), limit: self.limit, native, disk };
         engine::run_machine(engine, &boot)
     }
 }

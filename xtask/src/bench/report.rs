@@ -1,6 +1,6 @@
 //! Medians, ratios, geometric means, and the table.
 
-use super::engine::Sample;
+use super::sample::Sample;
 use super::suite::{self, CLASSES, DISK, MACHINE_ROWS};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,7 +23,7 @@ pub struct Report {
     pub classes: Vec<ClassMean>,
     /// Disk tests: geometric mean of paravane's time over that of the better QEMU model
     pub disk_over_qemu: Option<f64>,
-    /// By engine: what two threads on two processors do in the time one does a unit
+    /// By engine: what two threads on two processors do in the time one does a unit, median over the runs
     pub two_threads: BTreeMap<String, f64>,
     /// Programs whose results differ, engines that failed
     pub problems: Vec<String>,
@@ -49,10 +49,12 @@ pub struct Cell {
     pub per_unit: f64,
     /// (largest - smallest) / median
     pub spread: f64,
-    /// Multiples of native
+    /// Multiples of native: the median of `ratios`
     pub ratio: Option<f64>,
-    /// Every sample
+    /// Every sample, in the order they were taken
     pub samples: Vec<f64>,
+    /// Those with native samples beside them, each over their median; in the same order
+    pub ratios: Vec<f64>,
     /// What the program computed
     pub result: String,
 }
@@ -94,23 +96,46 @@ impl Measured {
         let disk_over_qemu = geometric_mean(over_qemu.iter().copied());
         let problems = problems.into_iter().chain(rows.iter().filter_map(disagreement)).collect();
         let classes = CLASSES.iter().filter_map(|class| class_mean(class, &rows, &engines)).collect();
-        let two_threads = two_threads(&rows, &engines);
+        let two_threads =
+            engines.iter().filter_map(|engine| Some((engine.clone(), self.two_threads(engine)?)));
+        let two_threads = two_threads.collect();
         Report { about, engines, rows, classes, disk_over_qemu, two_threads, problems }
     }
 
     fn row(&self, name: &str, class: &str, engines: &[String]) -> Option<Row> {
-        let mut cells = BTreeMap::new();
-        for engine in engines {
-            if let Some(samples) = self.0.get(engine).and_then(|programs| programs.get(name)) {
-                cells.insert(engine.clone(), cell(samples));
-            }
-        }
-        let native = cells.get(NATIVE).filter(|cell| cell.measured()).map(|cell| cell.per_unit);
-        for cell in cells.values_mut().filter(|cell| cell.measured()) {
-            cell.ratio = native.filter(|native| *native > 0.0).map(|native| cell.per_unit / native);
-        }
+        let of_engine = |engine: &String| {
+            let samples = if engine == NATIVE { self.native(name) } else { self.of(engine, name).collect() };
+            (!samples.is_empty()).then(|| (engine.clone(), cell(&samples)))
+        };
+        let cells: BTreeMap<_, _> = engines.iter().filter_map(of_engine).collect();
         let counts = if class == "host" { "bytes" } else { "ns" };
         (!cells.is_empty()).then(|| Row { name: name.into(), class: class.into(), counts, cells })
+    }
+
+    /// The samples of a program on an engine.
+    fn of(&self, engine: &str, name: &str) -> impl Iterator<Item = &Sample> {
+        self.0.get(engine).and_then(|programs| programs.get(name)).into_iter().flatten()
+    }
+
+    /// A program's native samples: those without a machine, and those beside each machine's.
+    fn native(&self, name: &str) -> Vec<&Sample> {
+        let beside = self.0.keys().flat_map(|engine| self.of(engine, name)).flat_map(|sample| &sample.beside);
+        self.of(NATIVE, name).chain(beside).collect()
+    }
+
+    /// The two programs are neighbours in the suite, so each run of a machine gives a figure by itself, and another one
+    /// for what ran natively beside them.
+    fn two_threads(&self, engine: &str) -> Option<f64> {
+        let mut figures = self.one_over_two(engine, |sample| Some(per_unit(sample)));
+        if engine == NATIVE {
+            figures.extend(self.0.keys().flat_map(|machine| self.one_over_two(machine, native_per_unit)));
+        }
+        (!figures.is_empty()).then(|| median(&figures))
+    }
+
+    fn one_over_two(&self, engine: &str, time: fn(&Sample) -> Option<f64>) -> Vec<f64> {
+        let times = |name| self.of(engine, name).map(move |sample| time(sample).filter(|time| *time > 0.0));
+        times("threads-one").zip(times("threads-two")).filter_map(|(one, two)| Some(one? / two?)).collect()
     }
 }
 
@@ -120,23 +145,41 @@ impl Cell {
     }
 }
 
-fn cell(samples: &[Sample]) -> Cell {
-    let mut values: Vec<f64> =
-        samples.iter().map(|sample| sample.cost as f64 / sample.units.max(1) as f64).collect();
-    values.sort_by(f64::total_cmp);
+fn cell(samples: &[&Sample]) -> Cell {
+    let values: Vec<f64> = samples.iter().map(|sample| per_unit(sample)).collect();
+    let ratios: Vec<f64> = samples.iter().filter_map(|sample| ratio(sample)).collect();
     let results: BTreeSet<&str> = samples.iter().map(|sample| sample.result.as_str()).collect();
     let per_unit = median(&values);
-    let range = values.last().unwrap_or(&0.0) - values.first().unwrap_or(&0.0);
+    let largest = values.iter().copied().max_by(f64::total_cmp).unwrap_or(0.0);
+    let smallest = values.iter().copied().min_by(f64::total_cmp).unwrap_or(0.0);
     Cell {
         per_unit,
-        spread: if per_unit > 0.0 { range / per_unit } else { 0.0 },
-        ratio: None,
+        spread: if per_unit > 0.0 { (largest - smallest) / per_unit } else { 0.0 },
+        ratio: (!ratios.is_empty()).then(|| median(&ratios)),
         samples: values,
+        ratios,
         result: results.into_iter().collect::<Vec<_>>().join("|"),
     }
 }
 
-fn median(sorted: &[f64]) -> f64 {
+fn per_unit(sample: &Sample) -> f64 {
+    sample.cost as f64 / sample.units.max(1) as f64
+}
+
+/// The median of what ran natively beside a sample.
+fn native_per_unit(sample: &Sample) -> Option<f64> {
+    let native = sample.beside.iter().filter(|native| native.measured());
+    Some(median(&native.map(per_unit).collect::<Vec<_>>())).filter(|native| *native > 0.0)
+}
+
+/// A sample as a multiple of what ran natively beside it.
+fn ratio(sample: &Sample) -> Option<f64> {
+    native_per_unit(sample).filter(|_| sample.measured()).map(|native| per_unit(sample) / native)
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
     match sorted.len() {
         0 => 0.0,
@@ -166,15 +209,6 @@ fn class_mean(class: &str, rows: &[Row], engines: &[String]) -> Option<ClassMean
     }
     let best_qemu = geometric_mean(rows.iter().filter_map(|row| row.best_qemu()));
     (!ratios.is_empty()).then(|| ClassMean { class: class.into(), ratios, best_qemu })
-}
-
-fn two_threads(rows: &[Row], engines: &[String]) -> BTreeMap<String, f64> {
-    let per_unit = |name: &str, engine: &String| {
-        let cell = rows.iter().find(|row| row.name == name)?.cells.get(engine)?;
-        Some(cell.per_unit).filter(|time| *time > 0.0)
-    };
-    let ratio = |engine| Some(per_unit("threads-one", engine)? / per_unit("threads-two", engine)?);
-    engines.iter().filter_map(|engine| Some((engine.clone(), ratio(engine)?))).collect()
 }
 
 fn geometric_mean(values: impl Iterator<Item = f64>) -> Option<f64> {
@@ -207,8 +241,9 @@ impl Report {
         }
         let mut table = vec![self.header("program", "class")];
         table.extend(self.rows.iter().map(|row| self.row_cells(row)));
-        writeln!(text, "\nHost CPU time per unit of work, median; in brackets the multiple of native.\n")
-            .ok();
+        let brackets =
+            "the multiple of native, median over the samples, each held against the native runs beside it";
+        writeln!(text, "\nHost CPU time per unit of work, median; in brackets {brackets}.\n").ok();
         text.push_str(&align(&table));
         if !self.classes.is_empty() {
             writeln!(text, "\nGeometric mean of the multiples of native.\n").ok();
@@ -253,7 +288,7 @@ impl Report {
         let cells = self.engines.iter().map(|engine| match row.cells.get(engine) {
             None => "-".to_owned(),
             Some(cell) if !cell.measured() => "not offered".to_owned(),
-            Some(cell) => match cell.ratio.filter(|_| engine != NATIVE) {
+            Some(cell) => match cell.ratio {
                 Some(ratio) => format!("{} ({ratio:.1})", duration(cell.per_unit)),
                 None if row.counts == "bytes" => format!("{:.1} MiB", cell.per_unit / f64::from(1 << 20)),
                 None => duration(cell.per_unit),
@@ -330,18 +365,21 @@ mod tests {
     use super::*;
 
     fn sample(name: &str, cost: u64, result: &str) -> Sample {
-        Sample { name: name.into(), units: 2, result: result.into(), cost }
+        Sample { name: name.into(), units: 2, result: result.into(), cost, beside: Vec::new() }
+    }
+
+    fn beside(sample: Sample, native: &[u64]) -> Sample {
+        let of_cost = |cost: &u64| Sample { cost: *cost, ..sample.clone() };
+        Sample { beside: native.iter().map(of_cost).collect(), ..sample }
     }
 
     #[test]
     fn medians_ratios_and_means() {
         let mut measured = Measured::default();
-        measured.add(
-            "native",
-            vec![sample("sort", 200, "1"), sample("sort", 400, "1"), sample("sort", 210, "1")],
-        );
-        measured.add("native", vec![sample("hash", 100, "2")]);
-        measured.add("qemu-max", vec![sample("sort", 840, "1"), sample("hash", 900, "3")]);
+        let sort = beside(sample("sort", 840, "1"), &[200, 400, 210]);
+        let mut hash = beside(sample("hash", 900, "3"), &[100]);
+        hash.beside[0].result = "2".into();
+        measured.add("qemu-max", vec![sort, hash]);
         let report = measured.report(vec!["native".into(), "qemu-max".into()], BTreeMap::new(), Vec::new());
         let sort = &report.rows[0].cells["qemu-max"];
         assert_eq!((sort.per_unit, sort.ratio), (420.0, Some(4.0)));
@@ -350,6 +388,42 @@ mod tests {
         assert_eq!(report.disk_over_qemu, None);
         assert!(report.two_threads.is_empty());
         assert_eq!(report.problems, ["hash: results differ: native 2, qemu-max 3"]);
+    }
+
+    #[test]
+    fn a_sample_is_held_against_what_ran_beside_it() {
+        let mut measured = Measured::default();
+        // The host is twice as fast in the second round, and slow again when it is the other machine's turn.
+        let slow = beside(sample("sort", 800, "1"), &[400, 390, 480]);
+        let fast = beside(sample("sort", 440, "1"), &[200, 180]);
+        measured.add("paravane", vec![slow]);
+        measured.add("paravane", vec![fast, sample("hash", 10, "1")]);
+        measured.add("qemu-max", vec![beside(sample("sort", 1200, "1"), &[400])]);
+        let engines = ["native", "paravane", "qemu-max"].map(str::to_owned).to_vec();
+        let report = measured.report(engines, BTreeMap::new(), Vec::new());
+        let [sort, hash] = report.rows.as_slice() else { panic!("two rows") };
+        let paravane = &sort.cells["paravane"];
+        assert_eq!(paravane.samples, [400.0, 220.0]);
+        assert_eq!(paravane.ratios, [2.0, 440.0 / 190.0]);
+        assert_eq!(paravane.ratio, Some(f64::midpoint(2.0, 440.0 / 190.0)));
+        assert_eq!(sort.cells["qemu-max"].ratio, Some(3.0));
+        let native = &sort.cells["native"];
+        assert_eq!((native.samples.len(), native.per_unit, native.ratio), (6, 197.5, None));
+        assert!((native.spread - 150.0 / 197.5).abs() < 1e-9);
+        assert!(hash.cells["paravane"].ratio.is_none() && !hash.cells.contains_key("native"));
+    }
+
+    #[test]
+    fn what_a_processor_lacks_has_no_ratio() {
+        let mut measured = Measured::default();
+        let mut natively = beside(sample("avx2", 800, "1"), &[400]);
+        natively.beside[0].result = "skipped".into();
+        measured.add("paravane", vec![natively]);
+        measured.add("qemu-qemu64", vec![sample("avx2", 0, "skipped")]);
+        let engines = ["native", "paravane", "qemu-qemu64"].map(str::to_owned).to_vec();
+        let report = measured.report(engines, BTreeMap::new(), Vec::new());
+        assert!(report.rows[0].cells.values().all(|cell| cell.ratio.is_none()));
+        assert!(report.classes.is_empty() && report.problems.is_empty());
     }
 
     #[test]
@@ -378,6 +452,21 @@ mod tests {
         let report = measured.report(vec!["paravane".into()], BTreeMap::new(), Vec::new());
         assert!((report.two_threads["paravane"] - 400.0 / 210.0).abs() < 1e-9);
         assert!(report.markdown().contains("paravane 1.90."), "{}", report.markdown());
+    }
+
+    #[test]
+    fn each_run_of_two_threads_counts_by_itself() {
+        let mut measured = Measured::default();
+        for speed in [1, 2, 7] {
+            let one = beside(sample("threads-one", 400 * speed, "1"), &[110 * speed]);
+            let two =
+                beside(sample("threads-two", 200 * speed, "1"), &[100 * speed, 90 * speed, 100 * speed]);
+            measured.add("paravane", vec![one, two]);
+        }
+        let engines = ["native", "paravane"].map(str::to_owned).to_vec();
+        let report = measured.report(engines, BTreeMap::new(), Vec::new());
+        let expected = [("native".to_owned(), 1.1), ("paravane".to_owned(), 2.0)];
+        assert_eq!(report.two_threads, BTreeMap::from(expected));
     }
 
     #[test]
