@@ -18,17 +18,28 @@ fn index(lin: u64) -> usize {
     usize::from((lin.rotate_left(4).wrapping_add(lin) >> 4) as u16)
 }
 
-/// Entries of a jump cache.
-const ENTRIES: usize = 1 << 16;
+/// Where `lin` is when another one took its place there: the way in `stubs` computes the same.
+fn second_index(lin: u64) -> usize {
+    ENTRIES + (lin.wrapping_mul(SECOND_FACTOR) >> 32) as usize % SECOND_ENTRIES
+}
+
+/// Entries of a jump cache, and those behind them for addresses that lost theirs.
+pub(crate) const ENTRIES: usize = 1 << 16;
+pub(crate) const SECOND_ENTRIES: usize = 1 << 12;
+/// What spreads addresses over the second entries; it fits into an immediate of IMUL.
+pub(crate) const SECOND_FACTOR: u64 = 0x6A09_E667;
 
 /// A code address, and the host address of the code to go to there. Host pages of a table come as it fills: an empty entry is
 /// zero.
-type Entry = [u64; 2];
+pub(crate) type Entry = [u64; 2];
 
-/// The empty entry number `at`. Only entry 0 could be taken for one of code address 0.
+/// The empty entry number `at`. Only the first ones could be taken for those of code address 0.
 fn empty(at: usize) -> Entry {
-    [if at == 0 { u64::MAX } else { 0 }, 0]
+    if at == 0 || at == ENTRIES { NEVER } else { [0; 2] }
 }
+
+/// An entry that no address is compared with, in its place.
+const NEVER: Entry = [u64::MAX, 0];
 
 /// Jump caches kept at a time; modes beyond share by eviction.
 const MAX_CACHES: usize = 24;
@@ -39,20 +50,36 @@ struct JumpCache {
     space: Option<usize>,
     table: Box<[Entry]>,
     /// Entries and the linear pages they lead to: non-global, global.
-    filled: [Vec<(u16, u64)>; 2],
+    filled: [Vec<(u32, u64)>; 2],
 }
 
 impl JumpCache {
+    fn new(mode: Mode, space: Option<usize>) -> JumpCache {
+        let mut table: Box<[Entry]> = vec![[0; 2]; ENTRIES + SECOND_ENTRIES].into();
+        table[0] = empty(0);
+        table[ENTRIES] = NEVER;
+        JumpCache { mode, space, table, filled: [Vec::new(), Vec::new()] }
+    }
+
     fn clear(&mut self, global: bool) {
         for (at, _) in self.filled[usize::from(global)].drain(..) {
-            self.table[usize::from(at)] = empty(usize::from(at));
+            self.table[at as usize] = empty(at as usize);
         }
     }
 
+    /// Puts an entry at `at`, for an address on linear page `page`.
+    fn put(&mut self, at: usize, entry: Entry, page: u64, global: bool) {
+        self.table[at] = entry;
+        self.filled[usize::from(global)].push((at as u32, page));
+    }
+
     fn clear_page(&mut self, global: bool, page: u64) {
-        self.filled[usize::from(global)].retain(|&(at, of)| {
-            if of == page {
-                self.table[usize::from(at)] = empty(usize::from(at));
+        let JumpCache { mode, table, filled, .. } = self;
+        filled[usize::from(global)].retain(|&(at, of)| {
+            let at = at as usize;
+            // Another page may have it by now.
+            if of == page && mode.linear(table[at][0]) >> 12 == page {
+                table[at] = empty(at);
             }
             of != page
         });
@@ -183,9 +210,7 @@ impl CodePages {
 
     fn add_cache(&mut self, mode: Mode) -> usize {
         let space = mode.has(Mode::USER).then_some(self.active);
-        let mut table: Box<[Entry]> = vec![[0; 2]; ENTRIES].into();
-        table[0] = empty(0);
-        let cache = JumpCache { mode, space, table, filled: [Vec::new(), Vec::new()] };
+        let cache = JumpCache::new(mode, space);
         if self.caches.len() < MAX_CACHES {
             self.caches.push(cache);
             return self.caches.len() - 1;
@@ -199,31 +224,39 @@ impl CodePages {
     /// Where an indirect jump to code address `address` goes now.
     pub(crate) fn lookup(&mut self, mode: Mode, address: u64) -> Option<u64> {
         let cache = self.find(mode)?;
-        let [known, entry] = self.caches[cache].table[index(address)];
-        (known == address).then_some(entry)
+        let found = [index(address), second_index(address)].map(|at| self.caches[cache].table[at]);
+        found.into_iter().find(|[known, _]| *known == address).map(|[_, entry]| entry)
     }
 
     /// Lets indirect jumps to `address` go straight to `entry`; `slot` validates its page.
     pub(crate) fn cache(&mut self, mode: Mode, address: u64, entry: u64, slot: u32) {
         let global = self.slots[slot as usize].global;
-        let Some(c) = self.find(mode) else { return };
-        let c = &mut self.caches[c];
-        if c.filled[usize::from(global)].len() >= 2 * ENTRIES {
+        let Some(cache) = self.find(mode) else { return };
+        let at = index(address);
+        let old = self.caches[cache].table[at];
+        let displaced = old != empty(at) && old[0] != address;
+        let c = &mut self.caches[cache];
+        if c.filled.iter().any(|filled| filled.len() + 2 > 2 * ENTRIES) {
             // Targets that share entries took turns: start over, so that the record stays bounded.
             c.clear(false);
             c.clear(true);
+        } else if displaced {
+            let page = mode.linear(old[0]) >> 12;
+            // Global or not: one that goes too early does no harm.
+            for global in [false, true] {
+                c.put(second_index(old[0]), old, page, global);
+            }
         }
-        let at = index(address);
-        c.table[at] = [address, entry];
-        c.filled[usize::from(global)].push((at as u16, mode.linear(address) >> 12));
+        c.put(at, [address, entry], mode.linear(address) >> 12, global);
     }
 
     /// Removes `entry`, a block of `mode`, wherever indirect jumps to `address` may find it.
     pub(crate) fn uncache(&mut self, mode: Mode, address: u64, entry: u64) {
-        let at = index(address);
         for c in self.caches.iter_mut().filter(|c| c.mode == mode) {
-            if c.table[at] == [address, entry] {
-                c.table[at] = empty(at);
+            for at in [index(address), second_index(address)] {
+                if c.table[at] == [address, entry] {
+                    c.table[at] = empty(at);
+                }
             }
         }
     }
@@ -377,7 +410,40 @@ mod tests {
         for i in 0..3 * ENTRIES {
             b.pages.cache(SUPERVISOR, taking_turns[i & 1], 100, slot);
         }
-        assert!(b.pages.caches[0].filled.iter().map(Vec::len).sum::<usize>() <= 2 * ENTRIES);
+        assert!(b.pages.caches[0].filled.iter().all(|filled| filled.len() <= 2 * ENTRIES));
+    }
+
+    #[test]
+    fn targets_that_share_an_entry_are_both_found() {
+        let mut b = Bed::new();
+        let [first, second, third] = [0x1000, 0x10_1000, 0x20_1000];
+        assert_eq!((index(first), index(second)), (index(second), index(third)));
+        for (lin, value) in [(first, 1), (second, 2)] {
+            b.use_code(USER, lin, value, lin == first);
+        }
+        assert_eq!((b.known(USER, first), b.known(USER, second)), (Some(1), Some(2)));
+        // The first place is the last one's.
+        assert_eq!(b.pages.caches[0].table[index(first)], [second, 2]);
+        assert_eq!(b.pages.caches[0].table[second_index(first)], [first, 1]);
+        b.pages.uncache(USER, first, 1);
+        assert_eq!((b.pages.lookup(USER, first), b.pages.lookup(USER, second)), (None, Some(2)));
+        b.use_code(USER, third, 3, false);
+        b.pages.flush_page(&mut b.cells, Some(0), second);
+        assert_eq!((b.known(USER, second), b.known(USER, third)), (None, Some(3)));
+    }
+
+    #[test]
+    fn what_lost_its_place_goes_with_its_page_global_or_not() {
+        for global in [false, true] {
+            let mut b = Bed::new();
+            let [lin, other] = [0x1000, 0x10_1000];
+            b.use_code(USER, lin, 1, global);
+            b.use_code(USER, other, 2, !global);
+            b.pages.flush_page(&mut b.cells, Some(0), lin);
+            assert_eq!((b.known(USER, lin), b.known(USER, other)), (None, Some(2)), "global: {global}");
+            b.pages.flush(&mut b.cells, false);
+            assert_eq!(b.known(USER, other), None);
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use crate::assembler::SimpleAssembler;
 use crate::code_cache::{CodeCache, CodeOffset};
 use crate::context::{Reason, ctx};
 use crate::emit::recipe::{KINDS, Kind, MARK, NUMBERED, OPERAND};
+use crate::pages::{ENTRIES, Entry, SECOND_ENTRIES, SECOND_FACTOR};
 use crate::regs::{PINNED, R11};
 use dynasmrt::{DynasmApi, dynasm};
 
@@ -25,6 +26,8 @@ pub(crate) struct Stubs {
     pub(crate) miss: CodeOffset,
     /// Jumped to with the target in r11 and the source in r9 when the jump cache has no block for it.
     pub(crate) indirect: CodeOffset,
+    /// The same where nothing is left to do but to jump, when the target is not in its first place in the jump cache.
+    pub(crate) second: CodeOffset,
     /// Leaves to interpret the instruction at the stored `rip`.
     pub(crate) interpret: CodeOffset,
     /// `exit`, `link` and `interpret` where the status flags are in `saved_flags` (as they are at `attention` and `indirect`).
@@ -37,8 +40,8 @@ pub(crate) struct Stubs {
 
 impl Stubs {
     /// All of them, by where they begin.
-    pub(crate) fn all(&self) -> [(CodeOffset, &'static str); 11] {
-        let Stubs { enter, exit, link, attention, miss, indirect, interpret, .. } = *self;
+    pub(crate) fn all(&self) -> [(CodeOffset, &'static str); 12] {
+        let Stubs { enter, exit, link, attention, miss, indirect, second, interpret, .. } = *self;
         let Stubs { exit_saved, link_saved, interpret_saved, flags, .. } = *self;
         let mut all = [
             (enter, "enter"),
@@ -47,6 +50,7 @@ impl Stubs {
             (attention, "attention"),
             (miss, "miss"),
             (indirect, "indirect"),
+            (second, "second"),
             (interpret, "interpret"),
             (exit_saved, "exit_saved"),
             (link_saved, "link_saved"),
@@ -360,6 +364,33 @@ fn emit_indirect(start: CodeOffset, exit: CodeOffset, flags: CodeOffset) -> Simp
     ops
 }
 
+/// Looks in the target's second place in the jump cache (see `pages`), and for attention, as `emit::flow` does at the first.
+fn emit_second(start: CodeOffset, indirect: CodeOffset, attention: CodeOffset) -> SimpleAssembler {
+    const PLACES: i32 = ((SECOND_ENTRIES - 1) * size_of::<Entry>()) as i32;
+    const BEHIND: i32 = (ENTRIES * size_of::<Entry>()) as i32;
+    const _: () = assert!(SECOND_FACTOR <= i32::MAX as u64 && size_of::<Entry>() == 16);
+    let mut ops = SimpleAssembler::new();
+    dynasm!(ops
+        ; .arch x64
+        ; imul r10, r11, SECOND_FACTOR as i32
+        ; shr r10, 28
+        ; and r10d, PLACES
+        ; add r10, [rsp + ctx!(jump_cache)]
+        ; cmp r11, [r10 + BEHIND]
+        ; .u8 0x74, 5 // je over the jump
+    );
+    jmp_to(&mut ops, start, indirect);
+    dynasm!(ops
+        ; .arch x64
+        ; mov r9, [rsp + ctx!(attention)]
+        ; cmp DWORD [r9], 0
+        ; .u8 0x74, 5
+    );
+    jmp_to(&mut ops, start, attention);
+    dynasm!(ops ; .arch x64 ; jmp QWORD [r10 + BEHIND + 8]);
+    ops
+}
+
 /// Emits all stubs at the start of `cache`.
 pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
     let enter = cache.append(&emit_enter().finalize());
@@ -374,6 +405,7 @@ pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
     let link = append(&|at| emit_link(at, exit));
     let attention = append(&|at| emit_attention(at, exit, flags));
     let indirect = append(&|at| emit_indirect(at, exit, flags));
+    let second = append(&|at| emit_second(at, indirect, attention));
     let [exit_saved, link_saved, interpret_saved] =
         [exit, link, interpret].map(|to| append(&|at| emit_saved(at, to, flags)));
     Stubs {
@@ -383,6 +415,7 @@ pub(crate) fn emit(cache: &mut CodeCache, helper: MissHelper) -> Stubs {
         attention,
         miss,
         indirect,
+        second,
         interpret,
         exit_saved,
         link_saved,

@@ -60,6 +60,8 @@ mod gates;
 mod illegal;
 #[path = "system/interrupts.rs"]
 mod interrupts;
+#[path = "system/jumps.rs"]
+mod jumps;
 #[path = "system/mixed.rs"]
 mod mixed;
 #[path = "system/mixed32.rs"]

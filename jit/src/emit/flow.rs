@@ -235,7 +235,7 @@ impl Emitter {
     /// Jumps to the offset in r11 through the jump cache, with the status flags put aside; polls for attention.
     pub(super) fn indirect_exit(&mut self) {
         self.put_flags_aside();
-        self.look_up_target(|_| {});
+        self.look_up_target(self.stubs.second, |_| {});
         load(&mut self.hot, R9, ctx!(attention));
         word::compare_with_zero(&mut self.hot, R9);
         self.hot.push(0x0F);
@@ -245,8 +245,8 @@ impl Emitter {
     }
 
     /// Finds the entry of the jump cache for the offset in r11: what follows runs with its address in r10. Without an entry it
-    /// leaves, after what `leaving` emits.
-    pub(super) fn look_up_target(&mut self, leaving: impl FnOnce(&mut SimpleAssembler)) {
+    /// leaves by way of `stub`, after what `leaving` emits.
+    pub(super) fn look_up_target(&mut self, stub: CodeOffset, leaving: impl FnOnce(&mut SimpleAssembler)) {
         let start = self.code_address(0);
         if !self.code64 && start != 0 {
             // The code address: base added, and the number of the code segment.
@@ -272,7 +272,7 @@ impl Emitter {
         self.cold.extend([0x4C, 0x8D, 0x0D]);
         let here = self.hot_here();
         self.cold_rel32(Target::Here(here));
-        self.cold_jmp(Target::Cache(self.stubs.indirect));
+        self.cold_jmp(Target::Cache(stub));
     }
 
     /// Goes where the entry at r10 says.

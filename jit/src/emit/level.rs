@@ -117,7 +117,7 @@ impl Emitter {
         );
         self.change_level();
         dynasm!(self.hot ; .arch x64 ; mov r11, [r9]);
-        self.look_up_target(|cold| {
+        self.look_up_target(self.stubs.indirect, |cold| {
             dynasm!(cold
                 ; .arch x64
                 ; mov r9d, [r9 + 16]

@@ -20,8 +20,8 @@ const EARNED: i32 = 100;
 const IN_VAIN: i32 = 3;
 /// Pages that may be compared with page tables for what a fault costs.
 const COMPARED: i32 = 512;
-/// A program that leaves translated code more often than this between two polls is still beginning.
-const COLD: u64 = 40;
+/// A program for which more blocks than these are translated between two polls is still beginning.
+const COLD: u64 = 20;
 /// Polls that a space waits for another window at most.
 const MAX_WAIT: u32 = 1 << 12;
 /// Bits of CR3 that are the root's address.
@@ -48,8 +48,8 @@ pub(super) struct Candidates {
     pub(super) fault: Option<(u64, bool)>,
     /// The page of this address was not there: the guest will see to that.
     expected: Option<u64>,
-    /// Exits for blocks that were not found, up to the last poll.
-    exits: u64,
+    /// Blocks that were translated up to the last poll.
+    blocks: u64,
 }
 
 impl Candidates {
@@ -59,7 +59,7 @@ impl Candidates {
             due: false,
             fault: None,
             expected: None,
-            exits: 0,
+            blocks: 0,
         }
     }
 
@@ -80,8 +80,8 @@ impl Translator {
             return;
         }
         let (root, open, after) = (cpu.cr3 & ROOT, self.windows.is_open(), self.options.window_after);
-        let exits = self.stats.link_exits + self.stats.indirect_exits;
-        let cold = exits - std::mem::replace(&mut self.candidates.exits, exits) > COLD;
+        let blocks = self.stats.blocks;
+        let cold = blocks - std::mem::replace(&mut self.candidates.blocks, blocks) > COLD;
         let c = self.candidate();
         if c.root != root {
             *c = Candidate { root, ..Candidate::default() };
