@@ -189,10 +189,30 @@ struct PageBlocks {
     instances: [Instances; 2],
 }
 
+impl PageBlocks {
+    fn add(&mut self, granules: Granules, id: BlockId) {
+        self.granules.add(granules);
+        self.blocks.push((granules, id));
+    }
+}
+
 /// A link that jumps to a block, and the next of the block's.
 struct Incoming {
     link: u32,
     next: u32,
+}
+
+/// A live block, and what its key hashes to: most look-ups are for blocks that are yet to be made, and need not touch others.
+struct Known {
+    hash: u32,
+    id: BlockId,
+}
+
+impl Known {
+    /// The hash as the table wants it: it uses both ends.
+    fn spread(hash: u32) -> u64 {
+        u64::from(hash) << 32 | u64::from(hash)
+    }
 }
 
 /// All blocks of a vCPU. What belongs to blocks lies in lists and slices of a few large vectors: blocks are made one by one
@@ -200,7 +220,7 @@ struct Incoming {
 #[derive(Default)]
 pub(crate) struct BlockTable {
     /// Live blocks by key.
-    map: HashTable<BlockId>,
+    map: HashTable<Known>,
     hasher: DefaultHashBuilder,
     /// By backing page.
     pages: HashMap<u64, PageBlocks>,
@@ -221,22 +241,40 @@ impl Block {
 
 impl BlockTable {
     pub(crate) fn find(&self, key: &BlockKey) -> Option<BlockId> {
-        self.map.find(self.hasher.hash_one(key), |&id| self.blocks[id as usize].key == *key).copied()
+        let hash = self.hash(key);
+        let is_it = |known: &Known| known.hash == hash && self.blocks[known.id as usize].key == *key;
+        self.map.find(Known::spread(hash), is_it).map(|known| known.id)
+    }
+
+    fn hash(&self, key: &BlockKey) -> u32 {
+        self.hasher.hash_one(key) as u32
+    }
+
+    /// Lets block `id` be found by `key`.
+    fn know(&mut self, key: &BlockKey, id: BlockId) {
+        let hash = self.hash(key);
+        self.map.insert_unique(Known::spread(hash), Known { hash, id }, |known| Known::spread(known.hash));
+    }
+
+    /// Block `id` is not found by its key any more.
+    fn forget(&mut self, id: BlockId) {
+        let hash = self.hash(&self.blocks[id as usize].key);
+        if let Ok(entry) = self.map.find_entry(Known::spread(hash), |known| known.id == id) {
+            entry.remove();
+        }
     }
 
     /// Adds a block.
     pub(crate) fn insert(&mut self, new: NewBlock<'_>) -> BlockId {
         let NewBlock { key, granules, crosses_into, sites, .. } = new;
         let id = self.blocks.len() as BlockId;
-        let (hasher, blocks) = (&self.hasher, &self.blocks);
-        self.map.insert_unique(hasher.hash_one(key), id, |&id| hasher.hash_one(blocks[id as usize].key));
-        let second = crosses_into.map(|page| (page.number(), Granules::HEAD));
-        for (page, granules) in std::iter::once((key.at.0 >> PAGE_SHIFT, granules)).chain(second) {
-            let on_page = self.pages.entry(page).or_default();
-            on_page.granules.add(granules);
-            on_page.blocks.push((granules, id));
+        self.know(&key, id);
+        let on_page = self.pages.entry(key.at.0 >> PAGE_SHIFT).or_default();
+        on_page.add(granules, id);
+        on_page.note_instance(&key);
+        if let Some(second) = crosses_into {
+            self.pages.entry(second.number()).or_default().add(Granules::HEAD, id);
         }
-        self.note_instance(&key);
         let at = self.sites.len() as u32;
         self.sites.extend_from_slice(sites);
         self.blocks.push(Block {
@@ -366,12 +404,8 @@ impl BlockTable {
 
     /// Marks a block dead that was taken, and forgets its key.
     pub(crate) fn retire(&mut self, id: BlockId) {
-        let block = &mut self.blocks[id as usize];
-        block.live = false;
-        let hash = self.hasher.hash_one(block.key);
-        if let Ok(entry) = self.map.find_entry(hash, |&other| other == id) {
-            entry.remove();
-        }
+        self.blocks[id as usize].live = false;
+        self.forget(id);
     }
 
     /// The block whose hot code holds `at`: no other touches the guest's memory.

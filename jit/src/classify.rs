@@ -123,9 +123,12 @@ pub(crate) struct Form {
     pub(crate) access: [OpAccess; 5],
     /// What it does to flags, if that is the same for all instructions of the form.
     flags: Option<Effect>,
-    /// Some operand is memory, which is written.
-    pub(crate) memory: bool,
+    /// The operand that is memory, its bytes (0: not the same for all), and whether it is written.
+    pub(crate) memory: Option<u8>,
+    pub(crate) memory_size: u16,
     pub(crate) writes_memory: bool,
+    /// Operands that may be written, one bit each.
+    pub(crate) written: u8,
     /// General registers that it writes without naming them, one bit each (see [`groups`]).
     pub(crate) implicit: u16,
     /// It may move a register by a constant.
@@ -156,13 +159,18 @@ impl Forms {
         }
     }
 
-    pub(crate) fn form(&mut self, instr: &Instruction) -> Form {
+    pub(crate) fn form(&mut self, instr: &Instruction) -> &Form {
         // Some forms differ by whether their register-or-memory operand is memory.
-        let memory = has_memory(instr);
-        let slot = instr.code() as usize * 2 + usize::from(memory);
-        if let Some(f) = self.known[slot] {
-            return f;
+        let memory = memory_operand(instr);
+        let slot = instr.code() as usize * 2 + usize::from(memory.is_some());
+        if self.known[slot].is_none() {
+            self.known[slot] = Some(self.meet(instr, memory));
         }
+        self.known[slot].as_ref().expect("just met")
+    }
+
+    #[cold]
+    fn meet(&mut self, instr: &Instruction, memory: Option<u8>) -> Form {
         // What zeroes a register, as `xor al, al` does, is said not to read it: not what the form does in general.
         let mut general = *instr;
         let (first, second) = (instr.op0_register(), instr.op1_register());
@@ -172,23 +180,30 @@ impl Forms {
         let info = self.info.info(&general);
         let access = [0, 1, 2, 3, 4].map(|i| info.op_access(i));
         let class = if self.model.allows(instr) { classify(instr) } else { Class::Interpret };
-        let f = Form {
+        Form {
             class,
             access,
             flags: Effect::of_form(&general),
             memory,
-            writes_memory: groups::memory_written(instr, &access),
+            // EVEX may broadcast an element.
+            memory_size: if instr.is_broadcast() { 0 } else { instr.memory_size().size() as u16 },
+            writes_memory: memory.is_some_and(|i| may_write(access[usize::from(i)])),
+            written: (0..5).map(|i| u8::from(may_write(access[i]) && access[i] != OpAccess::None) << i).sum(),
             implicit: groups::implicitly_modified(instr.mnemonic(), class),
             steps: groups::may_step(instr.mnemonic()),
-        };
-        self.known[slot] = Some(f);
-        f
+        }
     }
 }
 
-/// Whether some operand is memory.
-fn has_memory(instr: &Instruction) -> bool {
-    (0..instr.op_count()).any(|i| instr.op_kind(i) == iced_x86::OpKind::Memory)
+/// The operand that is memory.
+fn memory_operand(instr: &Instruction) -> Option<u8> {
+    let kinds = [instr.op0_kind(), instr.op1_kind(), instr.op2_kind(), instr.op3_kind()];
+    kinds.iter().position(|kind| *kind == iced_x86::OpKind::Memory).map(|i| i as u8)
+}
+
+/// Whether nothing says of an operand that it is only read.
+fn may_write(access: OpAccess) -> bool {
+    !matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
 }
 
 fn classify(instr: &Instruction) -> Class {

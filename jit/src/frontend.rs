@@ -143,7 +143,13 @@ impl Source<'_> {
 
 impl Frontend {
     /// Status flags that instructions at `target` or after read, as far as the page shows.
-    fn live_at(&mut self, source: &Source<'_>, forms: &mut Forms, target: u64) -> Ahead {
+    fn live_at(
+        &mut self,
+        source: &Source<'_>,
+        decoder: &mut Decoder<'_>,
+        forms: &mut Forms,
+        target: u64,
+    ) -> Ahead {
         let at = source.code_address(target);
         let whole_page = source.at as u64 == source.address & 0xFFF;
         // A debugger sees the flags at its breakpoints, and at whatever leads to them.
@@ -151,7 +157,7 @@ impl Frontend {
             return Ahead::NOTHING_KNOWN;
         }
         let at = (at & 0xFFF) as usize;
-        let mut decoder = Decoder::with_ip(source.mode.bits(), &source.bytes[at..], target, source.options);
+        seek(decoder, at, target);
         let mut instr = Instruction::default();
         let (mut read, mut open) = (0, FlagSet::ALL.0);
         for _ in 0..LOOK_AHEAD {
@@ -168,23 +174,23 @@ impl Frontend {
                 break;
             }
         }
-        self.seen.add(Granules::of(at, at + decoder.position().max(1)));
+        self.seen.add(Granules::of(at, decoder.position().max(at + 1)));
         Ahead { read: FlagSet(read), open: FlagSet(open) }
     }
 
     /// Decodes the instructions of a trace; returns their bytes.
-    fn decode_path(&mut self, source: &Source<'_>, forms: &mut Forms) -> u32 {
+    fn decode_path(&mut self, source: &Source<'_>, decoder: &mut Decoder<'_>, forms: &mut Forms) -> u32 {
         self.instrs.clear();
         self.forms.clear();
         let mut len = 0;
         for &rip in source.path {
             let at = (source.code_address(rip) & 0xFFF) as usize;
-            let mut decoder = Decoder::with_ip(source.mode.bits(), &source.bytes[at..], rip, source.options);
+            seek(decoder, at, rip);
             let instr = decoder.decode();
             if instr.is_invalid() {
                 break;
             }
-            self.forms.push(forms.form(&instr));
+            self.forms.push(*forms.form(&instr));
             self.instrs.push(instr);
             self.seen.add(Granules::of(at, at + instr.len()));
             len += instr.len() as u32;
@@ -193,25 +199,30 @@ impl Frontend {
     }
 
     /// Decodes up to the end of the block; returns bytes consumed. The last instruction may be one that ends it.
-    fn decode(&mut self, source: &Source<'_>, forms: &mut Forms, crossing: bool) -> u32 {
+    fn decode(
+        &mut self,
+        source: &Source<'_>,
+        decoder: &mut Decoder<'_>,
+        forms: &mut Forms,
+        crossing: bool,
+    ) -> u32 {
         self.instrs.clear();
         self.forms.clear();
-        let bytes = &source.bytes[source.at..];
         // Nothing beyond the segment's limit is fetched.
         let room = if source.reaches(source.rip) { (source.limit - source.rip).saturating_add(1) } else { 0 };
-        let bytes = &bytes[..bytes.len().min(room.min(1 << 16) as usize)];
-        let mut decoder = Decoder::with_ip(source.mode.bits(), bytes, source.rip, source.options);
+        seek(decoder, source.at, source.rip);
         let (mut len, mut branches) = (0, 0);
         while self.instrs.len() < MAX_INSTRUCTIONS && source.stop.is_none_or(|stop| len < stop) {
-            let mut instr = Instruction::default();
-            decoder.decode_out(&mut instr);
-            if instr.is_invalid() {
+            let instr = self.instrs.push_mut(Instruction::default());
+            decoder.decode_out(instr);
+            let next = len + instr.len() as u32;
+            if instr.is_invalid() || u64::from(next) > room {
+                self.instrs.pop();
                 break;
             }
-            let form = forms.form(&instr);
-            self.instrs.push(instr);
+            let form = *forms.form(instr);
+            len = next;
             self.forms.push(form);
-            len += instr.len() as u32;
             if crossing || !form.class.straight() && !self.goes_on(source, branches) {
                 break;
             }
@@ -244,7 +255,14 @@ impl Frontend {
 
     /// Flags that EFLAGS must hold before each instruction, given what is wanted behind the last; all of them if they must be
     /// `exact`. Also finds where they are put aside: behind the last instruction that changes some, or at the beginning.
-    fn liveness(&mut self, source: &Source<'_>, forms: &mut Forms, out: &LiveOut, exact: bool) {
+    fn liveness(
+        &mut self,
+        source: &Source<'_>,
+        decoder: &mut Decoder<'_>,
+        forms: &mut Forms,
+        out: &LiveOut,
+        exact: bool,
+    ) {
         let LiveOut { mut after, mut saved, .. } = *out;
         self.live.clear();
         self.live.resize(self.instrs.len(), FlagSet::NONE);
@@ -253,7 +271,7 @@ impl Frontend {
         self.save = None;
         for i in (0..self.instrs.len()).rev() {
             if let Some((target, _)) = self.branch_aside(source, i) {
-                let ahead = self.live_at(source, forms, target);
+                let ahead = self.live_at(source, decoder, forms, target);
                 if saved && ahead.is_doubtful() {
                     self.aside[i] = FlagsOut::Saved;
                 } else {
@@ -291,17 +309,19 @@ impl Frontend {
     ) -> Translated {
         let code64 = source.mode.code64();
         self.seen = Granules::default();
+        // Made once: that costs as much as decoding an instruction or two.
+        let mut decoder = Decoder::with_ip(source.mode.bits(), source.bytes, source.rip, source.options);
         let decoded = if source.path.is_empty() {
-            let decoded = self.decode(source, forms, crossing.is_some());
+            let decoded = self.decode(source, &mut decoder, forms, crossing.is_some());
             let at = (source.address & 0xFFF) as usize;
             self.seen.add(Granules::of(at, at + decoded.max(1) as usize));
             decoded
         } else {
-            self.decode_path(source, forms)
+            self.decode_path(source, &mut decoder, forms)
         };
         emitter.start(source.address, source.rip, source.mode, first_link);
-        let out_flags = self.live_out(source, forms, decoded);
-        self.liveness(source, forms, &out_flags, exact_flags(source.mode));
+        let out_flags = self.live_out(source, &mut decoder, forms, decoded);
+        self.liveness(source, &mut decoder, forms, &out_flags, exact_flags(source.mode));
         let LiveOut { taken, next, .. } = out_flags;
         let live_in = self.live.first().copied().unwrap_or(FlagSet::ALL);
         let (saved_entry, entry);
@@ -431,7 +451,13 @@ impl Frontend {
     }
 
     /// How flags leave the block.
-    fn live_out(&mut self, source: &Source<'_>, forms: &mut Forms, decoded: u32) -> LiveOut {
+    fn live_out(
+        &mut self,
+        source: &Source<'_>,
+        decoder: &mut Decoder<'_>,
+        forms: &mut Forms,
+        decoded: u32,
+    ) -> LiveOut {
         let next_rip = self.end(source, decoded);
         let last = match self.instrs.last().copied() {
             Some(last) if !exact_flags(source.mode) => last,
@@ -440,7 +466,10 @@ impl Frontend {
         match self.forms[self.instrs.len() - 1].class {
             class @ (Class::Jcc | Class::Loop | Class::JumpIfCountZero) => {
                 let target = last.near_branch_target();
-                let (t, n) = (self.live_at(source, forms, target), self.live_at(source, forms, next_rip));
+                let (t, n) = (
+                    self.live_at(source, decoder, forms, target),
+                    self.live_at(source, decoder, forms, next_rip),
+                );
                 let dear = |to, ahead: Ahead| ahead.is_doubtful() && source.jump_is_checked(&last, to);
                 if class == Class::Jcc && (dear(target, t) || dear(next_rip, n)) && self.saves_by_recipe() {
                     return LiveOut::SAVED;
@@ -458,7 +487,7 @@ impl Frontend {
                 } else {
                     next_rip
                 };
-                let ahead = self.live_at(source, forms, target);
+                let ahead = self.live_at(source, decoder, forms, target);
                 let dear = || source.jump_is_checked(&last, target) && self.saves_by_recipe();
                 if ahead.is_doubtful() && (self.accesses_behind_flags() || dear()) {
                     return LiveOut::SAVED;
@@ -476,11 +505,17 @@ impl Frontend {
 
     /// Whether an access behind the last instruction that changes flags would have to keep them for the block's end.
     fn accesses_behind_flags(&self) -> bool {
-        let accesses = |(_, form): (&Instruction, &Form)| form.class.uses_stack() || form.memory;
+        let accesses = |(_, form): (&Instruction, &Form)| form.class.uses_stack() || form.memory.is_some();
         let behind =
             |&(instr, form): &(&Instruction, &Form)| form.class.leaves() || !form.effect(instr).writes;
         self.instrs.iter().zip(&self.forms).rev().take_while(behind).any(accesses)
     }
+}
+
+/// What is decoded next is at `at` of the source's bytes, where RIP is `rip`.
+fn seek(decoder: &mut Decoder<'_>, at: usize, rip: u64) {
+    decoder.set_position(at).expect("a place on the page");
+    decoder.set_ip(rip);
 }
 
 /// The instruction that comes next, `guest` bytes behind the block's first. A block of [`MAX_INSTRUCTIONS`] is far from 64 KiB of code.

@@ -10,7 +10,7 @@ use crate::block::Mode;
 use crate::classify::{Class, Form, stack_word};
 use crate::flags::FlagSet;
 use crate::regs;
-use iced_x86::{Instruction, Mnemonic, OpAccess, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use paravane_memory::split_locks_are_dear;
 
 const RSP: u8 = 4;
@@ -255,7 +255,7 @@ impl Planner {
     fn find_regions(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) {
         let max_span = if self.window { MAX_SPAN_IN_WINDOW } else { MAX_SPAN };
         for (i, instr) in instrs.iter().enumerate() {
-            let form = forms[i];
+            let form = &forms[i];
             let ends = matches!(
                 form.class,
                 Class::Interpret
@@ -271,10 +271,10 @@ impl Planner {
                 break;
             }
             self.open.iter_mut().for_each(|r| r.reach(i, live));
-            if form.memory
-                && let Some(operand) = grouped_operand(instr, &form.class, code64)
+            if form.memory.is_some()
+                && let Some(operand) = grouped_operand(instr, form, code64)
             {
-                let size = instr.memory_size().size() as i32;
+                let size = i32::from(form.memory_size);
                 let write = form.writes_memory;
                 let (region, disp) = self.region(operand, i, live);
                 region.add(i, disp, size, write, max_span);
@@ -292,7 +292,7 @@ impl Planner {
                 }
                 _ => {}
             }
-            let mut modified = modified(instr, &form);
+            let mut modified = modified(instr, form);
             if form.steps
                 && let Some((base, n)) = adjustment(instr, code64)
                 && self.follow(base, i, n, live)
@@ -322,23 +322,20 @@ fn place(region: &Region, plans: &[Plan]) -> Option<Plan> {
 fn candidates(forms: &[Form]) -> usize {
     let stack =
         |c: Class| matches!(c, Class::Push | Class::Pop | Class::Call | Class::CallIndirect | Class::Ret);
-    forms.iter().filter(|f| f.memory || stack(f.class)).count()
+    forms.iter().filter(|f| f.memory.is_some() || stack(f.class)).count()
 }
 
 /// The memory operand, if it can be a member.
-fn grouped_operand(instr: &Instruction, class: &Class, code64: bool) -> Option<Operand> {
-    match class {
+fn grouped_operand(instr: &Instruction, form: &Form, code64: bool) -> Option<Operand> {
+    match form.class {
         Class::Identity(_) | Class::Push | Class::CallIndirect | Class::JmpIndirect => {}
         _ => return None,
     }
-    operand(instr, code64)
+    operand(instr, u32::from(form.memory_size), code64)
 }
 
-/// The memory operand of an instruction, in a flat segment and by registers of the code's size.
-pub(crate) fn operand(instr: &Instruction, code64: bool) -> Option<Operand> {
-    if !(0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory) {
-        return None;
-    }
+/// The memory operand, of `size` bytes, of an instruction that has one, in a flat segment and by registers of the code's size.
+pub(crate) fn operand(instr: &Instruction, size: u32, code64: bool) -> Option<Operand> {
     // A member is not checked for alignment.
     if is_locked(instr) && split_locks_are_dear() {
         return None;
@@ -348,8 +345,7 @@ pub(crate) fn operand(instr: &Instruction, code64: bool) -> Option<Operand> {
         Register::CS => code64,
         _ => true,
     };
-    let high = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));
-    if !flat || high || instr.memory_size().size() == 0 {
+    if !flat || size == 0 || has_high_byte(instr, size) {
         return None;
     }
     let disp = instr.memory_displacement64();
@@ -370,17 +366,14 @@ pub(crate) fn operand(instr: &Instruction, code64: bool) -> Option<Operand> {
     Some(Operand { key: Key { base, index, scale, relative: false }, disp })
 }
 
+/// Whether a register beside a memory operand of `size` bytes is AH, CH, DH or BH: bytes go with bytes.
+pub(crate) fn has_high_byte(instr: &Instruction, size: u32) -> bool {
+    size == 1 && (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)))
+}
+
 /// Whether the access is a locked one; XCHG with memory is, prefix or not.
 pub(crate) fn is_locked(instr: &Instruction) -> bool {
     instr.has_lock_prefix() || instr.mnemonic() == Mnemonic::Xchg
-}
-
-/// Whether `instr`, with such accesses, writes its memory operand.
-pub(crate) fn memory_written(instr: &Instruction, access: &[OpAccess; 5]) -> bool {
-    (0..instr.op_count()).any(|i| {
-        instr.op_kind(i) == OpKind::Memory
-            && !matches!(access[i as usize], OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess)
-    })
 }
 
 /// `add r, imm`, `sub r, imm`, `inc r`, `dec r`, `lea r, [r + disp]`: the register and its known change. In 64-bit code a write
@@ -423,11 +416,10 @@ pub(crate) fn may_step(m: Mnemonic) -> bool {
 
 /// The registers `instr` may change in a way a group does not follow, one bit each.
 fn modified(instr: &Instruction, form: &Form) -> u16 {
-    let mut mask = form.implicit;
-    for i in 0..instr.op_count() {
-        if matches!(form.access[i as usize], OpAccess::Read | OpAccess::CondRead | OpAccess::None) {
-            continue;
-        }
+    let (mut mask, mut written) = (form.implicit, form.written);
+    while written != 0 {
+        let i = written.trailing_zeros();
+        written &= written - 1;
         let r = instr.op_register(i);
         if instr.op_kind(i) == OpKind::Register && r.is_gpr() {
             mask |= 1 << regs::number(r);

@@ -5,10 +5,9 @@
 //! Several programs may run by turns. A page that is wanted back where its blocks were before has one more instance from then on,
 //! so that nobody's blocks are moved for long; up to a limit, for a program can map a page wherever it likes.
 
-use super::{Block, BlockId, BlockKey, BlockTable, Mode, NONE};
+use super::{Block, BlockId, BlockKey, BlockTable, Mode, NONE, PageBlocks};
 use crate::code_cache::CodeOffset;
 use paravane_memory::PAGE_SHIFT;
-use std::hash::BuildHasher;
 use std::ops::Range;
 
 /// Instances of a page before any other is wanted back.
@@ -92,16 +91,16 @@ impl Block {
     }
 }
 
-impl BlockTable {
-    /// A block was made.
+impl PageBlocks {
+    /// A block of the page was made.
     pub(super) fn note_instance(&mut self, key: &BlockKey) {
-        if key.movable()
-            && let Some(on_page) = self.pages.get_mut(&key.page())
-        {
-            on_page.instances[key.kind()].note(key.linear_page());
+        if key.movable() {
+            self.instances[key.kind()].note(key.linear_page());
         }
     }
+}
 
+impl BlockTable {
     /// Puts the blocks into `moved` that shall move so that there is one at `key`; returns how far. `used` says when a linear
     /// page was used last.
     pub(crate) fn replace_instance(
@@ -127,19 +126,15 @@ impl BlockTable {
 
     /// Moves block `id` and where its links lead by `by`.
     pub(crate) fn rekey(&mut self, id: BlockId, by: u64) {
-        let old = self.hasher.hash_one(self.blocks[id as usize].key);
-        if let Ok(entry) = self.map.find_entry(old, |&other| other == id) {
-            entry.remove();
-        }
+        self.forget(id);
         let block = &mut self.blocks[id as usize];
         block.key.address = block.key.address.wrapping_add(by);
         for number in block.links() {
             let link = &mut self.links[number as usize];
             link.target = link.target.wrapping_add(by);
         }
-        let (hasher, blocks) = (&self.hasher, &self.blocks);
-        let new = hasher.hash_one(blocks[id as usize].key);
-        self.map.insert_unique(new, id, |&id| hasher.hash_one(blocks[id as usize].key));
+        let key = self.blocks[id as usize].key;
+        self.know(&key, id);
     }
 
     /// Where the code of a block has addresses that move with it.

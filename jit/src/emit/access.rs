@@ -2,6 +2,7 @@
 //! into a host address or leaves for the miss stub.
 
 use super::segment::Bound;
+use super::shape::{self, Memory};
 use super::window::Spot;
 use super::{Emitter, Pos, Target, Unfit, load};
 use crate::assembler::SimpleAssembler;
@@ -11,7 +12,7 @@ use crate::flags::FlagSet;
 use crate::regs::{self, Place, R10, R11, READ_BASE, WRITE_BASE};
 use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Code, Instruction, OpKind, Register};
+use iced_x86::{Instruction, OpKind, Register};
 
 pub(super) const NEED_FS_GS: [Register; 2] = [Register::FS, Register::GS];
 
@@ -239,29 +240,7 @@ impl Emitter {
         disp: i32,
         narrow: bool,
     ) {
-        let reg = |n: u8| Register::RAX + u32::from(n);
-        let memory = iced_x86::MemoryOperand::new(
-            base.map_or(Register::None, reg),
-            index.map_or(Register::None, reg),
-            if index.is_some() { scale } else { 1 },
-            i64::from(disp),
-            if base.is_none() {
-                8
-            } else if disp == 0 {
-                0
-            } else {
-                1
-            },
-            false,
-            Register::None,
-        );
-        let (code, dst) = if narrow {
-            (Code::Lea_r32_m, Register::EAX + u32::from(dst))
-        } else {
-            (Code::Lea_r64_m, reg(dst))
-        };
-        let instr = Instruction::with2(code, dst, memory).expect("LEA takes a register and memory");
-        self.encode(&instr).expect("an address of registers is encodable");
+        shape::lea(&mut self.hot, dst, Memory { base, index, scale, disp }, narrow);
     }
 
     /// LEA.

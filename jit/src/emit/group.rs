@@ -237,7 +237,7 @@ impl Emitter {
 
     /// The memory operand, if a group covers it.
     pub(super) fn member(&self, instr: &Instruction, size: u32, write: bool) -> Option<Member> {
-        let operand = groups::operand(instr, self.code64)?;
+        let operand = groups::operand(instr, size, self.code64)?;
         let covered = |g: &Group| g.member(operand.behind(g.key, g.anchor)?, size as i32, write);
         self.groups.iter().find_map(covered)
     }

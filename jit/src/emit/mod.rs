@@ -16,6 +16,7 @@ mod level;
 pub(crate) mod recipe;
 mod repeat;
 mod segment;
+mod shape;
 mod stack;
 mod string;
 mod system;
@@ -36,6 +37,7 @@ use group::Group;
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpAccess, OpCodeOperandKind, OpKind, Register};
 use paravane_cpu::operand_alignment;
 use paravane_memory::split_locks_are_dear;
+use shape::Shapes;
 
 /// Where in the block's code something is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -97,6 +99,7 @@ pub(crate) struct Emitter {
     /// Where the code has addresses that move with it.
     pub(crate) constants: Vec<Pos>,
     first_link: u32,
+    shapes: Shapes,
     encoder: Encoder,
     stubs: Stubs,
     mode: Mode,
@@ -133,6 +136,7 @@ impl Emitter {
             links: Vec::new(),
             constants: Vec::new(),
             first_link: 0,
+            shapes: Shapes::new(),
             encoder: Encoder::new(64),
             stubs,
             mode: Mode::default(),
@@ -304,6 +308,9 @@ impl Emitter {
     }
 
     fn encode(&mut self, instr: &Instruction) -> Result<(), Unfit> {
+        if self.shapes.put(instr, &mut self.hot) {
+            return Ok(());
+        }
         let out = self.encoder.encode(instr, 0);
         let mut bytes = self.encoder.take_buffer();
         if out.is_ok() {
@@ -322,7 +329,7 @@ impl Emitter {
         form: &Form,
         site: Site,
     ) -> Result<(), Unfit> {
-        let memory = (0..instr.op_count()).find(|&i| instr.op_kind(i) == OpKind::Memory);
+        let memory = form.memory;
         if self.constant_at_home(instr) {
             return Ok(());
         }
@@ -335,16 +342,12 @@ impl Emitter {
         let grouped = self.r9_busy;
         let mut free: &[u8] = if grouped { &[R10, R11] } else { &[R10, R11, R9] };
         let mut high_byte = false;
-        if let Some(op) = memory {
-            let size = instr.memory_size().size() as u32;
+        if memory.is_some() {
+            let (size, write) = (u32::from(form.memory_size), form.writes_memory);
             if !matches!(size, 1 | 2 | 4 | 8 | 10 | 16 | 32) {
                 return Err(Unfit);
             }
-            let write = !matches!(
-                form.access[op as usize],
-                OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess
-            );
-            high_byte = (0..instr.op_count()).any(|i| regs::is_high_byte(instr.op_register(i)));
+            high_byte = groups::has_high_byte(instr, size);
             new.set_segment_prefix(Register::None);
             let mut info = MissInfo::of(size, write);
             info |= if operand_alignment(instr) > 1 { MissInfo::ALIGNED } else { 0 };

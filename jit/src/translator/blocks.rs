@@ -83,34 +83,34 @@ impl Translator {
         path: &[u64],
     ) -> Option<BlockId> {
         // The copy stays good while the claim stands: writes to the page take it away.
-        if self.page_copied != Some(page) || !self.claims.has_code(page) {
-            self.page_copied = None;
-            if !self.protect(page) {
-                return None;
-            }
-            self.mem.ram_read(page, &mut self.page_bytes[..]);
-            self.page_copied = Some(page);
-        }
+        let known = self.copies.find(page).filter(|_| self.claims.has_code(page));
+        let copy = match known {
+            Some(copy) => copy,
+            None if self.protect(page) => self.copies.copy(page, &self.mem),
+            None => return None,
+        };
         let at = (key.address & 0xFFF) as usize;
         let mut crossing = None;
         let mut extra = None;
         let mut joined = [0u8; 32];
-        let mut bytes = &self.page_bytes[..];
         let mut source_at = at;
-        if path.is_empty() && at > 4096 - 15 && !complete(&bytes[at..], key.mode) {
+        let crosses =
+            path.is_empty() && at > 4096 - 15 && !complete(&self.copies.bytes(copy)[at..], key.mode);
+        if crosses {
             let next_lin = key.mode.advance(key.mode.linear(key.address) & !0xFFF, 4096);
             let (next, slot) = self.fetch_page(cpu, next_lin)?;
-            if !self.protect(next) {
+            // Looking for the page may have started the code cache over.
+            if !self.protect(next) || !self.claims.has_code(page) {
                 return None;
             }
             let head = 4096 - at;
-            joined[..head].copy_from_slice(&self.page_bytes[at..]);
+            joined[..head].copy_from_slice(&self.copies.bytes(copy)[at..]);
             self.mem.ram_read(next, &mut joined[head..head + 15]);
-            bytes = &joined[..head + 15];
             source_at = 0;
             crossing = Some(Crossing { slot, page: (next.0 >> PAGE_SHIFT) as u32 + 1 });
             extra = Some(NonZeroPage::new(next.0 >> PAGE_SHIFT)?);
         }
+        let bytes = if crosses { &joined[..4096 - at + 15] } else { &self.copies.bytes(copy)[..] };
         let options = self.core.model().decoder_options();
         let stop = self.next_breakpoint(&key);
         let (rip, limit) = self.place(&key);
@@ -294,22 +294,8 @@ impl Translator {
         if !left {
             self.claims.release_code(page);
         }
-        if self.page_copied == Some(page) {
-            self.copy_again(page, written);
-        }
+        self.copies.refresh(page, written, &self.mem);
         self.core.invalidate_code(page);
-    }
-
-    /// Brings the copy of `page` up to date where it was `written`, while the claim on it stands.
-    fn copy_again(&mut self, page: RamOffset, written: Granules) {
-        if written == Granules::ALL {
-            self.page_copied = None;
-            return;
-        }
-        for part in written.parts() {
-            let at = part.start as u64;
-            self.mem.ram_read(RamOffset(page.0 + at), &mut self.page_bytes[part]);
-        }
     }
 
     /// Removes all blocks with bytes on the page at `ram`; the page is an ordinary page again.

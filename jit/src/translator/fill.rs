@@ -158,6 +158,9 @@ impl Translator {
     /// Makes the page one that holds translated code: no view writes it from now on. False while another vCPU's views may;
     /// it was asked to give that up.
     pub(super) fn protect(&mut self, ram: RamOffset) -> bool {
+        if !self.claims.has_code(ram) {
+            self.copies.forget(ram);
+        }
         self.revoke(ram);
         let claimed = self.claims.claim_code(ram);
         self.stats.code_waits += u64::from(!claimed);

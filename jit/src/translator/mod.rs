@@ -10,6 +10,7 @@
 //!   no other borrow of them.
 
 mod blocks;
+mod copies;
 mod debug;
 mod fill;
 mod level;
@@ -36,6 +37,7 @@ use crate::spaces::Spaces;
 use crate::stubs::{self, Stubs};
 use crate::vectors::LiveVectors;
 use crate::windows::Windows;
+use copies::PageCopies;
 use fill::{Writers, miss_helper};
 use level::Returns;
 use paravane_cpu::{
@@ -150,9 +152,7 @@ pub struct Translator {
     relinked: Vec<u32>,
     /// A loop became hot: the path through it is being found.
     recorder: Option<Recorder>,
-    page_bytes: Box<[u8; 4096]>,
-    /// Which page `page_bytes` is a copy of.
-    page_copied: Option<RamOffset>,
+    copies: PageCopies,
 }
 
 // SAFETY: the raw pointers point into values owned by the translator, or are null while it may move.
@@ -226,8 +226,7 @@ impl Translator {
             taken: Vec::new(),
             relinked: Vec::new(),
             recorder: None,
-            page_bytes: Box::new([0; 4096]),
-            page_copied: None,
+            copies: PageCopies::new(),
             cache,
         };
         translator.map_stubs();
