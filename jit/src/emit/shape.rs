@@ -144,7 +144,7 @@ impl Shapes {
     }
 }
 
-/// A memory operand of 64-bit registers.
+/// A memory operand of 64-bit host registers.
 #[derive(Clone, Copy)]
 pub(super) struct Memory {
     pub(super) base: Option<u8>,

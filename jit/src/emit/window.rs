@@ -2,6 +2,7 @@
 //! checked is that the region around the address is one of the window's. Whether the page may be accessed the host's page tables tell.
 
 use super::access::{Keep, NEED_FS_GS};
+use super::shape::Memory;
 use super::{Emitter, Pos, Target, Unfit};
 use crate::block::Mode;
 use crate::flags::FlagSet;
@@ -29,18 +30,10 @@ impl Spot {
     pub(super) const R11: Spot = Spot { base: R11, disp: 0, window: false };
 }
 
-/// A memory operand in the window, of host registers.
-#[derive(Clone, Copy)]
-pub(super) struct Operand {
-    base: Option<u8>,
-    index: Option<u8>,
-    scale: u32,
-    disp: i32,
-}
-
-impl Operand {
-    fn behind(base: u8, disp: i32) -> Operand {
-        Operand { base: Some(base), index: None, scale: 1, disp }
+/// In a window.
+impl Memory {
+    fn behind(base: u8, disp: i32) -> Memory {
+        Memory { base: Some(base), index: None, scale: 1, disp }
     }
 
     /// Makes it the memory operand of `instr`.
@@ -52,8 +45,8 @@ impl Operand {
         instr.set_memory_index_scale(self.scale);
         instr.set_memory_displacement64(i64::from(self.disp) as u64);
         let size = match self {
-            Operand { base: None, .. } => 8,
-            Operand { disp: 0, .. } => 0,
+            Memory { base: None, .. } => 8,
+            Memory { disp: 0, .. } => 0,
             _ => 1,
         };
         instr.set_memory_displ_size(size);
@@ -103,12 +96,12 @@ impl Emitter {
         instr: &Instruction,
         info: u64,
         live: FlagSet,
-    ) -> Result<Operand, Unfit> {
+    ) -> Result<Memory, Unfit> {
         let (size, write) = (info as u32 & 0xFF, info & MissInfo::WRITE != 0);
         let covered = self.member(instr, size, write).is_some();
         let aligned = size <= 8 && self.must_be_aligned(info);
         if let Some(operand) = self.plain_operand(instr).filter(|_| !aligned) {
-            let Operand { base, index, disp, .. } = operand;
+            let Memory { base, index, disp, .. } = operand;
             match (base, index) {
                 _ if covered => return Ok(self.loaded(operand)),
                 (Some(_), None) if reaches(i64::from(disp)) => {
@@ -124,20 +117,20 @@ impl Emitter {
             && let Ok(disp) = i32::try_from(at)
             && !aligned
         {
-            return Ok(Operand { base: None, index: None, scale: 1, disp });
+            return Ok(Memory { base: None, index: None, scale: 1, disp });
         }
         let ea = self.effective_address(instr, true)?;
         if near.is_none() && !covered || aligned {
             self.check_access(ea, info, live);
         }
-        Ok(Operand::behind(ea, 0))
+        Ok(Memory::behind(ea, 0))
     }
 
     /// The place of an operand, by a register and a constant: r11, if need be.
-    pub(super) fn spot_of(&mut self, operand: Operand) -> Spot {
+    pub(super) fn spot_of(&mut self, operand: Memory) -> Spot {
         match operand {
-            Operand { base: Some(base), index: None, disp, .. } => Spot { base, disp, window: true },
-            Operand { base, index, scale, disp } => {
+            Memory { base: Some(base), index: None, disp, .. } => Spot { base, disp, window: true },
+            Memory { base, index, scale, disp } => {
                 self.lea(R11, base, index, scale, disp, false);
                 Spot { base: R11, disp: 0, window: true }
             }
@@ -146,7 +139,7 @@ impl Emitter {
 
     /// The memory operand as the guest has it, where the host can have it likewise: guest registers, of which the base may be in
     /// the context.
-    fn plain_operand(&self, instr: &Instruction) -> Option<Operand> {
+    fn plain_operand(&self, instr: &Instruction) -> Option<Memory> {
         let wide = |r: Register| r == Register::None || r.is_gpr64();
         let (base, index) = (instr.memory_base(), instr.memory_index());
         let flat = !NEED_FS_GS.contains(&instr.memory_segment());
@@ -160,15 +153,15 @@ impl Emitter {
         }
         let (scale, disp) = (instr.memory_index_scale(), instr.memory_displacement64() as i32);
         let scale = if index == Register::None { 1 } else { scale };
-        Some(Operand { base: number(base), index: number(index), scale, disp })
+        Some(Memory { base: number(base), index: number(index), scale, disp })
     }
 
     /// `operand` of guest registers with host registers; the base may be loaded into r11.
-    fn loaded(&mut self, operand: Operand) -> Operand {
+    fn loaded(&mut self, operand: Memory) -> Memory {
         let base = operand.base.map(|r| self.guest(r, R11));
         let index = operand.index.map(|r| self.guest(r, R10));
         debug_assert_ne!(index, Some(R10), "an index in the context");
-        Operand { base, index, ..operand }
+        Memory { base, index, ..operand }
     }
 
     /// The address of an operand that names no register, if it is so near the code that it needs no check: the code's own region is
