@@ -98,9 +98,10 @@ impl Translator {
             path.is_empty() && at > 4096 - 15 && !complete(&self.copies.bytes(copy)[at..], key.mode);
         if crosses {
             let next_lin = key.mode.advance(key.mode.linear(key.address) & !0xFFF, 4096);
+            let resets = self.stats.cache_flushes;
             let (next, slot) = self.fetch_page(cpu, next_lin)?;
-            // Looking for the page may have started the code cache over.
-            if !self.protect(next) || !self.claims.has_code(page) {
+            // Where that was one page too many, what is known of the first one is gone.
+            if resets != self.stats.cache_flushes || !self.protect(next) {
                 return None;
             }
             let head = 4096 - at;

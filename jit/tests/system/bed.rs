@@ -196,13 +196,17 @@ impl Bed {
     }
 
     pub fn of_kind(model: &str, start: Start, kind: Kind) -> Bed {
+        Bed::with_code_cache(model, start, kind, 4 << 20)
+    }
+
+    /// The translator has `code_cache` bytes for code.
+    pub fn with_code_cache(model: &str, start: Start, kind: Kind, code_cache: usize) -> Bed {
         let mem = GuestMemory::new(MemoryConfig::pc(32 << 20)).expect("memory");
         let attention = Attention::default();
         let model = model_by_name(model, &HostFeatures::detect()).expect("a model");
         let engine: Box<dyn Engine> = if kind != Kind::Interpreter {
             let window_after = if kind == Kind::Windows { 0 } else { u32::MAX };
-            let options =
-                JitOptions { code_cache: 4 << 20, hot_loop: 2, window_after, ..JitOptions::default() };
+            let options = JitOptions { code_cache, hot_loop: 2, window_after, ..JitOptions::default() };
             let jit = Translator::new(model.clone(), &mem, attention.clone(), VpIndex(0), options);
             Box::new(jit.expect("translator"))
         } else {

@@ -1,6 +1,6 @@
 //! Accesses and instructions on two pages (SDM 3A, 4.7; 1, 4.1.1).
 
-use crate::bed::{Bed, CODE, DATA, Start, both, pf, pte};
+use crate::bed::{Bed, CODE, DATA, Kind, PD, Start, both, pf, pte};
 use paravane_cpu::{cr4, gpr};
 
 /// The first page is present; the second is not.
@@ -318,4 +318,42 @@ fn instructions_that_run_into_a_forbidden_page() {
             }
         }
     });
+}
+
+/// The translator knows 65,536 pages of code at a time and starts over with the next one. Where that is the second page of an
+/// instruction, stores to its first page are still seen, whether that has other code or not.
+#[test]
+fn an_instruction_whose_second_page_is_one_too_many() {
+    for kind in [Kind::Interpreter, Kind::Tables] {
+        for (pages, beside) in (PAGES - 4..PAGES).flat_map(|pages| [(pages, true), (pages, false)]) {
+            crosses_into_one_too_many(kind, pages, beside);
+        }
+    }
+}
+
+const PAGES: u64 = 65_536;
+
+/// Runs code on so many `pages`, then an instruction on two pages, of which the first has other code if `beside`.
+fn crosses_into_one_too_many(kind: Kind, pages: u64, beside: bool) {
+    const FIRST: u64 = 0x30_0000;
+    const CROSSING: u64 = FIRST + 0xFFC;
+    const RETURNS: u64 = 0xA0_0000;
+    const MANY: u64 = 32 << 20;
+    let mut bed = Bed::with_code_cache("max", Start::Long, kind, 64 << 20);
+    for page in 0..512 {
+        bed.put(RETURNS + page * 4096, &[0xC3]);
+    }
+    for n in 0..=PAGES / 512 {
+        bed.put64(PD + (MANY >> 21) * 8 + n * 8, RETURNS | pte::PS | pte::P | pte::RW);
+    }
+    // MOV EAX, 1; RET: the number begins on the first page.
+    bed.put(CROSSING, &[0xB8, 1, 0, 0, 0, 0xC3]);
+    bed.put(FIRST, &[0xC3]);
+    bed.cpu.gpr[gpr::RBX] = MANY;
+    bed.cpu.gpr[gpr::RCX] = pages;
+    bed.cpu.gpr[gpr::RSI] = if beside { FIRST } else { RETURNS };
+    bed.cpu.gpr[gpr::RDI] = CROSSING;
+    bed.finish(&program!(64: "call rsi", "2: call rbx", "add rbx, 4096", "dec ecx", "jnz 2b",
+        "call rdi", "mov edx, eax", "mov byte ptr [rdi + 1], 7", "call rdi"));
+    assert_eq!((bed.cpu.gpr[gpr::RDX], bed.cpu.gpr[gpr::RAX]), (1, 7), "{kind:?}, {pages} pages, {beside}");
 }
