@@ -3,7 +3,8 @@
 //! Each linear code page in use owns a cell of `JitContext::xslots`, which holds its backing page number + 1 while
 //! that translation is known to hold. Jumps chained across pages compare it; whatever drops translations (CR3, INVLPG, …)
 //! clears it. A jump cache maps 16 bits made from a linear address to a code address and the host code for it, which indirect
-//! transfers compare; it holds only blocks whose page is validated.
+//! transfers compare; it holds only blocks whose page is validated. A target whose place another one takes moves to a second,
+//! smaller part of it, where a stub looks.
 
 use crate::block::Mode;
 use crate::context::XSLOTS;

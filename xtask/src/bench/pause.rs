@@ -96,6 +96,7 @@ mod tests {
 
     #[test]
     fn a_stopped_machine_ends_with_whoever_started_it() {
+        assert!(host::installed("setpriv"), "this host lacks setpriv, of util-linux");
         let starter = thread::spawn(|| {
             let child = tied("sleep").arg("60").spawn().expect("sleep");
             let name = format!("/proc/{}/comm", child.id());
