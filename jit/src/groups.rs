@@ -235,7 +235,8 @@ impl Planner {
         self.plans.clear();
         let code64 = mode.code64();
         self.window = mode.has(Mode::WINDOW);
-        if candidates(forms) < if self.window { 1 } else { 2 } {
+        let unchecked = self.window && !code64;
+        if unchecked || candidates(forms) < if self.window { 1 } else { 2 } {
             return;
         }
         self.open.clear();

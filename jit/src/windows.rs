@@ -12,11 +12,17 @@
 //!
 //! The windows of one translator share the table: it shows the regions of the current space.
 //!
+//! 32-bit code needs no check and no table: addresses have 32 bits, to which the host cuts them itself, and *all* 4 GiB of its window, with
+//! a region before and behind, are our own reservation. So there are two kinds of windows ([`Reach`]), and code of one size has none
+//! of the other's kind.
+//!
 //! Invariants this unsafe island relies on:
 //! * `table..table + TABLE` is our own reservation once the first window was asked for, of which the first `REGIONS` bytes are accessible;
 //! * what a window lists in `reserved` is address space of its own, in which there is nothing but pages of guest memory that it
-//!   mapped there; an admitted region and its neighbours are listed, as far as the host has such addresses for programs.
+//!   mapped there; an admitted region and its neighbours are listed, as far as the host has such addresses for programs;
+//! * a window for 32-bit code lists the 4 GiB and their neighbours.
 
+use crate::block::Mode;
 use hashbrown::HashMap;
 use std::fs::File;
 use std::io;
@@ -57,15 +63,43 @@ struct Chunk {
     count: usize,
 }
 
+/// What a window may show.
+enum Admitted {
+    Regions(Vec<u64>),
+    All32,
+}
+
+/// Regions that 32-bit code has.
+const ALL_32: u64 = 1 << (32 - REGION_SHIFT);
+
+impl Admitted {
+    fn has(&self, lin: u64) -> bool {
+        let region = lin >> REGION_SHIFT;
+        match self {
+            Admitted::Regions(regions) => regions.contains(&region),
+            Admitted::All32 => region < ALL_32,
+        }
+    }
+
+    /// Regions that the table has.
+    fn in_table(&self) -> &[u64] {
+        match self {
+            Admitted::Regions(regions) => regions,
+            Admitted::All32 => &[],
+        }
+    }
+}
+
 /// The window of one address space.
 struct Window {
     /// What to add to a linear address.
     delta: u64,
     /// The page tables' root.
     root: u64,
-    regions: Vec<u64>,
-    /// The host's regions that are reserved.
-    reserved: Vec<u64>,
+    /// Regions of 64-bit code's addresses that are admitted, or all that 32-bit code has.
+    admitted: Admitted,
+    /// Ranges of the host's regions that are reserved.
+    reserved: Vec<Range<u64>>,
     chunks: HashMap<u64, Chunk>,
     pages: usize,
     /// The guest flushed translations: what is shown must be compared with its page tables before it is used.
@@ -104,10 +138,12 @@ pub(crate) enum Reach {
     High,
     /// Some of it lies below, some above, perhaps at the end of the lower half: linear addresses are the host's.
     Everywhere,
+    /// It is 32-bit code: all it can reach lies below 4 GiB.
+    All32,
 }
 
 impl Reach {
-    /// For a program with all of these addresses.
+    /// For a 64-bit program with all of these addresses.
     pub(crate) fn of(addresses: &[u64]) -> Reach {
         let low = |lin: &u64| lin >> 32 == 0;
         match (addresses.iter().any(low), addresses.iter().all(low)) {
@@ -161,9 +197,9 @@ fn can_set_gs() -> bool {
     unsafe { libc::getauxval(libc::AT_HWCAP2) & HWCAP2_FSGSBASE != 0 }
 }
 
-/// The addresses of the host's region `r` that programs can have.
-fn extent(r: u64) -> Range<u64> {
-    (r << REGION_SHIFT).max(USABLE.start)..((r + 1) << REGION_SHIFT).min(USABLE.end)
+/// The addresses of some of the host's regions that programs can have.
+fn extent(regions: &Range<u64>) -> Range<u64> {
+    (regions.start << REGION_SHIFT).max(USABLE.start)..(regions.end << REGION_SHIFT).min(USABLE.end)
 }
 
 impl Window {
@@ -202,30 +238,43 @@ impl Window {
         }
         self.chunks.clear();
         self.pages = 0;
-        for &r in &self.regions {
-            let e = extent(self.host(r << REGION_SHIFT) >> REGION_SHIFT);
+        for regions in &self.reserved {
+            let e = extent(regions);
             reserve(e.start, e.end - e.start, libc::MAP_FIXED).expect("a window's own address space");
         }
     }
 
-    /// Reserves the host's region `r`, if it is not yet.
-    fn reserve(&mut self, r: u64) -> bool {
-        if r >= REGIONS || self.reserved.contains(&r) {
-            return true;
-        }
-        let e = extent(r);
+    /// Whether the host's region `r` is reserved.
+    fn reserves(&self, r: u64) -> bool {
+        self.reserved.iter().any(|regions| regions.contains(&r))
+    }
+
+    /// Reserves the host's `regions`, of which none is; false if the host has something there.
+    fn reserve(&mut self, regions: Range<u64>) -> bool {
+        let e = extent(&regions);
         let free = reserve(e.start, e.end - e.start, libc::MAP_FIXED_NOREPLACE).is_ok();
         if free {
-            self.reserved.push(r);
+            self.reserved.push(regions);
         }
         free
+    }
+
+    /// Reserves the host's region `r`, if it is not yet and the host has such addresses.
+    fn reserve_one(&mut self, r: u64) -> bool {
+        r >= REGIONS || self.reserves(r) || self.reserve(r..r + 1)
+    }
+
+    /// Reserves what all addresses of 32-bit code lead to, and a region on either side.
+    fn reserve_all_32(&mut self) -> bool {
+        let first = self.delta >> REGION_SHIFT;
+        self.reserve(first - 1..first + ALL_32 + 1)
     }
 }
 
 impl Drop for Window {
     fn drop(&mut self) {
-        for &r in &self.reserved {
-            let e = extent(r);
+        for regions in &self.reserved {
+            let e = extent(regions);
             release(e.start, e.end - e.start);
         }
     }
@@ -280,6 +329,19 @@ impl Windows {
         self.current().is_some()
     }
 
+    /// Whether it is one of which code must check the regions.
+    pub(crate) fn is_checked(&self) -> bool {
+        self.current().is_some_and(|w| matches!(w.admitted, Admitted::Regions(_)))
+    }
+
+    /// Whether programs of the current space use its window in `mode`.
+    pub(crate) fn serves(&self, mode: Mode) -> bool {
+        self.current().is_some_and(|w| match w.admitted {
+            Admitted::Regions(_) => mode.code64(),
+            Admitted::All32 => mode.bits() == 32 && !mode.has(Mode::SEGMENTED),
+        })
+    }
+
     /// Whether it must be compared with page tables first.
     pub(crate) fn is_stale(&self) -> bool {
         self.current().is_some_and(|w| w.stale)
@@ -307,8 +369,8 @@ impl Windows {
     }
 
     fn mark_all(&mut self, admitted: bool) {
-        for i in 0..self.current().map_or(0, |w| w.regions.len()) {
-            let Some(region) = self.current().map(|w| w.regions[i]) else { return };
+        for i in 0..self.current().map_or(0, |w| w.admitted.in_table().len()) {
+            let Some(region) = self.current().map(|w| w.admitted.in_table()[i]) else { return };
             self.mark(region, admitted);
         }
     }
@@ -338,21 +400,29 @@ impl Windows {
                 });
                 0..1
             }
-            Reach::Low | Reach::High => 1..STEPS,
+            Reach::Low | Reach::High | Reach::All32 => 1..STEPS,
         };
         let first = self.vp * self.spaces.len() as u64 + self.active as u64;
         for n in deltas {
             let step = if n == 0 { 0 } else { STEP * (1 + (first + n - 1) % STEPS) };
-            let delta = if reach == Reach::Low { step } else { step.wrapping_neg() };
-            self.spaces[self.active] = Some(Window {
+            let low = matches!(reach, Reach::Low | Reach::All32);
+            let delta = if low { step } else { step.wrapping_neg() };
+            let mut window = Window {
                 delta,
                 root,
-                regions: Vec::new(),
+                admitted: Admitted::Regions(Vec::new()),
                 reserved: Vec::new(),
                 chunks: HashMap::new(),
                 pages: 0,
                 stale: false,
-            });
+            };
+            if reach == Reach::All32 {
+                if !window.reserve_all_32() {
+                    continue;
+                }
+                window.admitted = Admitted::All32;
+            }
+            self.spaces[self.active] = Some(window);
             if wanted.iter().all(|&lin| self.admit(lin)) {
                 self.opened += 1;
                 self.unfit = false;
@@ -389,22 +459,25 @@ impl Windows {
     pub(crate) fn admit(&mut self, lin: u64) -> bool {
         let region = lin >> REGION_SHIFT;
         let Some(w) = &mut self.spaces[self.active] else { return false };
+        if w.admitted.has(lin) {
+            return true;
+        }
+        let Admitted::Regions(regions) = &w.admitted else { return false };
         if region >= REGIONS {
             return false;
         }
-        if w.regions.contains(&region) {
-            return true;
-        }
+        let full = regions.len() >= self.max_regions;
         let host = w.host(region << REGION_SHIFT) >> REGION_SHIFT;
-        let full = w.regions.len() >= self.max_regions;
         if full
             || host >= REGIONS
-            || ![host.wrapping_sub(1), host, host + 1].into_iter().all(|r| w.reserve(r))
+            || ![host.wrapping_sub(1), host, host + 1].into_iter().all(|r| w.reserve_one(r))
         {
             self.unfit = true;
             return false;
         }
-        w.regions.push(region);
+        if let Admitted::Regions(regions) = &mut w.admitted {
+            regions.push(region);
+        }
         self.mark(region, true);
         true
     }
@@ -412,7 +485,7 @@ impl Windows {
     /// The linear address that the current window has at host address `at`, if its region is reserved.
     pub(crate) fn linear(&self, at: u64) -> Option<u64> {
         let w = self.current()?;
-        w.reserved.contains(&(at >> REGION_SHIFT)).then(|| at.wrapping_sub(w.delta))
+        w.reserves(at >> REGION_SHIFT).then(|| at.wrapping_sub(w.delta))
     }
 
     /// Whether the current window shows the page of `lin`.
@@ -453,7 +526,7 @@ impl Windows {
         let lin = lin & !0xFFF;
         let at = w.host(lin);
         let inside = at >= USABLE.start && at + n * 4096 <= USABLE.end;
-        let admitted = [lin, lin + n * 4096 - 1].iter().all(|at| w.regions.contains(&(at >> REGION_SHIFT)));
+        let admitted = [lin, lin + n * 4096 - 1].iter().all(|&at| w.admitted.has(at));
         if !inside || !admitted {
             return false;
         }
@@ -609,7 +682,7 @@ mod tests {
         assert!(admitted(&w, FAR) && !admitted(&w, FAR + REGION) && !admitted(&w, FAR - 1));
         let window = w.current().expect("open");
         for lin in [FAR - REACH, FAR + REGION + REACH] {
-            assert!(window.reserved.contains(&(window.host(lin) >> REGION_SHIFT)));
+            assert!(window.reserves(window.host(lin) >> REGION_SHIFT));
             assert_eq!(w.linear(window.host(lin)), Some(lin));
         }
         for lin in [1 << 47, 1 << 63, u64::MAX, 0] {
@@ -684,6 +757,29 @@ mod tests {
         assert!(w.admit(FAR + 8 * REGION) && w.admit(FAR + 4 * REGION) && !w.unfit);
         assert!(!w.admit(FAR + 12 * REGION) && w.unfit);
         assert!(w.admit(FAR), "it is there");
+    }
+
+    #[test]
+    fn all_that_32_bit_code_reaches_is_reserved() {
+        let (mut w, mem) = windows();
+        mem.write(PhysAddr(0x3000), &[9]).expect("RAM");
+        assert!(w.open(1, Reach::All32, &[0x1000, 0xFFFF_FFFF]));
+        let window = w.current().expect("open");
+        let (first, last) = (0u64.wrapping_sub(REGION), (1 << 32) + REGION - 1);
+        for lin in [first, 0, 0xFFFF_FFFF, last] {
+            assert_eq!(w.linear(window.host(lin)), Some(lin));
+        }
+        assert!([first - 1, last + 1].iter().all(|&lin| w.linear(window.host(lin)).is_none()));
+        assert!(!admitted(&w, 0x1000), "64-bit code has none");
+        let modes = [0, Mode::CODE32, Mode::CODE16, Mode::CODE32 | Mode::SEGMENTED];
+        assert_eq!(modes.map(|mode| w.serves(Mode(mode))), [false, true, false, false]);
+        assert!(w.admit(0xFFFF_F000) && !w.admit(1 << 32) && !w.unfit);
+        assert!(w.show(0xFFFF_F000, 3, 1, false) && !w.show(1 << 32, 3, 1, false));
+        assert_eq!((byte(&w, 0xFFFF_F000), readable(&w, 1 << 32), readable(&w, 0)), (9, false, false));
+        w.hide_all();
+        assert!(!readable(&w, 0xFFFF_F000));
+        w.switch(1);
+        assert!(w.open(1, Reach::Low, &[FAR >> 20]) && w.serves(Mode(0)) && !w.serves(Mode(Mode::CODE32)));
     }
 
     #[test]

@@ -62,6 +62,11 @@ fn guests_that_aim_at_the_host_in_32_bit_mode() {
 }
 
 #[test]
+fn guests_that_aim_at_the_host_through_windows_of_32_bit_code() {
+    besiege(NativeMode::Protected32, 0);
+}
+
+#[test]
 fn guests_that_aim_at_the_host_in_16_bit_mode() {
     besiege(NativeMode::Protected16, u32::MAX);
 }

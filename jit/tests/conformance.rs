@@ -53,7 +53,7 @@ fn add_engines(bench: &mut Bench, attention: &Attention, mode: NativeMode) {
     if asked != "interpreter" {
         // Memory by tables, and where there can be windows through these.
         for (name, window_after) in [("translator", u32::MAX), ("translator with windows", 0)] {
-            if window_after == 0 && mode != NativeMode::Long {
+            if window_after == 0 && mode == NativeMode::Protected16 {
                 continue;
             }
             let options = JitOptions { hot_loop: 2, window_after, ..JitOptions::default() };
@@ -121,7 +121,7 @@ fn conform(mode: NativeMode) {
     let traced = complete && mode != NativeMode::Protected16 && whole.programs > 200;
     let interpreted = std::env::var("PARAVANE_FUZZ_ENGINE").is_ok_and(|engine| engine == "interpreter");
     assert!(!traced || interpreted || whole.traces > 0, "no loop became a trace");
-    let windowed = mode == NativeMode::Long && !interpreted;
+    let windowed = mode != NativeMode::Protected16 && !interpreted;
     assert!(!windowed || bench.counter("windows_opened") > 0, "no engine had a window");
 }
 

@@ -15,10 +15,10 @@ pub enum EngineKind {
 /// When the translator lets the host's page tables show a program's memory instead of looking addresses up in tables.
 #[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum WindowUse {
-    /// For 64-bit programs that run for long.
+    /// For programs that run for long, 64-bit or 32-bit in flat segments.
     #[default]
     Auto,
-    /// For 64-bit programs from their first instruction on; for testing.
+    /// For these programs from their first instruction on; for testing.
     Always,
     /// Never.
     Never,

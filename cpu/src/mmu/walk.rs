@@ -13,6 +13,8 @@ const D: u64 = 1 << 6;
 pub(super) const PS: u64 = 1 << 7;
 const G: u64 = 1 << 8;
 const XD: u64 = 1 << 63;
+/// What PAE paging reserves beyond the addresses that any processor has.
+const PAE_RESERVED: u64 = 0x7FF << 52;
 /// Address bits of 8-byte entries, the reserved ones included.
 pub(super) const ADDRESS: u64 = ((1 << 52) - 1) & !0xFFF;
 
@@ -91,53 +93,108 @@ pub fn inspect(
     Walk { cpu, mem, features, lin: lin.0, access, privilege, marks: false }.run().ok()
 }
 
-/// What shows the 2 MiB around a linear address to 64-bit programs: a page table, or the entry of a larger page.
+/// What shows the 2 MiB around a linear address to programs: a page table, half of one, or the entry of a larger page.
 pub struct PageTable<'a> {
     mem: &'a GuestMemory,
-    /// The table, or nothing where there is a larger page.
+    /// The first entry, or nothing where there is a larger page.
     at: Option<RamOffset>,
+    /// Bytes of an entry.
+    size: usize,
     /// The larger page's entry, with its address for the 2 MiB.
     entry: u64,
     rights: u64,
     reserved: u64,
 }
 
-/// The page table for `lin` at CPL 3 in 64-bit mode, if all entries that lead to it are accessed already.
+/// The page table for `lin` at CPL 3, if all entries that lead to it are accessed already.
 pub fn page_table<'a>(
     cpu: &CpuState,
     mem: &'a GuestMemory,
     features: PagingFeatures,
     lin: LinAddr,
 ) -> Option<PageTable<'a>> {
-    let mut reserved = features.beyond();
-    if cpu.efer & efer::NXE == 0 {
-        reserved |= XD;
+    let tables = Tables { cpu, mem, features };
+    if !cpu.paging() {
+        None
+    } else if cpu.cr4 & cr4::PAE == 0 {
+        tables.table32(lin.0 & 0xFFFF_FFFF)
+    } else if cpu.long_mode() {
+        tables.table64(lin.0, cpu.cr3 & ADDRESS, &[4, 3, 2])
+    } else {
+        let pdpte = cpu.pdptes[(lin.0 >> 30 & 3) as usize];
+        (pdpte & P != 0).then(|| tables.table64(lin.0, pdpte & ADDRESS, &[2]))?
     }
-    let (mut table, mut rights) = (cpu.cr3 & ADDRESS, P | W | U);
-    for level in [4, 3, 2] {
-        let shift = 12 + 9 * (level - 1);
-        let at = PhysAddr(mask_a20(cpu, table + (lin.0 >> shift & 511) * 8));
-        let Mapped::Ram(page) = mem.resolve(at.page()) else { return None };
-        let value = mem.ram_load(RamOffset(page.0 + at.page_offset()), 8);
-        let large = value & PS != 0;
-        let unused = if level == 4 || level == 3 && !features.page_1g { PS } else { 0 };
-        if value & (P | A) != P | A || value & (reserved | unused) != 0 {
-            return None;
+}
+
+/// Looks for [`PageTable`]s.
+struct Tables<'a, 'c> {
+    cpu: &'c CpuState,
+    mem: &'a GuestMemory,
+    features: PagingFeatures,
+}
+
+impl<'a> Tables<'a, '_> {
+    /// Where an entry or a table lies in RAM.
+    fn place(&self, at: u64) -> Option<RamOffset> {
+        let at = PhysAddr(mask_a20(self.cpu, at));
+        let Mapped::Ram(page) = self.mem.resolve(at.page()) else { return None };
+        Some(RamOffset(page.0 + at.page_offset()))
+    }
+
+    /// Entries of 8 bytes (SDM 3A, 4.4 and 4.5), from `table` of the first of `levels` on.
+    fn table64(&self, lin: u64, mut table: u64, levels: &[u32]) -> Option<PageTable<'a>> {
+        let mut reserved = self.features.beyond();
+        if self.cpu.efer & efer::NXE == 0 {
+            reserved |= XD;
         }
-        rights &= value;
-        if large {
-            let size = 1u64 << shift;
-            if value & (size - 1) & !0x1FFF != 0 {
+        if levels.len() == 1 {
+            reserved |= PAE_RESERVED;
+        }
+        let mut rights = P | W | U;
+        for &level in levels {
+            let shift = 12 + 9 * (level - 1);
+            let value = self.mem.ram_load(self.place(table + (lin >> shift & 511) * 8)?, 8);
+            let large = value & PS != 0;
+            let unused = if level == 4 || level == 3 && !self.features.page_1g { PS } else { 0 };
+            if value & (P | A) != P | A || value & (reserved | unused) != 0 {
                 return None;
             }
-            let inside = lin.0 & (size - 1) & !0x1F_FFFF;
-            let entry = value & !(ADDRESS & (size - 1)) | inside;
-            return Some(PageTable { mem, at: None, entry, rights, reserved: 0 });
+            rights &= value;
+            if large {
+                let size = 1u64 << shift;
+                if value & (size - 1) & !0x1FFF != 0 {
+                    return None;
+                }
+                let inside = lin & (size - 1) & !0x1F_FFFF;
+                let entry = value & !(ADDRESS & (size - 1)) | inside;
+                return Some(PageTable { mem: self.mem, at: None, size: 8, entry, rights, reserved: 0 });
+            }
+            table = value & ADDRESS;
         }
-        table = value & ADDRESS;
+        let at = self.place(table)?;
+        Some(PageTable { mem: self.mem, at: Some(at), size: 8, entry: 0, rights, reserved })
     }
-    let Mapped::Ram(at) = mem.resolve(PhysAddr(mask_a20(cpu, table)).page()) else { return None };
-    Some(PageTable { mem, at: Some(at), entry: 0, rights, reserved })
+
+    /// Entries of 4 bytes (SDM 3A, 4.3).
+    fn table32(&self, lin: u64) -> Option<PageTable<'a>> {
+        let directory = self.cpu.cr3 & 0xFFFF_F000;
+        let value = self.mem.ram_load(self.place(directory + (lin >> 22) * 4)?, 4);
+        if value & (P | A) != P | A {
+            return None;
+        }
+        let mut found = PageTable { mem: self.mem, at: None, size: 4, entry: 0, rights: value, reserved: 0 };
+        if value & PS != 0 && self.cpu.cr4 & cr4::PSE != 0 {
+            found.entry = large_page32(value) | value & 0xFFF | lin & 0x20_0000;
+            return (value & self.features.large_pde_reserved() == 0).then_some(found);
+        }
+        found.at = Some(self.place((value & 0xFFFF_F000) + (lin >> 21 & 1) * 2048)?);
+        Some(found)
+    }
+}
+
+/// The address of a 4-MiB page (SDM 3A, table 4-4).
+fn large_page32(pde: u64) -> u64 {
+    (pde & 0xFFC0_0000) | (pde >> 13 & 0xFF) << 32
 }
 
 impl PageTable<'_> {
@@ -147,7 +204,7 @@ impl PageTable<'_> {
         assert!(i < 512);
         let (entry, phys) = match self.at {
             Some(at) => {
-                let entry = self.mem.ram_load(RamOffset(at.0 + i as u64 * 8), 8);
+                let entry = self.mem.ram_load(RamOffset(at.0 + (i * self.size) as u64), self.size);
                 (entry, entry & ADDRESS)
             }
             None => (self.entry, (self.entry & ADDRESS) + ((i as u64) << 12)),
@@ -204,7 +261,7 @@ impl Walk<'_> {
                 reserved |= XD;
             }
             if top == 2 {
-                reserved |= 0x7FF << 52;
+                reserved |= PAE_RESERVED;
             }
             if level == 4 || (level == 3 && !self.features.page_1g) {
                 reserved |= PS;
@@ -237,7 +294,7 @@ impl Walk<'_> {
             if pde.value & self.features.large_pde_reserved() != 0 {
                 return Err(self.fault(code::PRESENT | code::RESERVED));
             }
-            let phys = (pde.value & 0xFFC0_0000) | (pde.value >> 13 & 0xFF) << 32 | (lin & 0x3F_FFFF);
+            let phys = large_page32(pde.value) | (lin & 0x3F_FFFF);
             return self.finish(&[pde], pde.value, false, phys, 22);
         }
         let pte = self.read(PhysAddr((pde.value & 0xFFFF_F000) + (lin >> 12 & 1023) * 4), 4);
@@ -437,6 +494,51 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// The same outside long mode, where a table of 4-byte entries shows twice as much.
+    #[test]
+    fn page_tables_of_32_bit_modes_say_what_looking_does() {
+        let lins = [0u64, 0x1000, 0x1F_F000, 0x20_0000, 0x3F_F000];
+        let compare = |cpu: &CpuState, mem: &GuestMemory, what: &str| {
+            for lin in lins {
+                let look = inspect(cpu, mem, ALL, LinAddr(lin), Read, User).map(|t| (t.phys, t.writable));
+                let table = page_table(cpu, mem, ALL, LinAddr(lin));
+                let found = table.as_ref().and_then(|table| table.page((lin >> 12) as usize & 511));
+                assert_eq!(found, look, "{what}, {lin:#x}");
+            }
+        };
+        let mut found = 0;
+        for pte in
+            [0x5067u64, 0x5027, 0x5047, 0x5065, 0x5063, 0, 0x5067 | 1 << 45, 0x5067 | 1 << 60, 0x5067 | XD]
+        {
+            for pde in [0x4027u64, 0x4007, 0x4023, 0x4025, 0x80_00E7, 0x80_00A7, 0x80_20E7, 0xC0_00E5] {
+                let (mut cpu, mem) = long(0);
+                (cpu.efer, cpu.cr3) = (efer::NXE, 0x3000);
+                for (size, cr4) in [(8, cr4::PAE), (4, 0), (4, cr4::PSE)] {
+                    cpu.cr4 = cr4;
+                    cpu.pdptes = [0x3001, 0, 0, 0];
+                    let entries = |at: u64, entry: u64, last: u64| {
+                        for i in [0, 1, last] {
+                            let entry = if entry & P == 0 { 0 } else { entry + i * 0x1000 };
+                            mem.write(PhysAddr(at + i * size), &entry.to_le_bytes()[..size as usize])
+                                .expect("RAM");
+                        }
+                    };
+                    mem.write(PhysAddr(0x3000), &[0; 4096]).expect("RAM");
+                    mem.write(PhysAddr(0x4000), &[0; 4096]).expect("RAM");
+                    mem.write(PhysAddr(0x3000), &pde.to_le_bytes()).expect("RAM");
+                    entries(0x4000, pte, 4096 / size - 1);
+                    compare(&cpu, &mem, &format!("{pte:#x} {pde:#x} {size} {cr4:#x}"));
+                    found += usize::from(
+                        page_table(&cpu, &mem, ALL, LinAddr(0)).is_some_and(|t| t.page(0).is_some()),
+                    );
+                }
+                cpu.cr0 = cr0::PE;
+                assert!(page_table(&cpu, &mem, ALL, LinAddr(0)).is_none());
+            }
+        }
+        assert!(found > 50, "{found}");
     }
 
     #[test]

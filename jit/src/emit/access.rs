@@ -77,12 +77,13 @@ pub(super) enum Keep {
 impl Emitter {
     /// Makes the memory operand accessible for the kind `info` says, as [`Self::access`] does.
     pub(super) fn address(&mut self, instr: &Instruction, info: u64, live: FlagSet) -> Result<Spot, Unfit> {
-        if self.window {
+        let segment = instr.memory_segment();
+        let flat = self.code64 || self.is_flat(segment);
+        if self.window && flat {
             let operand = self.operand_in_window(instr, info, live)?;
             return Ok(self.spot_of(operand));
         }
-        let segment = instr.memory_segment();
-        if self.code64 || self.is_flat(segment) {
+        if flat {
             let moves = self.movable && matches!(instr.memory_base(), Register::RIP | Register::EIP);
             if !moves
                 && !self.has_window()

@@ -352,8 +352,9 @@ impl Emitter {
             let mut info = MissInfo::of(size, write);
             info |= if operand_alignment(instr) > 1 { MissInfo::ALIGNED } else { 0 };
             info |= if groups::is_locked(instr) { MissInfo::LOCKED } else { 0 };
-            if self.window && !high_byte {
-                self.operand_in_window(instr, info, site.before)?.put(&mut new);
+            let flat = self.code64 || self.is_flat(instr.memory_segment());
+            if self.window && flat && !high_byte {
+                self.operand_in_window(instr, info, site.before)?.put(&mut new, !self.code64);
                 free = &[R10, R9];
             } else if let Some(m) = self.member(instr, size, write).filter(|_| !high_byte) {
                 self.address_member(&mut new, m);

@@ -191,10 +191,10 @@ impl Emitter {
         }
         Self::restore(&mut self.hot, keep, true);
         if let Some(rsi) = rsi {
-            self.access_index(rsi, 1, false, site.before);
+            self.by_table(|e| e.access_index(rsi, 1, false, site.before));
             dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11);
         }
-        self.access_index(rdi, 1, true, site.before);
+        self.by_table(|e| e.access_index(rdi, 1, true, site.before));
         // Nothing can fault any more. The guest's registers as they will be: RSI, RDI, and RCX but for the count.
         self.repeated_bytes_lea(width, size);
         let (new_rsi, new_rdi) = (ctx!(flags_image), ctx!(tmp) + 8);

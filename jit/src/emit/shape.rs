@@ -13,7 +13,7 @@ use iced_x86::{
 const NONE: u8 = 0xFF;
 /// Bytes of an instruction at most, and of all its parts if it had each.
 const MAX_LEN: usize = 15;
-const ALL_PARTS: usize = 18;
+const ALL_PARTS: usize = 19;
 
 /// How an opcode is encoded: which operand is where.
 #[derive(Clone, Copy)]
@@ -144,7 +144,7 @@ impl Shapes {
     }
 }
 
-/// A memory operand of 64-bit host registers.
+/// A memory operand of host registers.
 #[derive(Clone, Copy)]
 pub(super) struct Memory {
     pub(super) base: Option<u8>,
@@ -155,16 +155,23 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    fn of(instr: &Instruction) -> Option<Memory> {
-        let register = |r: Register| match r {
-            Register::None => Some(None),
-            _ if r.is_gpr64() => Some(Some(regs::number(r))),
-            _ => None,
+    /// That of `instr`, and whether its address has 32 bits.
+    fn of(instr: &Instruction) -> Option<(Memory, bool)> {
+        let (base, index) = (instr.memory_base(), instr.memory_index());
+        let named = [base, index].into_iter().filter(|&r| r != Register::None);
+        let narrow = match named.clone().next() {
+            Some(r) => r.is_gpr32(),
+            None => instr.memory_displ_size() == 4,
         };
-        let (base, index) = (register(instr.memory_base())?, register(instr.memory_index())?);
+        let size = if narrow { 4 } else { 8 };
+        if named.clone().any(|r| !r.is_gpr() || r.size() != size) {
+            return None;
+        }
+        let number = |r: Register| (r != Register::None).then(|| regs::number(r));
         let disp = instr.memory_displacement64();
-        let disp = i32::try_from(disp as i64).ok()?;
-        Some(Memory { base, index, scale: instr.memory_index_scale(), disp })
+        let disp = if narrow { disp as i32 } else { i32::try_from(disp as i64).ok()? };
+        let scale = instr.memory_index_scale();
+        Some((Memory { base: number(base), index: number(index), scale, disp }, narrow))
     }
 
     /// REX.X and REX.B.
@@ -204,7 +211,12 @@ impl Bytes {
         };
         let reg = if shape.reg == NONE { shape.digit } else { register(shape.reg)? };
         let memory = shape.rm != NONE && instr.op_kind(u32::from(shape.rm)) == OpKind::Memory;
-        let operand = if memory { Some(Memory::of(instr)?) } else { None };
+        let (operand, narrow) = if memory {
+            let (operand, narrow) = Memory::of(instr)?;
+            (Some(operand), narrow)
+        } else {
+            (None, false)
+        };
         let rm = match (memory, shape.rm) {
             (true, _) => 0,
             (false, NONE) => register(shape.low)?,
@@ -216,6 +228,9 @@ impl Bytes {
             Register::None => {}
             Register::GS if memory => self.push(0x65),
             _ => return None,
+        }
+        if narrow {
+            self.push(0x67);
         }
         if instr.has_lock_prefix() {
             self.push(0xF0);
@@ -328,7 +343,7 @@ mod tests {
         for n in 0..3_000_000_u32 {
             let mut bytes = [next().to_le_bytes(), next().to_le_bytes()].concat();
             // Often behind prefixes and escapes.
-            let start: &[u8] = match n % 14 {
+            let start: &[u8] = match n % 16 {
                 0 => &[0x0F],
                 1 => &[0x66],
                 2 => &[0x66, 0x0F],
@@ -342,6 +357,8 @@ mod tests {
                 10 => &[0x40],
                 11 => &[0x66, 0xF3, 0x0F],
                 12 => &[0x66, 0xF2, 0x0F, 0x38],
+                13 => &[0x65, 0x67, 0x41],
+                14 => &[0x67],
                 _ => &[],
             };
             bytes.splice(..0, start.iter().copied());

@@ -1,7 +1,8 @@
 //! Accesses through a window (see [`crate::windows`]): the address is the guest's own, the instruction gets a GS prefix, and what is
 //! checked is that the region around the address is one of the window's. Whether the page may be accessed the host's page tables tell.
+//! In 32-bit code nothing is checked: another prefix cuts addresses to 32 bits, as the guest's mode does.
 
-use super::access::{Keep, NEED_FS_GS};
+use super::access::{Keep, NEED_FS_GS, address16};
 use super::shape::Memory;
 use super::{Emitter, Pos, Target, Unfit};
 use crate::block::Mode;
@@ -36,15 +37,18 @@ impl Memory {
         Memory { base: Some(base), index: None, scale: 1, disp }
     }
 
-    /// Makes it the memory operand of `instr`.
-    pub(super) fn put(self, instr: &mut Instruction) {
-        let register = |r: Option<u8>| r.map_or(Register::None, |r| Register::RAX + u32::from(r));
+    /// Makes it the memory operand of `instr`, with addresses of 32 bits if `narrow`.
+    pub(super) fn put(self, instr: &mut Instruction, narrow: bool) {
+        let first = if narrow { Register::EAX } else { Register::RAX };
+        let register = |r: Option<u8>| r.map_or(Register::None, |r| first + u32::from(r));
         instr.set_segment_prefix(Register::GS);
         instr.set_memory_base(register(self.base));
         instr.set_memory_index(register(self.index));
         instr.set_memory_index_scale(self.scale);
-        instr.set_memory_displacement64(i64::from(self.disp) as u64);
+        let disp = if narrow { u64::from(self.disp as u32) } else { i64::from(self.disp) as u64 };
+        instr.set_memory_displacement64(disp);
         let size = match self {
+            Memory { base: None, .. } if narrow => 4,
             Memory { base: None, .. } => 8,
             Memory { disp: 0, .. } => 0,
             _ => 1,
@@ -75,8 +79,12 @@ impl Emitter {
     /// The next instruction accesses `at`.
     pub(super) fn through(&mut self, at: Spot) {
         const GS: u8 = 0x65;
+        const ADDRESS_SIZE: u8 = 0x67;
         if at.window {
             self.hot.push(GS);
+            if !self.code64 {
+                self.hot.push(ADDRESS_SIZE);
+            }
         }
     }
 
@@ -97,9 +105,12 @@ impl Emitter {
         info: u64,
         live: FlagSet,
     ) -> Result<Memory, Unfit> {
+        if !self.code64 {
+            return self.operand_of_32(instr, info, live);
+        }
         let (size, write) = (info as u32 & 0xFF, info & MissInfo::WRITE != 0);
         let covered = self.member(instr, size, write).is_some();
-        let aligned = size <= 8 && self.must_be_aligned(info);
+        let aligned = self.must_be_aligned_in_window(info);
         if let Some(operand) = self.plain_operand(instr).filter(|_| !aligned) {
             let Memory { base, index, disp, .. } = operand;
             match (base, index) {
@@ -126,12 +137,33 @@ impl Emitter {
         Ok(Memory::behind(ea, 0))
     }
 
+    /// [`Self::operand_in_window`] of 32-bit code, in a flat segment.
+    fn operand_of_32(&mut self, instr: &Instruction, info: u64, live: FlagSet) -> Result<Memory, Unfit> {
+        let direct = !address16(instr) && !NEED_FS_GS.contains(&instr.memory_segment());
+        if direct && !self.must_be_aligned_in_window(info) {
+            // All registers that 32-bit code has are the host's.
+            let [base, index] = [instr.memory_base(), instr.memory_index()]
+                .map(|r| (r != Register::None).then(|| self.guest(regs::number(r), R11)));
+            let scale = if index.is_none() { 1 } else { instr.memory_index_scale() };
+            let disp = instr.memory_displacement64() as i32;
+            return Ok(Memory { base, index, scale, disp });
+        }
+        let ea = self.effective_address(instr, true)?;
+        let Spot { base, disp, .. } = self.access_in_window(ea, info, live);
+        Ok(Memory::behind(base, disp))
+    }
+
+    /// Whether misaligned accesses of the kind `info` says leave for the interpreter: those that would not raise the guest's own fault.
+    fn must_be_aligned_in_window(&self, info: u64) -> bool {
+        info & 0xFF <= 8 && self.must_be_aligned(info)
+    }
+
     /// The place of an operand, by a register and a constant: r11, if need be.
     pub(super) fn spot_of(&mut self, operand: Memory) -> Spot {
         match operand {
             Memory { base: Some(base), index: None, disp, .. } => Spot { base, disp, window: true },
             Memory { base, index, scale, disp } => {
-                self.lea(R11, base, index, scale, disp, false);
+                self.lea(R11, base, index, scale, disp, !self.code64);
                 Spot { base: R11, disp: 0, window: true }
             }
         }
@@ -181,11 +213,14 @@ impl Emitter {
             && reaches(at.wrapping_sub(self.address) as i64)
     }
 
-    /// Leaves unless the address in host register `ea` lies in a region of the window, and is a multiple of the access's size where
+    /// Leaves unless the address in host register `ea` lies in a region of the window, in 64-bit code, and is a multiple of the access's size where
     /// it must be. Uses r10 and, while flags are live, r9 or the context.
     fn check_access(&mut self, ea: u8, info: u64, live: FlagSet) {
         let keep = Self::keep(live);
-        let aligned = info & 0xFF <= 8 && self.must_be_aligned(info);
+        let aligned = self.must_be_aligned_in_window(info);
+        if !self.code64 && !aligned {
+            return;
+        }
         if aligned && ea == RAX && keep == Keep::All {
             dynasm!(self.hot ; .arch x64 ; mov r11, rax);
             return self.check_in_register(R11, info, keep, aligned);
@@ -194,15 +229,11 @@ impl Emitter {
     }
 
     fn check_in_register(&mut self, ea: u8, info: u64, keep: Keep, aligned: bool) {
-        let retry = self.hot_here();
-        self.check_region(ea, keep);
-        let fail = self.cold_admit(ea, info, keep);
-        if ea == R11 {
-            dynasm!(self.cold ; .arch x64 ; mov r11, r10);
+        if self.code64 {
+            self.check_and_admit(ea, info, keep);
+        } else {
+            Self::save(&mut self.hot, keep, self.r9_busy);
         }
-        self.cold_jmp(Target::Here(retry));
-        self.cold_land(fail);
-        self.cold_interpret(self.rip);
         if aligned {
             let mask = (info & 0xFF) as i8 - 1;
             dynasm!(self.hot ; .arch x64 ; test Rb(ea), mask);
@@ -212,6 +243,19 @@ impl Emitter {
             self.cold_interpret(self.rip);
         }
         Self::restore(&mut self.hot, keep, self.r9_busy);
+    }
+
+    /// Saves the flags of `keep`, and goes on where `ea` lies in a region of the window, or in one that can be made one.
+    fn check_and_admit(&mut self, ea: u8, info: u64, keep: Keep) {
+        let retry = self.hot_here();
+        self.check_region(ea, keep);
+        let fail = self.cold_admit(ea, info, keep);
+        if ea == R11 {
+            dynasm!(self.cold ; .arch x64 ; mov r11, r10);
+        }
+        self.cold_jmp(Target::Here(retry));
+        self.cold_land(fail);
+        self.cold_interpret(self.rip);
     }
 
     /// Saves the flags of `keep` and leaves for cold code, which begins here, unless `ea` lies in a region of the window.

@@ -58,7 +58,7 @@ impl Translator {
             jump_cache,
         };
         let mut levels = [level(View::Supervisor, kernel), level(View::User, user)];
-        if self.windows.is_open() {
+        if modes[1].has(Mode::WINDOW) {
             levels[1].write_base = self.windows.base();
         }
         let c = self.context();

@@ -66,7 +66,7 @@ pub struct JitOptions {
     pub single_blocks: bool,
     /// How often a loop is closed before it is translated once more, as a trace.
     pub hot_loop: u32,
-    /// How often a 64-bit program is found running, by polls, before its address space gets a window (see `windows`); 0: at once;
+    /// How often a program is found running, by polls, before its address space gets a window (see `windows`); 0: at once;
     /// [`u32::MAX`]: never.
     pub window_after: u32,
     /// Translators in this process, one for each vCPU: they share the host's address space and the number of mappings it

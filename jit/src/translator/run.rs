@@ -228,7 +228,7 @@ impl Translator {
         } else if self.options.count_instructions {
             m |= Mode::COUNTED;
         }
-        if cpl == 3 && cpu.code64() && self.windows.is_open() {
+        if cpl == 3 && self.windows.serves(Mode(m)) {
             m |= Mode::WINDOW;
         }
         Mode(m)
@@ -238,7 +238,7 @@ impl Translator {
     pub(super) fn mode_of_level(&self, cpu: &CpuState, mode: Mode, cpl: u8) -> Mode {
         let bit = |on, bit| if on { bit } else { 0 };
         let kept = mode.0 & !(Mode::USER | Mode::TSC | Mode::WINDOW);
-        let window = cpl == 3 && mode.code64() && self.windows.is_open();
+        let window = cpl == 3 && self.windows.serves(mode);
         Mode(
             kept | bit(window, Mode::WINDOW)
                 | bit(cpl == 3, Mode::USER)

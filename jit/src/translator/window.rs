@@ -69,6 +69,11 @@ impl Candidates {
     }
 }
 
+/// Whether what runs may get a window, or use one: programs behind page tables.
+fn may_have_window(cpu: &CpuState) -> bool {
+    cpu.cpl == 3 && cpu.paging() && (cpu.code64() || cpu.code_bits() == 32)
+}
+
 impl Translator {
     fn candidate(&mut self) -> &mut Candidate {
         &mut self.candidates.spaces[self.spaces.current()]
@@ -76,7 +81,7 @@ impl Translator {
 
     /// A poll found the guest running.
     pub(super) fn found_running(&mut self, cpu: &CpuState) {
-        if cpu.cpl != 3 || !cpu.code64() || self.budgeted() {
+        if !may_have_window(cpu) || self.budgeted() {
             return;
         }
         let (root, open, after) = (cpu.cr3 & ROOT, self.windows.is_open(), self.options.window_after);
@@ -100,7 +105,7 @@ impl Translator {
     #[inline]
     pub(super) fn settle_window(&mut self, cpu: &mut CpuState) {
         let at_once = self.options.window_after == 0 && !self.windows.is_open();
-        if (self.candidates.due || at_once) && cpu.cpl == 3 && cpu.code64() {
+        if (self.candidates.due || at_once) && may_have_window(cpu) {
             self.look_after_window(cpu);
         }
     }
@@ -145,10 +150,15 @@ impl Translator {
     fn open_window(&mut self, cpu: &CpuState, root: u64) {
         let mut known = vec![cpu.rip, cpu.gpr[gpr::RSP]];
         self.delta.known(&mut known);
-        known.retain(|lin| lin >> 47 == 0);
+        let code64 = cpu.code64();
+        known.retain(|lin| lin >> if code64 { 47 } else { 32 } == 0);
         let c = self.candidate();
         (c.polls, c.credit) = (0, CREDIT);
-        let reach = if c.everywhere { Reach::Everywhere } else { Reach::of(&known) };
+        let reach = match code64 {
+            false => Reach::All32,
+            true if c.everywhere => Reach::Everywhere,
+            true => Reach::of(&known),
+        };
         // There is one for all processors.
         let possible =
             (reach != Reach::Everywhere || self.options.vcpus == 1) && self.windows.is_roomy_for(known.len());
@@ -210,7 +220,7 @@ impl Translator {
             self.windows.forbid();
             return !open;
         }
-        if !self.windows.is_open() || lin >> 47 != 0 || self.windows.admit(lin) {
+        if !self.windows.is_checked() || lin >> 47 != 0 || self.windows.admit(lin) {
             return true;
         }
         self.unfit();
@@ -221,6 +231,9 @@ impl Translator {
     pub(super) fn admit_region(&mut self, ea: u64, info: u64) -> bool {
         if self.windows.admit(ea) {
             return true;
+        }
+        if !self.windows.is_checked() {
+            return false;
         }
         // Where there is nothing it does not matter.
         if ea >> 47 == 0 && self.fill(ea, info & !MissInfo::REGION) {

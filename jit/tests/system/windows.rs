@@ -1,7 +1,9 @@
 //! Programs whose memory the host's page tables show (`windows` of the translator): what the guest's page tables say holds for them
 //! as it does for look-ups in tables, and no address leads elsewhere.
 
-use crate::bed::{Bed, CODE, DATA, HANDLERS, Kind, PD, PDPT, PML4, Program, Start, both, pf, pte};
+use crate::bed::{
+    Bed, CODE, DATA, HANDLERS, Kind, MAPPED, PD, PDPT, PML4, PT, Program, Start, both, pf, pte, sel,
+};
 use paravane_cpu::{DebugPlan, DebugStop, Exit, Space, WatchKind, Watchpoint, cr4, flags, gpr};
 
 /// INT 40H does `program`, at CPL 0.
@@ -290,3 +292,227 @@ fn watched_bytes() {
     assert!(matches!(bed.go(), Exit::Debug(DebugStop::Watch(_))));
     assert_eq!(bed.cpu.rip, CODE + p.bytes.len() as u64 - 1);
 }
+
+/// 32-bit programs have windows without a check: addresses wrap at 4 GiB, where nothing else is, and what crosses the end is the
+/// interpreter's.
+#[test]
+fn the_end_of_32_bit_addresses() {
+    both(Start::Compat, |bed| {
+        // The last 2 MiB below 4 GiB are the second 2 MiB.
+        const FREE: u64 = MAPPED;
+        const FIRST: u64 = 0x60_0000;
+        let (last, low) = (0xFFFF_F000, 0x20_0000 + 0x1F_F000);
+        bed.put64(PDPT + 3 * 8, FREE | pte::ALL);
+        bed.put64(FREE + 511 * 8, (PT + 4096) | pte::ALL);
+        bed.map(0, FIRST, pte::ALL);
+        bed.flush();
+        for turn in 0..3u32 {
+            bed.reset();
+            bed.user();
+            bed.put32(low + 0xFF8, 7);
+            bed.put32(low + 0xFFC, 0x1122_3344);
+            bed.put64(FIRST, 0x99AA_BBCC_DDEE_FF00 + u64::from(turn));
+            let g = &mut bed.cpu.gpr;
+            (g[gpr::RSI], g[gpr::RDI], g[gpr::RBX], g[gpr::RCX]) =
+                (last + 0xFFC, 0x8000_0001, 8, 0x4000_0000);
+            bed.run(&program!(32: "mov eax, [esi + ebx - 4]", "mov edx, [edi + ecx * 2 - 5]", "add dword ptr [esi - 4], 5",
+                "mov ebp, [esi + ebx * 4 - 32]",  "mov [esi + 10], cx", "mov esp, esi", "push edx", "xor esp, esp", "push ebp",
+                "add esp, 8", "push eax", "mov esp, 4", "pop ecx"));
+            let t = bed.taken();
+            assert_eq!(t.vector, 13, "HLT at CPL 3; CR2 {:#x} at {:#x}", bed.cpu.cr2, t.rip);
+            let g = bed.cpu.gpr;
+            assert_eq!(g[gpr::RAX], u64::from(0xDDEE_FF00 + turn));
+            assert_eq!(g[gpr::RDX], 0x1122_3344);
+            assert_eq!(g[gpr::RBP], 0x1122_3344);
+            assert_eq!((bed.get32(low + 0xFF8), bed.get32(low + 0xFFC)), (0x1122_3344, 0x1122_3344));
+            assert_eq!(bed.get64(FIRST), 0xBBCC_DDEE_FF00 + u64::from(turn));
+            assert_eq!(g[gpr::RCX], 0xBBCC);
+            // What lies on both sides of the end is outside the segment.
+            bed.reset();
+            bed.user();
+            bed.cpu.gpr[gpr::RSI] = last + 0xFFC;
+            let p = program!(32: "mov edx, [esi]"; "mov edx, [esi + 2]");
+            bed.run(&p);
+            let t = bed.taken();
+            assert_eq!((t.vector, t.rip, bed.cpu.gpr[gpr::RDX]), (13, CODE + p.at, 0x1122_3344));
+        }
+        if bed.kind == Kind::Windows {
+            assert_eq!(bed.counter("windows_opened"), Some(1));
+        }
+    });
+}
+
+/// Where programs are 32-bit code: under each kind of page tables.
+const MODES_32: [Start; 3] = [Start::Compat, Start::Pae, Start::Paged32];
+
+/// Faults of 32-bit code that has nothing checked: at the instruction, with registers and flags as before it.
+#[test]
+fn wild_addresses_of_32_bit_code() {
+    let programs = [
+        program!(32: "cmp eax, ebx"; "mov edx, [edi]", "setc cl"),
+        program!(32: "add eax, ebx"; "mov [edi], edx", "adc ecx, 0"),
+        program!(32: "sub eax, ebx"; "movups xmm0, [edi + ebp]", "setz cl"),
+        program!(32: "cmp eax, ebx"; "lock xadd [edi], edx", "setc cl"),
+        program!(32: "cmp eax, ebx"; "xchg ah, [edi]", "setz cl"),
+        program!(32: "cmp eax, ebx", "mov esp, edi"; "pop edx", "setz cl"),
+    ];
+    for start in MODES_32 {
+        both(start, |bed| {
+            for at in [0x10u32, 0x2000_0000, 0x7FFF_FFF8, 0xC000_0000, 0xFFFF_FFF0] {
+                for (n, p) in programs.iter().enumerate() {
+                    bed.reset();
+                    bed.user();
+                    bed.map(0, 0, 0);
+                    bed.flush();
+                    let g = &mut bed.cpu.gpr;
+                    (g[gpr::RDI], g[gpr::RAX], g[gpr::RBX], g[gpr::RDX], g[gpr::RBP]) =
+                        (u64::from(at), 0x8765_4321, 0x1234_5678, 9, 0);
+                    bed.run(p);
+                    let t = bed.taken();
+                    assert_eq!(
+                        (t.vector, t.rip, bed.cpu.cr2),
+                        (14, CODE + p.at, u64::from(at)),
+                        "program {n}"
+                    );
+                    let g = bed.cpu.gpr;
+                    let rax = [0x8765_4321, 0x9999_9999, 0x7530_ECA9][match n {
+                        1 => 1,
+                        2 => 2,
+                        _ => 0,
+                    }];
+                    assert_eq!(
+                        (g[gpr::RAX], g[gpr::RDX], t.flags & flags::CF),
+                        (rax, 9, 0),
+                        "{at:#x}, program {n}"
+                    );
+                    bed.map(0, 0, pte::ALL);
+                }
+            }
+        });
+    }
+}
+
+/// Pages of 32-bit programs that are mapped elsewhere, by INVLPG and by MOV to CR3.
+#[test]
+fn pages_of_32_bit_programs_that_are_mapped_elsewhere() {
+    for start in MODES_32 {
+        let wide = [
+            program!(64: "mov [rdi], ebx", "invlpg [rsi]", "iretq"),
+            program!(64: "mov [rdi], ebx", "mov rax, cr3", "mov cr3, rax", "iretq"),
+        ];
+        let narrow = [
+            program!(32: "mov [edi], ebx", "invlpg [esi]", "iretd"),
+            program!(32: "mov [edi], ebx", "mov eax, cr3", "mov cr3, eax", "iretd"),
+        ];
+        for kernel in if start == Start::Compat { wide } else { narrow } {
+            both(start, |bed| {
+                service(bed, &kernel);
+                for page in 0..8 {
+                    bed.put64(DATA + 0x10_0000 + page * 4096, 100 + page);
+                }
+                bed.reset();
+                bed.user();
+                bed.cpu.gpr[gpr::RSI] = DATA;
+                bed.cpu.gpr[gpr::RDI] = bed.pte_at(DATA);
+                bed.run(
+                    &program!(32: "lea ebx, [esi + 0x100067]", "xor ebp, ebp", "mov ecx, 8", "2: int 0x40", "add ebp, [esi]",
+                    "mov [esi + 8], ecx", "add ebx, 0x1000", "dec ecx", "jnz 2b"),
+                );
+                assert_eq!((bed.taken().vector, bed.cpu.gpr[gpr::RBP]), (13, (100..108).sum::<u64>()));
+                let written: Vec<u64> =
+                    (0..8).map(|page| bed.get64(DATA + 0x10_0008 + page * 4096)).collect();
+                assert_eq!(written, [8, 7, 6, 5, 4, 3, 2, 1]);
+                if bed.kind == Kind::Windows {
+                    assert_eq!(bed.counter("windows_opened"), Some(1));
+                }
+            });
+        }
+    }
+}
+
+/// Programs of both sizes of code in one address space: one of the two has a window.
+#[test]
+fn programs_that_change_size() {
+    for start in [Start::Compat, Start::Long] {
+        both(start, |bed| {
+            for turn in 1..4 {
+                bed.reset();
+                bed.user();
+                bed.cpu.gpr[gpr::RSI] = DATA;
+                let bytes = [NARROW, WIDE, NARROW, WIDE, NARROW];
+                let p = match start {
+                    Start::Compat => &bytes[..],
+                    _ => &bytes[1..],
+                };
+                let p = [&p.concat()[..], &[0xF4]].concat();
+                bed.run(&Program { bytes: p.leak(), at: 0 });
+                assert_eq!(bed.taken().vector, 13, "CR2 {:#x}", bed.cpu.cr2);
+                let narrow = if start == Start::Compat { 3 } else { 2 };
+                assert_eq!(bed.get64(DATA), turn * (100 * narrow + 7 * 100 * 2), "{start:?}");
+            }
+            if bed.kind == Kind::Windows {
+                assert_eq!(bed.counter("windows_opened"), Some(1));
+            }
+        });
+    }
+}
+
+/// mov ecx, 100; 2: inc dword ptr [esi]; push ecx; pop edx; dec ecx; jnz 2b; call 3f; 3: pop eax; add eax, 8; push USER_CODE64; push eax; retf
+const NARROW: &[u8] = &[
+    0xB9,
+    100,
+    0,
+    0,
+    0,
+    0xFF,
+    0x06,
+    0x51,
+    0x5A,
+    0x49,
+    0x75,
+    0xF9,
+    0xE8,
+    0,
+    0,
+    0,
+    0,
+    0x58,
+    0x83,
+    0xC0,
+    8,
+    0x6A,
+    sel::USER_CODE64 as u8,
+    0x50,
+    0xCB,
+];
+
+/// mov ecx, 100; 2: add qword ptr [rsi], 7; push rcx; pop rdx; dec ecx; jnz 2b; lea rax, [rip + 5]; push USER_CODE32; push rax; retfq
+const WIDE: &[u8] = &[
+    0xB9,
+    100,
+    0,
+    0,
+    0,
+    0x48,
+    0x83,
+    0x06,
+    7,
+    0x51,
+    0x5A,
+    0xFF,
+    0xC9,
+    0x75,
+    0xF6,
+    0x48,
+    0x8D,
+    0x05,
+    5,
+    0,
+    0,
+    0,
+    0x6A,
+    sel::USER_CODE32 as u8,
+    0x50,
+    0x48,
+    0xCB,
+];
