@@ -9,7 +9,7 @@
 //! | rax rcx rdx rbx rbp rsi rdi | the guest register of that name |
 //! | r12, r13 | guest R8, R9 |
 //! | r8 | guest RSP |
-//! | r14, r15 | write view, read view (address of the delta table plus a constant, see `delta`); r14 the regions of a window (see `windows`) |
+//! | r14, r15 | write view, read view (address of the delta table plus a constant, see `delta`); r14 the probes of a window (see `windows`) |
 //! | GS base | what a window adds to addresses |
 //! | r9, r10, r11 | scratch |
 //! | EFLAGS status bits | the guest's, unless they are in [`JitContext::saved_flags`] |
@@ -85,7 +85,7 @@ pub(crate) struct JitContext {
     /// An address in the code of the indirect jump that found no block.
     pub(crate) source: u64,
     /// What r14 holds in code that uses a window, and the base of the write table, which it does not hold then.
-    pub(crate) window_regions: u64,
+    pub(crate) window_probes: u64,
     pub(crate) write_table: u64,
     /// Read and write bases of the supervisor views without and with EFLAGS.AC.
     pub(crate) views: [[u64; 2]; 2],

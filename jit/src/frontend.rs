@@ -356,6 +356,7 @@ impl Frontend {
         if source.mode.0 & ungrouped == 0 && crossing.is_none() {
             self.planner.plan(&self.instrs, &self.forms, &self.live, source.mode);
         }
+        let probing = source.mode.has(Mode::WINDOW) && code64;
         let mut ended = false;
         self.sites.clear();
         for i in 0..self.instrs.len() {
@@ -391,10 +392,13 @@ impl Frontend {
             if ended {
                 break;
             }
-            if form.steps
-                && let Some((base, n)) = groups::adjustment(instr, code64)
-            {
-                emitter.adjusted(base, n);
+            let step = if form.steps { groups::adjustment(instr, code64) } else { None };
+            if let Some((register, n)) = step {
+                emitter.adjusted(register, n);
+            }
+            if probing {
+                let followed = step.map_or(0, |(register, _)| 1 << register);
+                emitter.forget_probes(groups::modified(instr, form) & !followed);
             }
             for p in self.planner.plans.iter().filter(|p| p.last == i) {
                 emitter.sync_rsp();

@@ -20,8 +20,6 @@ pub(crate) const SLOTS: usize = 4;
 const SLOT_MEMBERS: u32 = 3;
 /// Bytes a group may span.
 const MAX_SPAN: i32 = 2048;
-/// The same where memory is accessed through a window, in which regions are checked instead of pages.
-const MAX_SPAN_IN_WINDOW: i32 = 1 << 20;
 
 /// What the addresses of a group have in common, without a constant: `base + index * scale`, or nothing at all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,6 +43,11 @@ impl Key {
 
     fn names(self, register: u8) -> bool {
         self.base == Some(register) || self.index == Some(register)
+    }
+
+    /// Whether it names one of some registers, one bit each.
+    pub(crate) fn names_any(self, registers: u16) -> bool {
+        [self.base, self.index].into_iter().flatten().any(|r| registers >> r & 1 != 0)
     }
 }
 
@@ -135,11 +138,11 @@ impl Region {
         }
     }
 
-    fn add(&mut self, at: usize, disp: i32, size: i32, write: bool, max_span: i32) {
+    fn add(&mut self, at: usize, disp: i32, size: i32, write: bool) {
         let lo = self.moved.saturating_add(disp);
         let hi = lo.saturating_add(size);
         let (min, max) = if self.members == 0 { (lo, hi) } else { (self.lo.min(lo), self.hi.max(hi)) };
-        if self.full || max.saturating_sub(min) > max_span || lo.unsigned_abs() > 1 << 30 {
+        if self.full || max.saturating_sub(min) > MAX_SPAN || lo.unsigned_abs() > 1 << 30 {
             self.full = true;
             return;
         }
@@ -175,8 +178,6 @@ pub(crate) struct Planner {
     done: Vec<Region>,
     /// First instruction at which each register has its present value.
     since: [usize; 16],
-    /// Memory is accessed through a window.
-    window: bool,
     pub(crate) plans: Vec<Plan>,
 }
 
@@ -199,11 +200,11 @@ impl Planner {
         self.region(Operand { key: Key::STACK, disp: 0 }, at, live).0
     }
 
-    fn close(&mut self, register: u8, at: usize, live: &[FlagSet]) {
+    fn close(&mut self, register: u8, at: usize) {
         self.since[register as usize] = at + 1;
         while let Some(k) = self.open.iter().position(|r| r.key.names(register)) {
             let r = self.open.swap_remove(k);
-            self.consider(r, live);
+            self.consider(r);
         }
     }
 
@@ -222,10 +223,9 @@ impl Planner {
         known
     }
 
-    /// A group pays if it saves checks; one in a window also if the check moves to where no flags are live.
-    fn consider(&mut self, r: Region, live: &[FlagSet]) {
-        let moves = self.window && r.members == 1 && r.free.is_some() && !live[r.last].is_empty();
-        if r.members >= 2 || moves {
+    /// A group pays if it saves checks.
+    fn consider(&mut self, r: Region) {
+        if r.members >= 2 {
             self.done.push(r);
         }
     }
@@ -233,28 +233,24 @@ impl Planner {
     /// Finds the useful groups of a block, the most useful first.
     pub(crate) fn plan(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], mode: Mode) {
         self.plans.clear();
-        let code64 = mode.code64();
-        self.window = mode.has(Mode::WINDOW);
-        let unchecked = self.window && !code64;
-        if unchecked || candidates(forms) < if self.window { 1 } else { 2 } {
+        // Windows have probes instead.
+        if mode.has(Mode::WINDOW) || candidates(forms) < 2 {
             return;
         }
         self.open.clear();
         self.done.clear();
         self.since = [0; 16];
-        self.find_regions(instrs, forms, live, code64);
+        self.find_regions(instrs, forms, live, mode.code64());
         let mut open = std::mem::take(&mut self.open);
-        open.drain(..).for_each(|r| self.consider(r, live));
+        open.drain(..).for_each(|r| self.consider(r));
         self.open = open;
         self.done.sort_by_key(|r| std::cmp::Reverse(r.members));
         for r in &self.done {
-            let plan = if self.window { Some(r.plan()) } else { place(r, &self.plans) };
-            self.plans.extend(plan);
+            self.plans.extend(place(r, &self.plans));
         }
     }
 
     fn find_regions(&mut self, instrs: &[Instruction], forms: &[Form], live: &[FlagSet], code64: bool) {
-        let max_span = if self.window { MAX_SPAN_IN_WINDOW } else { MAX_SPAN };
         for (i, instr) in instrs.iter().enumerate() {
             let form = &forms[i];
             let ends = matches!(
@@ -278,17 +274,17 @@ impl Planner {
                 let size = i32::from(form.memory_size);
                 let write = form.writes_memory;
                 let (region, disp) = self.region(operand, i, live);
-                region.add(i, disp, size, write, max_span);
+                region.add(i, disp, size, write);
             }
             match form.class {
                 Class::Push | Class::Pushf | Class::Call | Class::CallIndirect => {
                     let word = stack_word(instr) as i32;
-                    self.stack(i, live).add(i, -word, word, true, max_span);
+                    self.stack(i, live).add(i, -word, word, true);
                     self.follow(RSP, i, -word, live);
                 }
                 Class::Pop | Class::Ret | Class::Popf => {
                     let word = stack_word(instr) as i32;
-                    self.stack(i, live).add(i, 0, word, false, max_span);
+                    self.stack(i, live).add(i, 0, word, false);
                     self.follow(RSP, i, word, live);
                 }
                 _ => {}
@@ -301,7 +297,7 @@ impl Planner {
                 modified &= !(1 << base);
             }
             while modified != 0 {
-                self.close(modified.trailing_zeros() as u8, i, live);
+                self.close(modified.trailing_zeros() as u8, i);
                 modified &= modified - 1;
             }
         }
@@ -416,7 +412,7 @@ pub(crate) fn may_step(m: Mnemonic) -> bool {
 }
 
 /// The registers `instr` may change in a way a group does not follow, one bit each.
-fn modified(instr: &Instruction, form: &Form) -> u16 {
+pub(crate) fn modified(instr: &Instruction, form: &Form) -> u16 {
     let (mut mask, mut written) = (form.implicit, form.written);
     while written != 0 {
         let i = written.trailing_zeros();
@@ -468,4 +464,62 @@ fn writes_accumulators(m: Mnemonic) -> bool {
             | Mnemonic::Vpcmpestri
             | Mnemonic::Vpcmpistri
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::classify::Forms;
+    use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess};
+    use paravane_cpu::{HostFeatures, model_by_name};
+
+    /// What is known of an address ends where the instruction set says that one of its registers is written.
+    #[test]
+    fn no_register_changes_unseen() {
+        let mut forms = Forms::new(model_by_name("max", &HostFeatures::detect()).expect("a model"));
+        let mut info = InstructionInfoFactory::new();
+        let mut random = 0x2545_F491_4F6C_DD1D_u64;
+        let mut next = || {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random
+        };
+        let mut seen = std::collections::HashSet::new();
+        for n in 0..2_000_000_u32 {
+            let (bits, code64) = if n % 2 == 0 { (64, true) } else { (32, false) };
+            let mut bytes = [next().to_le_bytes(), next().to_le_bytes()].concat();
+            let start: &[u8] = match n / 2 % 8 {
+                0 => &[0x0F],
+                1 => &[0x66, 0x0F],
+                2 => &[0xF3, 0x0F],
+                3 => &[0xF3],
+                4 => &[0xF2, 0x0F],
+                5 => &[0xC4, 0xE2],
+                6 => &[0x0F, 0xAE],
+                _ => &[],
+            };
+            bytes.splice(..0, start.iter().copied());
+            let instr = Decoder::with_ip(bits, &bytes, 0x1000, DecoderOptions::NONE).decode();
+            let form = *forms.form(&instr);
+            if instr.is_invalid() || !form.class.straight() {
+                continue;
+            }
+            let step = if form.steps { adjustment(&instr, code64) } else { None };
+            let seen_changes = modified(&instr, &form) | step.map_or(0, |(r, _)| 1 << r);
+            for used in info.info(&instr).used_registers() {
+                let (r, access) = (used.register(), used.access());
+                let reads = matches!(access, OpAccess::Read | OpAccess::CondRead | OpAccess::NoMemAccess);
+                // RSP moves with words on the stack, by what the emitter knows.
+                let stack = matches!(form.class, Class::Push | Class::Pop | Class::Pushf | Class::Popf)
+                    || form.class == Class::LoadSegment && instr.mnemonic() == Mnemonic::Pop;
+                if reads || !r.is_gpr() || stack && regs::number(r) == RSP {
+                    continue;
+                }
+                assert!(seen_changes >> regs::number(r) & 1 != 0, "{instr} changes {r:?}");
+                seen.insert(instr.mnemonic());
+            }
+        }
+        assert!(seen.len() > 100, "{}", seen.len());
+    }
 }

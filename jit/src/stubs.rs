@@ -77,9 +77,6 @@ impl MissInfo {
     /// A locked access: it must not cross a cache line where the host punishes that.
     pub(crate) const LOCKED: u64 = 1 << 11;
 
-    /// The region of the address is not in the window.
-    pub(crate) const REGION: u64 = 1 << 12;
-
     /// An access of `size` bytes.
     pub(crate) fn of(size: u32, write: bool) -> u64 {
         u64::from(size) | if write { MissInfo::WRITE } else { 0 }

@@ -5,19 +5,19 @@
 //! asks for that, which costs some microseconds, so windows are for programs that run for long (`translator::window`
 //! decides). What is not shown, or shown for reading only, makes the host fault.
 //!
-//! **No address leads elsewhere.** The lower half is divided into *regions*. Translated code compares the region of an address
-//! with a table that has a byte for each region there can be, of canonical addresses or not, and goes on only if the region is
-//! *admitted*: all of its image on the host, and of its two neighbours' images, is our own reservation (or is not for
-//! programs at all). So operands may be [`REACH`] behind an address that was checked, which makes one check do for most of a block.
+//! **No address leads elsewhere.** The lower half is divided into *regions*. Translated code *probes* an address before it uses it: it reads
+//! the address's byte in [`Probes`], a reservation with a host page for each region. The page can be read only if the region is *admitted*: all of
+//! its image on the host, and of its two neighbours' images, is our own reservation (or is not for programs at all). Else the probe faults,
+//! with flags and registers as they were. Operands may be [`REACH`] behind an address that was probed, which makes one probe do for most of a block.
 //!
-//! The windows of one translator share the table: it shows the regions of the current space.
-//!
-//! 32-bit code needs no check and no table: addresses have 32 bits, to which the host cuts them itself, and *all* 4 GiB of its window, with
+//! 32-bit code needs no probes: addresses have 32 bits, to which the host cuts them itself, and *all* 4 GiB of its window, with
 //! a region before and behind, are our own reservation. So there are two kinds of windows ([`Reach`]), and code of one size has none
 //! of the other's kind.
 //!
 //! Invariants this unsafe island relies on:
-//! * `table..table + TABLE` is our own reservation once the first window was asked for, of which the first `REGIONS` bytes are accessible;
+//! * [`Probes`] are for addresses below 2^48. Beyond, a probe may read any byte the host has, which nobody sees, and pass, but not from 2^59 on: there
+//!   the probe's own address is not canonical. What passes so is, with a window's delta of at most 80 TiB either way, no address that programs
+//!   have on the host, and faults when it is used;
 //! * what a window lists in `reserved` is address space of its own, in which there is nothing but pages of guest memory that it
 //!   mapped there; an admitted region and its neighbours are listed, as far as the host has such addresses for programs;
 //! * a window for 32-bit code lists the 4 GiB and their neighbours.
@@ -29,14 +29,16 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+/// A byte of [`Probes`] is for 4 KiB, a page of them for a region.
+pub(crate) const PROBE_SHIFT: u32 = 12;
 /// Regions have 16 MiB.
-pub(crate) const REGION_SHIFT: u32 = 24;
-/// How far behind a checked address an operand may begin.
+const REGION_SHIFT: u32 = PROBE_SHIFT + 12;
+/// How far behind a probed address an operand may begin.
 pub(crate) const REACH: u64 = 1 << 23;
 /// Regions of the lower half.
 const REGIONS: u64 = 1 << (47 - REGION_SHIFT);
-/// Bytes of address space for the table: one for each region of 64-bit addresses.
-const TABLE: u64 = 1 << (64 - REGION_SHIFT);
+/// Bytes of address space for probes.
+const PROBES: u64 = 1 << (48 - PROBE_SHIFT);
 /// Where the host has addresses for programs: not below vm.mmap_min_addr, and not on the last page of the lower half.
 const USABLE: Range<u64> = 1 << 16..(1 << 47) - 4096;
 /// Pages that the windows of all translators in a process may show, each at worst with two of the mappings that the host allows.
@@ -63,9 +65,42 @@ struct Chunk {
     count: usize,
 }
 
+/// What translated code reads before it uses an address: the byte [`PROBE_SHIFT`] says, on a page that can be read if the address's
+/// region is admitted.
+struct Probes {
+    at: u64,
+}
+
+impl Probes {
+    /// None, if the host gives the address space.
+    fn new() -> io::Result<Probes> {
+        reserve_aside(PROBES).map(|at| Probes { at: at as u64 })
+    }
+
+    /// Lets probes of `region`, one of the lower half, pass; false if the host has no mapping to spare.
+    fn admit(&mut self, region: u64) -> bool {
+        assert!(region < REGIONS);
+        let page = self.at + (region << (REGION_SHIFT - PROBE_SHIFT));
+        // SAFETY: a page of the reservation.
+        unsafe { libc::mprotect(page as *mut libc::c_void, 4096, libc::PROT_READ) == 0 }
+    }
+
+    /// The address, to a page, whose probe reads the byte at `at`, if one does.
+    fn probed(&self, at: u64) -> Option<u64> {
+        let byte = at.wrapping_sub(self.at);
+        (byte < PROBES).then_some(byte << PROBE_SHIFT)
+    }
+}
+
+impl Drop for Probes {
+    fn drop(&mut self) {
+        release(self.at, PROBES);
+    }
+}
+
 /// What a window may show.
 enum Admitted {
-    Regions(Vec<u64>),
+    Regions(Vec<u64>, Probes),
     All32,
 }
 
@@ -76,16 +111,15 @@ impl Admitted {
     fn has(&self, lin: u64) -> bool {
         let region = lin >> REGION_SHIFT;
         match self {
-            Admitted::Regions(regions) => regions.contains(&region),
+            Admitted::Regions(regions, _) => regions.contains(&region),
             Admitted::All32 => region < ALL_32,
         }
     }
 
-    /// Regions that the table has.
-    fn in_table(&self) -> &[u64] {
+    fn probes(&self) -> Option<&Probes> {
         match self {
-            Admitted::Regions(regions) => regions,
-            Admitted::All32 => &[],
+            Admitted::Regions(_, probes) => Some(probes),
+            Admitted::All32 => None,
         }
     }
 }
@@ -108,7 +142,6 @@ struct Window {
 
 /// See the module's documentation.
 pub(crate) struct Windows {
-    table: *mut u8,
     ram: OwnedFd,
     spaces: Vec<Option<Window>>,
     active: usize,
@@ -125,9 +158,6 @@ pub(crate) struct Windows {
     pub(crate) shown: u64,
     pub(crate) compared: u64,
 }
-
-// SAFETY: owned reservations, used from one thread at a time.
-unsafe impl Send for Windows {}
 
 /// Where a window must be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -284,7 +314,6 @@ impl Windows {
     /// For `spaces` address spaces of the translator with number `vp`, one of `vcpus` in this process, over guest memory `ram`.
     pub(crate) fn new(spaces: usize, vp: u64, vcpus: usize, ram: &File) -> io::Result<Windows> {
         Ok(Windows {
-            table: std::ptr::null_mut(),
             ram: ram.try_clone()?.into(),
             spaces: (0..spaces).map(|_| None).collect(),
             active: 0,
@@ -299,25 +328,10 @@ impl Windows {
         })
     }
 
-    /// Makes the table, if there is none yet; false if the host does not give its address space.
-    fn has_table(&mut self) -> bool {
-        if !self.table.is_null() {
-            return true;
-        }
-        let Ok(table) = reserve_aside(TABLE) else { return false };
-        let access = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: the beginning of the reservation made just now.
-        if unsafe { libc::mprotect(table.cast(), REGIONS as usize, access) } != 0 {
-            release(table as u64, TABLE);
-            return false;
-        }
-        self.table = table;
-        true
-    }
-
-    /// What r14 holds in code that uses a window: the table, and as its low bits the number of bits below a region's number.
+    /// What r14 holds in code that uses the current window: where the probes are, and as its low bits [`PROBE_SHIFT`].
     pub(crate) fn base(&self) -> u64 {
-        self.table as u64 + u64::from(REGION_SHIFT)
+        let probes = self.current().and_then(|w| w.admitted.probes());
+        probes.map_or(0, |probes| probes.at) + u64::from(PROBE_SHIFT)
     }
 
     fn current(&self) -> Option<&Window> {
@@ -329,15 +343,15 @@ impl Windows {
         self.current().is_some()
     }
 
-    /// Whether it is one of which code must check the regions.
-    pub(crate) fn is_checked(&self) -> bool {
-        self.current().is_some_and(|w| matches!(w.admitted, Admitted::Regions(_)))
+    /// Whether it is one that code must probe.
+    pub(crate) fn is_probed(&self) -> bool {
+        self.current().is_some_and(|w| w.admitted.probes().is_some())
     }
 
     /// Whether programs of the current space use its window in `mode`.
     pub(crate) fn serves(&self, mode: Mode) -> bool {
         self.current().is_some_and(|w| match w.admitted {
-            Admitted::Regions(_) => mode.code64(),
+            Admitted::Regions(..) => mode.code64(),
             Admitted::All32 => mode.bits() == 32 && !mode.has(Mode::SEGMENTED),
         })
     }
@@ -362,32 +376,17 @@ impl Windows {
         }
     }
 
-    fn mark(&mut self, region: u64, admitted: bool) {
-        assert!(region < REGIONS && !self.table.is_null());
-        // SAFETY: in the accessible part of the table.
-        unsafe { self.table.add(region as usize).write(u8::from(admitted)) };
-    }
-
-    fn mark_all(&mut self, admitted: bool) {
-        for i in 0..self.current().map_or(0, |w| w.admitted.in_table().len()) {
-            let Some(region) = self.current().map(|w| w.admitted.in_table()[i]) else { return };
-            self.mark(region, admitted);
-        }
-    }
-
     /// Makes `space` the current one.
     pub(crate) fn switch(&mut self, space: usize) {
-        self.mark_all(false);
         self.active = space;
         self.unfit = false;
-        self.mark_all(true);
     }
 
     /// Opens a window for the current space, with page tables at `root`, that can show the addresses of `wanted`; false if that
     /// cannot be.
     pub(crate) fn open(&mut self, root: u64, reach: Reach, wanted: &[u64]) -> bool {
         debug_assert!(!self.is_open());
-        if self.forbidden || !can_set_gs() || !self.has_table() {
+        if self.forbidden || !can_set_gs() {
             return false;
         }
         let deltas = match reach {
@@ -410,17 +409,17 @@ impl Windows {
             let mut window = Window {
                 delta,
                 root,
-                admitted: Admitted::Regions(Vec::new()),
+                admitted: Admitted::All32,
                 reserved: Vec::new(),
                 chunks: HashMap::new(),
                 pages: 0,
                 stale: false,
             };
-            if reach == Reach::All32 {
-                if !window.reserve_all_32() {
-                    continue;
-                }
-                window.admitted = Admitted::All32;
+            if reach != Reach::All32 {
+                let Ok(probes) = Probes::new() else { return false };
+                window.admitted = Admitted::Regions(Vec::new(), probes);
+            } else if !window.reserve_all_32() {
+                continue;
             }
             self.spaces[self.active] = Some(window);
             if wanted.iter().all(|&lin| self.admit(lin)) {
@@ -436,7 +435,6 @@ impl Windows {
     /// Closes the window of `space`, if it has one.
     pub(crate) fn close(&mut self, space: usize) {
         if space == self.active {
-            self.mark_all(false);
             self.unfit = false;
         }
         self.spaces[space] = None;
@@ -462,24 +460,29 @@ impl Windows {
         if w.admitted.has(lin) {
             return true;
         }
-        let Admitted::Regions(regions) = &w.admitted else { return false };
+        let Admitted::Regions(regions, _) = &w.admitted else { return false };
         if region >= REGIONS {
             return false;
         }
         let full = regions.len() >= self.max_regions;
         let host = w.host(region << REGION_SHIFT) >> REGION_SHIFT;
-        if full
-            || host >= REGIONS
-            || ![host.wrapping_sub(1), host, host + 1].into_iter().all(|r| w.reserve_one(r))
+        let reserved = !full
+            && host < REGIONS
+            && [host.wrapping_sub(1), host, host + 1].into_iter().all(|r| w.reserve_one(r));
+        if let Admitted::Regions(regions, probes) = &mut w.admitted
+            && reserved
+            && probes.admit(region)
         {
-            self.unfit = true;
-            return false;
-        }
-        if let Admitted::Regions(regions) = &mut w.admitted {
             regions.push(region);
+            return true;
         }
-        self.mark(region, true);
-        true
+        self.unfit = true;
+        false
+    }
+
+    /// The address, to a page, that code of the current window probed when it read the host's byte at `at`, if that is a probe's.
+    pub(crate) fn probed(&self, at: u64) -> Option<u64> {
+        self.current()?.admitted.probes()?.probed(at)
     }
 
     /// The linear address that the current window has at host address `at`, if its region is reserved.
@@ -625,14 +628,6 @@ impl Windows {
     }
 }
 
-impl Drop for Windows {
-    fn drop(&mut self) {
-        if !self.table.is_null() {
-            release(self.table as u64, TABLE);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -647,10 +642,11 @@ mod tests {
         (windows, mem)
     }
 
-    /// What translated code finds in the table for the region of `lin`, below the end of the lower half.
-    fn admitted(w: &Windows, lin: u64) -> bool {
-        // SAFETY: in the accessible part of the table.
-        unsafe { w.table.add((lin >> REGION_SHIFT) as usize).read() != 0 }
+    /// Whether a probe of `lin` passes.
+    fn passes(w: &Windows, lin: u64) -> bool {
+        let at = w.base().wrapping_add(lin >> (w.base() & 63)) - u64::from(PROBE_SHIFT);
+        assert_eq!(w.probed(at), (lin >> 48 == 0).then_some(lin & !0xFFF));
+        is_readable(at)
     }
 
     fn byte(w: &Windows, lin: u64) -> u8 {
@@ -661,7 +657,10 @@ mod tests {
 
     /// Whether the host has something at the address of `lin` that may be read.
     fn readable(w: &Windows, lin: u64) -> bool {
-        let at = w.current().expect("a window").host(lin);
+        is_readable(w.current().expect("a window").host(lin))
+    }
+
+    fn is_readable(at: u64) -> bool {
         let mut pipe = [0; 2];
         // SAFETY: the kernel reads the byte, or says that it cannot.
         unsafe {
@@ -679,7 +678,10 @@ mod tests {
         let (mut w, _mem) = windows();
         assert!(!w.admit(FAR), "no window");
         assert!(w.open(1, Reach::High, &[FAR]));
-        assert!(admitted(&w, FAR) && !admitted(&w, FAR + REGION) && !admitted(&w, FAR - 1));
+        assert!(passes(&w, FAR) && !passes(&w, FAR + REGION) && !passes(&w, FAR - 1));
+        assert!(
+            passes(&w, FAR + REGION - 1) && !passes(&w, FAR | 1 << 47) && !passes(&w, FAR | 0xFFFF << 48)
+        );
         let window = w.current().expect("open");
         for lin in [FAR - REACH, FAR + REGION + REACH] {
             assert!(window.reserves(window.host(lin) >> REGION_SHIFT));
@@ -688,12 +690,13 @@ mod tests {
         for lin in [1 << 47, 1 << 63, u64::MAX, 0] {
             assert!(!w.admit(lin), "{lin:#x}");
         }
+        let probes = w.base();
         w.switch(1);
-        assert!(!admitted(&w, FAR) && !w.is_open());
+        assert!(w.base() != probes && !w.is_open() && w.probed(probes).is_none());
         w.switch(0);
-        assert!(admitted(&w, FAR));
+        assert!(passes(&w, FAR));
         w.close(0);
-        assert!(!admitted(&w, FAR) && !w.is_open());
+        assert!(w.base() != probes && !is_readable(probes + (FAR >> PROBE_SHIFT)) && !w.is_open());
     }
 
     #[test]
@@ -702,7 +705,7 @@ mod tests {
         let here = std::ptr::from_ref(&w) as u64;
         assert!(!w.open(1, Reach::Everywhere, &[here]), "our own stack");
         assert!(w.open(1, Reach::Everywhere, &[0x1234_5678_9000]));
-        assert!(!w.admit(here) && w.unfit && !admitted(&w, here));
+        assert!(!w.admit(here) && w.unfit && !passes(&w, here));
         assert!(!w.show(here, 0, 1, true));
     }
 
@@ -770,7 +773,7 @@ mod tests {
             assert_eq!(w.linear(window.host(lin)), Some(lin));
         }
         assert!([first - 1, last + 1].iter().all(|&lin| w.linear(window.host(lin)).is_none()));
-        assert!(!admitted(&w, 0x1000), "64-bit code has none");
+        assert!(!w.is_probed());
         let modes = [0, Mode::CODE32, Mode::CODE16, Mode::CODE32 | Mode::SEGMENTED];
         assert_eq!(modes.map(|mode| w.serves(Mode(mode))), [false, true, false, false]);
         assert!(w.admit(0xFFFF_F000) && !w.admit(1 << 32) && !w.unfit);

@@ -492,7 +492,7 @@ impl Emitter {
                 ; .arch x64
                 ; mov r14, [rsp + ctx!(write_table)]
                 ; mov Rq(to), [r14 + Rq(index) * 8 - WRITE_BIAS as i32]
-                ; mov r14, [rsp + ctx!(window_regions)]
+                ; mov r14, [rsp + ctx!(window_probes)]
             );
         } else if write {
             dynasm!(self.hot ; .arch x64 ; mov Rq(to), [r14 + Rq(index) * 8 - WRITE_BIAS as i32]);

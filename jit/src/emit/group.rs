@@ -9,7 +9,7 @@ use super::{Emitter, PendingLink, Pos, Target, load, store};
 use crate::context::ctx;
 use crate::flags::FlagSet;
 use crate::groups::{self, Key, Plan};
-use crate::regs::{HOST_RSP, R9, R10, R11};
+use crate::regs::{R9, R10, R11};
 use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Register};
@@ -35,8 +35,6 @@ pub(super) struct Member {
     slot: Option<usize>,
     /// Behind the host address in the slot.
     pub(super) offset: i32,
-    /// Of a word on the stack: behind RSP.
-    behind_rsp: i32,
 }
 
 /// The check of a group.
@@ -57,16 +55,13 @@ impl Group {
     fn member(&self, disp: i32, size: i32, write: bool) -> Option<Member> {
         let lo = self.moved.wrapping_add(disp);
         let covers = lo >= self.lo && lo.saturating_add(size) <= self.hi && (self.write || !write);
-        covers.then_some(Member { slot: self.slot, offset: lo - self.lo, behind_rsp: disp })
+        covers.then_some(Member { slot: self.slot, offset: lo - self.lo })
     }
 }
 
 impl Emitter {
     /// Starts a group: one check before the members, which leaves to the ungrouped copy of the rest if it fails.
     pub(crate) fn group(&mut self, plan: &Plan, live: FlagSet) {
-        if self.window {
-            return self.group_in_window(plan, live);
-        }
         let keep = Self::keep(live);
         let retry = self.hot_here();
         let dead = keep == Keep::Nothing;
@@ -85,11 +80,6 @@ impl Emitter {
         }
         Self::restore(&mut self.hot, keep, true);
         self.r9_busy |= plan.slot.is_none();
-        self.begin_group(plan);
-    }
-
-    /// From here on `plan` is in force.
-    pub(super) fn begin_group(&mut self, plan: &Plan) {
         self.groups.push(Group {
             key: plan.key,
             anchor: plan.anchor,
@@ -192,7 +182,7 @@ impl Emitter {
     }
 
     /// Cold code that leaves for the ungrouped copy at the current instruction.
-    pub(super) fn ungrouped_exit(&mut self) -> Pos {
+    fn ungrouped_exit(&mut self) -> Pos {
         let here = self.cold_here();
         give_back(&mut self.cold, self.remaining);
         self.cold.push(0xE9);
@@ -229,9 +219,6 @@ impl Emitter {
 
     /// Where the word on the stack is that is the member.
     pub(super) fn spot(&mut self, m: Member) -> Spot {
-        if self.window {
-            return Spot { base: HOST_RSP, disp: m.behind_rsp, window: true };
-        }
         Spot { base: self.pointer(m), disp: m.offset, window: false }
     }
 
@@ -267,6 +254,9 @@ impl Emitter {
     pub(crate) fn adjusted(&mut self, register: u8, n: i32) {
         for g in &mut self.groups {
             g.moved += g.key.step(register, n);
+        }
+        for p in &mut self.probed {
+            p.at = p.at.saturating_sub(p.key.step(register, n));
         }
     }
 }

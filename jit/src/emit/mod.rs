@@ -38,6 +38,7 @@ use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpAccess, OpCodeOperandKind
 use paravane_cpu::operand_alignment;
 use paravane_memory::split_locks_are_dear;
 use shape::Shapes;
+use window::Probed;
 
 /// Where in the block's code something is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -115,6 +116,8 @@ pub(crate) struct Emitter {
     /// RIP of the current instruction.
     rip: u64,
     groups: Vec<Group>,
+    /// Addresses that were probed, in a window.
+    probed: Vec<Probed>,
     /// Locked accesses that cross a cache line are the interpreter's.
     splits_are_dear: bool,
     /// A group keeps its delta in r9.
@@ -147,6 +150,7 @@ impl Emitter {
             start_rip: 0,
             rip: 0,
             groups: Vec::new(),
+            probed: Vec::new(),
             splits_are_dear: split_locks_are_dear(),
             r9_busy: false,
             remaining: 0,
@@ -171,6 +175,7 @@ impl Emitter {
         self.start_rip = rip;
         self.rip = rip;
         self.groups.clear();
+        self.probed.clear();
         self.r9_busy = false;
         self.remaining = 0;
         self.flags_saved = None;

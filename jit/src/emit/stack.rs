@@ -13,7 +13,8 @@ use crate::stubs::MissInfo;
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
-/// Guest RBP.
+/// Guest RSP and RBP.
+const RSP: u8 = 4;
 const RBP: u8 = 5;
 
 impl Emitter {
@@ -21,8 +22,8 @@ impl Emitter {
     fn access_stack(&mut self, from: u8, disp: i32, size: i32, write: bool, live: FlagSet) -> Spot {
         let size = size as u32;
         if self.window {
-            let Spot { base, .. } = self.access(from, size, write, live);
-            return Spot { base, disp, window: true };
+            self.probe_register(if from == HOST_RSP { RSP } else { RBP }, disp);
+            return Spot { base: from, disp, window: true };
         }
         if !self.mode.has(Mode::SEGMENTED) {
             if disp == 0 {
@@ -98,7 +99,7 @@ impl Emitter {
     /// Loads the `n` bytes of the memory operand of PUSH, CALL or JMP into r11.
     pub(super) fn load_operand(&mut self, instr: &Instruction, n: i32, live: FlagSet) -> Result<(), Unfit> {
         let at = match self.member(instr, n as u32, false) {
-            Some(m) if !self.window => self.spot(m),
+            Some(m) => self.spot(m),
             _ => self.address(instr, MissInfo::of(n as u32, false), live)?,
         };
         self.load_word(R11, at, n);
@@ -139,8 +140,6 @@ impl Emitter {
         let memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
         let n = stack_word(instr) as i32;
         match class {
-            // In a window they may fault.
-            Class::Push | Class::Pop | Class::Call | Class::Ret if self.window => false,
             Class::Push => !names_rsp && !memory && self.stack_member(-n, n, true).is_some(),
             Class::Pop => !names_rsp && self.stack_member(0, n, false).is_some(),
             Class::Call => self.stack_member(-n, n, true).is_some(),

@@ -1,16 +1,15 @@
 //! Accesses through a window (see [`crate::windows`]): the address is the guest's own, the instruction gets a GS prefix, and what is
-//! checked is that the region around the address is one of the window's. Whether the page may be accessed the host's page tables tell.
-//! In 32-bit code nothing is checked: another prefix cuts addresses to 32 bits, as the guest's mode does.
+//! probed is that the region around the address is one of the window's. Whether the page may be accessed the host's page tables tell.
+//! In 32-bit code nothing is probed: another prefix cuts addresses to 32 bits, as the guest's mode does.
 
 use super::access::{Keep, NEED_FS_GS, address16};
 use super::shape::Memory;
-use super::{Emitter, Pos, Target, Unfit};
+use super::{Emitter, Unfit};
 use crate::block::Mode;
 use crate::flags::FlagSet;
-use crate::groups::{Key, Plan};
+use crate::groups::Key;
 use crate::regs::{self, Place, R10, R11};
-use crate::stubs::MissInfo;
-use crate::windows::{REACH, REGION_SHIFT};
+use crate::windows::{PROBE_SHIFT, REACH};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Register};
 
@@ -24,6 +23,13 @@ pub(super) struct Spot {
     pub(super) disp: i32,
     /// The register holds an address of the guest.
     pub(super) window: bool,
+}
+
+/// An address that was probed in the block.
+pub(super) struct Probed {
+    pub(super) key: Key,
+    /// How far behind the registers as they are now.
+    pub(super) at: i32,
 }
 
 impl Spot {
@@ -94,11 +100,12 @@ impl Emitter {
             dynasm!(self.hot ; .arch x64 ; mov r11, r10);
             ea = R11;
         }
-        self.check_access(ea, info, live);
+        self.probe(ea);
+        self.check_alignment(ea, info, live);
         Spot { base: ea, disp: 0, window: true }
     }
 
-    /// The memory operand of `instr`, checked unless a group covers it. It uses r11 at most.
+    /// The memory operand of `instr`, probed if it must be. It uses r10, and r11 at most.
     pub(super) fn operand_in_window(
         &mut self,
         instr: &Instruction,
@@ -108,20 +115,9 @@ impl Emitter {
         if !self.code64 {
             return self.operand_of_32(instr, info, live);
         }
-        let (size, write) = (info as u32 & 0xFF, info & MissInfo::WRITE != 0);
-        let covered = self.member(instr, size, write).is_some();
         let aligned = self.must_be_aligned_in_window(info);
         if let Some(operand) = self.plain_operand(instr).filter(|_| !aligned) {
-            let Memory { base, index, disp, .. } = operand;
-            match (base, index) {
-                _ if covered => return Ok(self.loaded(operand)),
-                (Some(_), None) if reaches(i64::from(disp)) => {
-                    let operand = self.loaded(operand);
-                    self.check_access(operand.base.unwrap_or(R11), info, live);
-                    return Ok(operand);
-                }
-                _ => {}
-            }
+            return Ok(self.probed_operand(operand));
         }
         let near = self.near(instr);
         if let Some(at) = near.filter(|_| !self.movable)
@@ -131,10 +127,70 @@ impl Emitter {
             return Ok(Memory { base: None, index: None, scale: 1, disp });
         }
         let ea = self.effective_address(instr, true)?;
-        if near.is_none() && !covered || aligned {
-            self.check_access(ea, info, live);
+        if near.is_none() {
+            self.probe(ea);
         }
+        self.check_alignment(ea, info, live);
         Ok(Memory::behind(ea, 0))
+    }
+
+    /// An operand of guest registers with host registers, probed if none close to it was.
+    fn probed_operand(&mut self, operand: Memory) -> Memory {
+        let Memory { base, index, scale, disp } = operand;
+        let key = Key { base, index, scale: scale as u8, relative: false };
+        if self.is_probed(key, disp) {
+            return self.loaded(operand);
+        }
+        let operand = self.loaded(operand);
+        let Memory { base: Some(base), index: None, .. } = operand else {
+            self.lea(R11, operand.base, operand.index, scale, disp, false);
+            return self.probed_behind(R11, key, disp);
+        };
+        if !reaches(i64::from(disp)) {
+            self.lea(R11, Some(base), None, 1, disp, false);
+            return self.probed_behind(R11, key, disp);
+        }
+        self.probe(base);
+        self.probed.push(Probed { key, at: 0 });
+        operand
+    }
+
+    /// Probes host register `ea`, which is `disp` behind the registers of `key`.
+    fn probed_behind(&mut self, ea: u8, key: Key, disp: i32) -> Memory {
+        self.probe(ea);
+        self.probed.push(Probed { key, at: disp });
+        Memory::behind(ea, 0)
+    }
+
+    /// Probes guest register `register`, one with a host register of its own, for an operand `disp` behind it, if need be.
+    pub(super) fn probe_register(&mut self, register: u8, disp: i32) {
+        let key = Key { base: Some(register), index: None, scale: 1, relative: false };
+        if !self.is_probed(key, disp) {
+            let ea = self.guest(register, R11);
+            self.probe(ea);
+            self.probed.push(Probed { key, at: 0 });
+        }
+    }
+
+    /// Faults unless the address in host register `ea` lies in a region of the window, in 64-bit code. Uses r10.
+    fn probe(&mut self, ea: u8) {
+        const PROBES: i32 = -(PROBE_SHIFT as i32);
+        if self.code64 {
+            dynasm!(self.hot ; .arch x64 ; shrx r10, Rq(ea), r14 ; movzx r10d, BYTE [r14 + r10 + PROBES]);
+        }
+    }
+
+    /// Whether what is `disp` behind the registers of `key` is close enough to an address that was probed.
+    fn is_probed(&self, key: Key, disp: i32) -> bool {
+        let close = |p: &Probed| reaches(i64::from(disp) - i64::from(p.at));
+        !self.code64 || self.probed.iter().any(|p| p.key == key && close(p))
+    }
+
+    /// An instruction of the block wrote some guest registers, one bit each.
+    pub(crate) fn forget_probes(&mut self, registers: u16) {
+        if registers != 0 {
+            self.probed.retain(|p| !p.key.names_any(registers));
+        }
     }
 
     /// [`Self::operand_in_window`] of 32-bit code, in a flat segment.
@@ -213,109 +269,24 @@ impl Emitter {
             && reaches(at.wrapping_sub(self.address) as i64)
     }
 
-    /// Leaves unless the address in host register `ea` lies in a region of the window, in 64-bit code, and is a multiple of the access's size where
-    /// it must be. Uses r10 and, while flags are live, r9 or the context.
-    fn check_access(&mut self, ea: u8, info: u64, live: FlagSet) {
-        let keep = Self::keep(live);
-        let aligned = self.must_be_aligned_in_window(info);
-        if !self.code64 && !aligned {
+    /// Leaves unless the address in host register `ea` is a multiple of the access's size where it must be. Uses r9 or the context while
+    /// flags are live.
+    fn check_alignment(&mut self, mut ea: u8, info: u64, live: FlagSet) {
+        if !self.must_be_aligned_in_window(info) {
             return;
         }
-        if aligned && ea == RAX && keep == Keep::All {
-            dynasm!(self.hot ; .arch x64 ; mov r11, rax);
-            return self.check_in_register(R11, info, keep, aligned);
-        }
-        self.check_in_register(ea, info, keep, aligned);
-    }
-
-    fn check_in_register(&mut self, ea: u8, info: u64, keep: Keep, aligned: bool) {
-        if self.code64 {
-            self.check_and_admit(ea, info, keep);
-        } else {
-            Self::save(&mut self.hot, keep, self.r9_busy);
-        }
-        if aligned {
-            let mask = (info & 0xFF) as i8 - 1;
-            dynasm!(self.hot ; .arch x64 ; test Rb(ea), mask);
-            let cold = self.cold_here();
-            self.hot_jcc(5, cold);
-            Self::restore(&mut self.cold, keep, self.r9_busy);
-            self.cold_interpret(self.rip);
-        }
-        Self::restore(&mut self.hot, keep, self.r9_busy);
-    }
-
-    /// Saves the flags of `keep`, and goes on where `ea` lies in a region of the window, or in one that can be made one.
-    fn check_and_admit(&mut self, ea: u8, info: u64, keep: Keep) {
-        let retry = self.hot_here();
-        self.check_region(ea, keep);
-        let fail = self.cold_admit(ea, info, keep);
-        if ea == R11 {
-            dynasm!(self.cold ; .arch x64 ; mov r11, r10);
-        }
-        self.cold_jmp(Target::Here(retry));
-        self.cold_land(fail);
-        self.cold_interpret(self.rip);
-    }
-
-    /// Saves the flags of `keep` and leaves for cold code, which begins here, unless `ea` lies in a region of the window.
-    fn check_region(&mut self, ea: u8, keep: Keep) {
-        const TABLE: i32 = -(REGION_SHIFT as i32);
-        dynasm!(self.hot ; .arch x64 ; shrx r10, Rq(ea), r14);
-        if keep == Keep::All {
-            // Beyond the lower half the table faults: before flags are in RAX.
-            dynasm!(self.hot ; .arch x64 ; movzx r10d, BYTE [r14 + r10 + TABLE]);
-            Self::save(&mut self.hot, keep, self.r9_busy);
-            dynasm!(self.hot ; .arch x64 ; test r10d, r10d);
-        } else {
-            Self::save(&mut self.hot, keep, self.r9_busy);
-            dynasm!(self.hot ; .arch x64 ; cmp BYTE [r14 + r10 + TABLE], 0);
-        }
-        let cold = self.cold_here();
-        self.hot_jcc(4, cold);
-    }
-
-    /// Cold code that makes the region of `ea` one of the window's, with flags as they were; goes on, with the address in r10, if it
-    /// is one now. Returns the jump that is taken else.
-    fn cold_admit(&mut self, ea: u8, info: u64, keep: Keep) -> Pos {
-        Self::restore(&mut self.cold, keep, self.r9_busy);
-        dynasm!(self.cold ; .arch x64 ; mov r10, Rq(ea) ; mov r11d, (info | MissInfo::REGION) as i32);
-        self.cold.push(0xE8);
-        self.cold_rel32(Target::Cache(self.stubs.miss));
-        self.cold.push(0xE9);
-        self.cold_site()
-    }
-
-    /// [`Emitter::group`] in a window: where one of its addresses lies in a region of the window all may be used.
-    pub(super) fn group_in_window(&mut self, plan: &Plan, live: FlagSet) {
-        self.begin_group(plan);
-        let Key { base, index, scale, relative } = plan.key;
         let keep = Self::keep(live);
-        let retry = self.hot_here();
-        let ea = match (base, index) {
-            (None, None) => {
-                let at = plan.anchor.wrapping_add(i64::from(plan.lo) as u64);
-                if self.is_near(at, relative) {
-                    return;
-                }
-                self.fixed(R11, at, relative);
-                R11
-            }
-            (Some(base), None) if reaches(i64::from(plan.lo)) && reaches(i64::from(plan.hi)) => {
-                self.guest(base, R11)
-            }
-            _ => {
-                let base = base.map(|r| self.guest(r, R10));
-                let index = index.map(|r| self.guest(r, R11));
-                self.lea(R11, base, index, u32::from(scale), plan.lo, false);
-                R11
-            }
-        };
-        self.check_region(ea, keep);
-        let fail = self.cold_admit(ea, 1 | MissInfo::SOFT, keep);
-        self.cold_jmp(Target::Here(retry));
-        self.cold_land(fail);
-        self.ungrouped_exit();
+        if ea == RAX && keep == Keep::All {
+            dynasm!(self.hot ; .arch x64 ; mov r11, rax);
+            ea = R11;
+        }
+        Self::save(&mut self.hot, keep, self.r9_busy);
+        let mask = (info & 0xFF) as i8 - 1;
+        dynasm!(self.hot ; .arch x64 ; test Rb(ea), mask);
+        let cold = self.cold_here();
+        self.hot_jcc(5, cold);
+        Self::restore(&mut self.cold, keep, self.r9_busy);
+        self.cold_interpret(self.rip);
         Self::restore(&mut self.hot, keep, self.r9_busy);
     }
 }

@@ -31,8 +31,7 @@ pub(super) unsafe extern "sysv64" fn miss_helper(context: *mut JitContext) -> u6
     // SAFETY: `engine` is set by `run` to the translator that owns the context, which holds no borrow now.
     let (this, ea, info) =
         unsafe { (&mut *((*context).engine as *mut Translator), (*context).miss_ea, (*context).miss_info) };
-    let done = if info & MissInfo::REGION != 0 { this.admit_region(ea, info) } else { this.fill(ea, info) };
-    if done { JMP_BYTES } else { 0 }
+    if this.fill(ea, info) { JMP_BYTES } else { 0 }
 }
 
 impl Translator {

@@ -84,7 +84,7 @@ impl Default for JitOptions {
             tsc_base: None,
             single_blocks: false,
             hot_loop: 1_000,
-            window_after: 3,
+            window_after: 1,
             vcpus: 1,
             perf_map: false,
         }

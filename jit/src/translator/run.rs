@@ -298,8 +298,8 @@ impl Translator {
     fn load_registers(&mut self, cpu: &CpuState, mode: Mode, address: u64) {
         let view = self.view(cpu);
         let (read_base, write_table) = (self.delta.read_base(view), self.delta.write_base(view));
-        let window_regions = self.windows.base();
-        let write_base = if mode.has(Mode::WINDOW) { window_regions } else { write_table };
+        let window_probes = self.windows.base();
+        let write_base = if mode.has(Mode::WINDOW) { window_probes } else { write_table };
         let user_table = self.delta.write_base(View::User);
         self.windows.enter();
         let views = [View::Supervisor, View::SupervisorAc]
@@ -310,7 +310,7 @@ impl Translator {
         let budget = if self.budgeted() { self.limit.saturating_sub(cpu.instructions) } else { u64::MAX };
         let c = self.context();
         c.views = views;
-        (c.window_regions, c.write_table) = (window_regions, user_table);
+        (c.window_probes, c.write_table) = (window_probes, user_table);
         c.interrupt_pending = pending;
         for (selector, seg) in c.selectors.iter_mut().zip(&cpu.seg) {
             *selector = seg.selector;

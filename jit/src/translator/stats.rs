@@ -33,6 +33,8 @@ pub(super) struct Stats {
     pub(super) space_switches: u64,
     pub(super) spaces_replaced: u64,
     pub(super) window_faults: u64,
+    /// Those that probed a region that was not admitted.
+    pub(super) window_probes: u64,
 }
 
 impl Translator {
@@ -73,6 +75,7 @@ impl Translator {
             ("windows_opened", self.windows.opened),
             ("window_pages", self.windows.shown),
             ("window_faults", s.window_faults),
+            ("window_probes", s.window_probes),
             ("window_comparisons", self.windows.compared),
         ];
         let interpreted = iced_x86::Mnemonic::values()

@@ -1,8 +1,8 @@
 //! Which address spaces get a window (see [`crate::windows`]), what it shows, and when it goes.
 //!
 //! A page that is shown costs a host fault and a mapping, some microseconds, once; a look-up in a table that is not needed saves
-//! a nanosecond or two. So a space gets a window when its program was found running a few times, and loses it when it faults
-//! too often for that.
+//! a nanosecond or two, and code without it is smaller, which counts while it is being translated. So a space gets a window when its
+//! program is first found running, which is some milliseconds old by then, and loses it when it faults too often for that.
 
 use super::Translator;
 use crate::stubs::MissInfo;
@@ -12,16 +12,14 @@ use paravane_memory::{Mapped, PAGE_SHIFT, PhysAddr, RamOffset};
 
 /// Pages that are looked at around one that is shown.
 const AROUND: u64 = 16;
-/// Host faults that a window may take before the next poll finds its program running: how many more each poll allows, and how many
-/// may be saved up. A poll is some milliseconds away.
-const CREDIT: i32 = 1_000;
-const EARNED: i32 = 100;
+/// Host faults that a window may take before the next poll finds its program running: how many may be saved up, which a window begins
+/// with, and how many more each poll allows. A poll is some milliseconds away.
+const CREDIT: i32 = 5_000;
+const EARNED: i32 = 200;
 /// What a fault counts that shows nothing.
 const IN_VAIN: i32 = 3;
 /// Pages that may be compared with page tables for what a fault costs.
 const COMPARED: i32 = 512;
-/// A program for which more blocks than these are translated between two polls is still beginning.
-const COLD: u64 = 20;
 /// Polls that a space waits for another window at most.
 const MAX_WAIT: u32 = 1 << 12;
 /// Bits of CR3 that are the root's address.
@@ -48,19 +46,11 @@ pub(super) struct Candidates {
     pub(super) fault: Option<(u64, bool)>,
     /// The page of this address was not there: the guest will see to that.
     expected: Option<u64>,
-    /// Blocks that were translated up to the last poll.
-    blocks: u64,
 }
 
 impl Candidates {
     pub(super) fn new(spaces: usize) -> Candidates {
-        Candidates {
-            spaces: vec![Candidate::default(); spaces],
-            due: false,
-            fault: None,
-            expected: None,
-            blocks: 0,
-        }
+        Candidates { spaces: vec![Candidate::default(); spaces], due: false, fault: None, expected: None }
     }
 
     /// Whether programs may be returned to only by way of [`Translator::settle_window`].
@@ -85,8 +75,6 @@ impl Translator {
             return;
         }
         let (root, open, after) = (cpu.cr3 & ROOT, self.windows.is_open(), self.options.window_after);
-        let blocks = self.stats.blocks;
-        let cold = blocks - std::mem::replace(&mut self.candidates.blocks, blocks) > COLD;
         let c = self.candidate();
         if c.root != root {
             *c = Candidate { root, ..Candidate::default() };
@@ -95,7 +83,7 @@ impl Translator {
             c.credit = (c.credit + EARNED).min(CREDIT);
             return;
         }
-        c.polls = c.polls.saturating_add(u32::from(!cold));
+        c.polls = c.polls.saturating_add(1);
         if after != u32::MAX && c.polls >= after.saturating_add(c.wait) {
             self.candidates.due = true;
         }
@@ -220,7 +208,7 @@ impl Translator {
             self.windows.forbid();
             return !open;
         }
-        if !self.windows.is_checked() || lin >> 47 != 0 || self.windows.admit(lin) {
+        if !self.windows.is_probed() || lin >> 47 != 0 || self.windows.admit(lin) {
             return true;
         }
         self.unfit();
@@ -232,11 +220,11 @@ impl Translator {
         if self.windows.admit(ea) {
             return true;
         }
-        if !self.windows.is_checked() {
+        if !self.windows.is_probed() {
             return false;
         }
         // Where there is nothing it does not matter.
-        if ea >> 47 == 0 && self.fill(ea, info & !MissInfo::REGION) {
+        if ea >> 47 == 0 && self.fill(ea, info) {
             self.unfit();
         }
         false
@@ -251,6 +239,9 @@ impl Translator {
     /// A host fault in code that uses the window: whether the page is shown now.
     pub(super) fn fill_window(&mut self, cpu: &mut CpuState) -> bool {
         let Some((at, write)) = self.candidates.fault.take() else { return false };
+        if let Some(lin) = self.windows.probed(at) {
+            return self.fill_probe(cpu, lin);
+        }
         let Some(lin) = self.windows.linear(at) else { return false };
         self.stats.window_faults += 1;
         let info = 1 | if write { MissInfo::WRITE } else { 0 };
@@ -265,6 +256,18 @@ impl Translator {
         }
         self.candidates.due |= !shown || self.windows.unfit || self.candidate().credit < 0;
         shown
+    }
+
+    /// A probe of `lin` faulted: whether its region is admitted now.
+    fn fill_probe(&mut self, cpu: &mut CpuState, lin: u64) -> bool {
+        self.stats.window_probes += 1;
+        self.running = cpu;
+        let admitted = self.admit_region(lin, 1);
+        self.running = std::ptr::null_mut();
+        let c = self.candidate();
+        c.credit -= if admitted { 1 } else { IN_VAIN };
+        self.candidates.due |= self.windows.unfit || self.candidate().credit < 0;
+        admitted
     }
 
     /// Shows the page of `lin`, and pages around it that the guest has accessed before; whether that of `lin` is shown now.

@@ -183,7 +183,9 @@ fn wild_addresses() {
         program!(64: "cmp eax, ebx"; "xchg ah, [rdi]", "setz cl"),
     ];
     both(Start::Long, |bed| {
-        for at in WILD.into_iter().chain([1 << 40, 3 << 32]) {
+        // Where bits beyond those of addresses are set, too, whatever the host has there.
+        let aliases = (48..64).flat_map(|bit| [DATA | 1 << bit, 0x5555_5555_5000 | 1 << bit]);
+        for at in WILD.into_iter().chain([1 << 40, 3 << 32]).chain(aliases) {
             for (n, p) in programs.iter().enumerate() {
                 start(bed);
                 bed.map(0, 0, 0);
@@ -217,6 +219,71 @@ fn wild_addresses() {
                 bed.map(0, 0, pte::ALL);
                 bed.map(0x1_0000, 0x1_0000, pte::ALL);
                 bed.map(0xF000, 0xF000, pte::ALL);
+            }
+        }
+    });
+}
+
+/// Operands that are far from their base registers, which point to nothing, or are no addresses at all.
+#[test]
+fn operands_far_from_their_bases() {
+    both(Start::Long, |bed| {
+        for turn in 1..4u64 {
+            start(bed);
+            for n in 0..4 {
+                bed.put64(DATA + n * 8, 1 << (16 * n));
+            }
+            let g = &mut bed.cpu.gpr;
+            g[gpr::RDI] = DATA.wrapping_sub(0x70_0000);
+            g[gpr::RDX] = DATA + 0x78_0000;
+            g[gpr::RBX] = DATA.wrapping_sub(0x4000_0000);
+            g[gpr::RBP] = (DATA.wrapping_sub(16) as i64 >> 3) as u64;
+            (g[9], g[8]) = (1 << 63, (1 << 63) + DATA);
+            bed.run(&program!(64: "mov ecx, 100", "xor eax, eax", "2: add rax, [rdi + 0x700000]", "add rax, [rdx - 0x780000 + 8]",
+                "add rax, [rbx + 0x40000010]", "add rax, [rbp * 8 + 40]", "add rax, [r9 + r8]", "add rdi, 8", "sub rax, [rdi + 0x700000]",
+                "sub rdi, 8", "dec ecx", "jnz 2b"));
+            let t = bed.taken();
+            assert_eq!(
+                (t.vector, bed.cpu.gpr[gpr::RAX]),
+                (13, 100 * (2 + (1 << 32) + (1 << 48))),
+                "turn {turn}"
+            );
+        }
+    });
+}
+
+/// A register that held an address may hold another one the next moment: the one that counts is reached, or not.
+#[test]
+fn bases_that_change() {
+    let programs = [
+        program!(64: "mov rbx, rsi", "mov rax, [rbx]"; "mov rbx, [rsi + 8]", "mov rdx, [rbx]"),
+        program!(64: "mov rbx, rsi", "mov rax, [rbx]"; "xchg rbx, r9", "mov rdx, [rbx]"),
+        program!(64: "mov rbx, rsi", "mov rax, [rbx]"; "add rbx, r12", "mov rdx, [rbx]"),
+        program!(64: "mov rbx, rsi", "mov rax, [rbx]", "cmp rsi, rsi"; "cmovz rbx, r9", "mov rdx, [rbx]"),
+        program!(64: "mov rbx, rsi", "mov rax, [rbx]"; "lea rbx, [rbx + r12]", "mov rdx, [rbx]"),
+        program!(64: "mov rbx, rsi", "mov rax, [rbx]", "push r9"; "pop rbx", "mov rdx, [rbx]"),
+        program!(64: "mov rbx, rsi", "mov rax, [rbx + rbp * 2]"; "mov rbp, r12", "mov rdx, [rbx + rbp * 2]"),
+        program!(64: "push rax"; "mov rsp, r9", "pop rdx"),
+        program!(64: "mov rbp, rsi", "mov rax, [rbp]", "mov [rsi], r9", "leave"; "mov rdx, [rbp]"),
+    ];
+    both(Start::Long, |bed| {
+        for at in [0x5555_5555_5000, 0x7FFF_FFFF_E000, DATA | 1 << 57, 0xFFFF_8000_0000_0000] {
+            for (n, p) in programs.iter().enumerate() {
+                start(bed);
+                bed.put64(DATA + 8, at);
+                let g = &mut bed.cpu.gpr;
+                (g[9], g[12], g[gpr::RBP]) = (at, at.wrapping_sub(DATA), 0);
+                bed.run(p);
+                let t = bed.taken();
+                // HLT would be 13, too.
+                let hlt = CODE + p.bytes.len() as u64 - 1;
+                assert!(
+                    matches!(t.vector, 12..=14) && t.rip != hlt,
+                    "{at:#x}, program {n}: {} at {:#x}",
+                    t.vector,
+                    t.rip
+                );
+                assert!(t.rip >= CODE + p.at, "{at:#x}, program {n}: {:#x}", t.rip);
             }
         }
     });
