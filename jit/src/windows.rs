@@ -72,7 +72,7 @@ struct Probes {
 }
 
 impl Probes {
-    /// None, if the host gives the address space.
+    /// Probes of which none passes; an error if the host does not give the address space.
     fn new() -> io::Result<Probes> {
         reserve_aside(PROBES).map(|at| Probes { at: at as u64 })
     }

@@ -15,6 +15,9 @@ use iced_x86::{Instruction, Register};
 
 /// Host register of guest RAX: AH and AL hold flags that are saved.
 const RAX: u8 = 0;
+/// An operand closer to its base register than this is taken for a field of what the register points to, so that the register is
+/// probed. One with a larger displacement may be an element of a table there, with an index in the register, which is no address.
+const FIELD: u32 = 1 << 16;
 
 /// Where host code finds bytes of the guest: behind a host register.
 #[derive(Clone, Copy)]
@@ -146,7 +149,7 @@ impl Emitter {
             self.lea(R11, operand.base, operand.index, scale, disp, false);
             return self.probed_behind(R11, key, disp);
         };
-        if !reaches(i64::from(disp)) {
+        if disp.unsigned_abs() >= FIELD {
             self.lea(R11, Some(base), None, 1, disp, false);
             return self.probed_behind(R11, key, disp);
         }

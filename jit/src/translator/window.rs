@@ -14,7 +14,7 @@ use paravane_memory::{Mapped, PAGE_SHIFT, PhysAddr, RamOffset};
 const AROUND: u64 = 16;
 /// Host faults that a window may take before the next poll finds its program running: how many may be saved up, which a window begins
 /// with, and how many more each poll allows. A poll is some milliseconds away.
-const CREDIT: i32 = 5_000;
+const CREDIT: i32 = 2_500;
 const EARNED: i32 = 200;
 /// What a fault counts that shows nothing.
 const IN_VAIN: i32 = 3;

@@ -252,6 +252,21 @@ fn operands_far_from_their_bases() {
     });
 }
 
+/// A negative index into a table at a fixed address is no reason to leave translated code.
+#[test]
+fn negative_indices_into_tables() {
+    let mut bed = open();
+    for n in 0..100 {
+        bed.put64(DATA + n * 8, n);
+    }
+    let p =
+        program!(64: "mov rax, -800", "xor ebx, ebx", "2: add rbx, [rax + 0x200320]", "add rax, 8", "jnz 2b");
+    run(&mut bed, &p);
+    let faults = bed.counter("host_faults").expect("a counter");
+    run(&mut bed, &p);
+    assert_eq!((bed.cpu.gpr[gpr::RBX], bed.counter("host_faults")), (4950, Some(faults)));
+}
+
 /// A register that held an address may hold another one the next moment: the one that counts is reached, or not.
 #[test]
 fn bases_that_change() {
