@@ -15,30 +15,26 @@
 //! of the other's kind.
 //!
 //! Invariants this unsafe island relies on:
-//! * [`Probes`] are for addresses below 2^48. Beyond, a probe may read any byte the host has, which nobody sees, and pass, but not from 2^59 on: there
-//!   the probe's own address is not canonical. What passes so is, with a window's delta of at most 80 TiB either way, no address that programs
-//!   have on the host, and faults when it is used;
 //! * what a window lists in `reserved` is address space of its own, in which there is nothing but pages of guest memory that it
 //!   mapped there; an admitted region and its neighbours are listed, as far as the host has such addresses for programs;
 //! * a window for 32-bit code lists the 4 GiB and their neighbours.
 
+mod probes;
+mod reservation;
+
 use crate::block::Mode;
 use hashbrown::HashMap;
+pub(crate) use probes::PROBE_SHIFT;
+use probes::{Probes, REGION_SHIFT, REGIONS};
+pub(crate) use reservation::reserve_aside;
+use reservation::{release, reserve};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-/// A byte of [`Probes`] is for 4 KiB, a page of them for a region.
-pub(crate) const PROBE_SHIFT: u32 = 12;
-/// Regions have 16 MiB.
-const REGION_SHIFT: u32 = PROBE_SHIFT + 12;
 /// How far behind a probed address an operand may begin.
 pub(crate) const REACH: u64 = 1 << 23;
-/// Regions of the lower half.
-const REGIONS: u64 = 1 << (47 - REGION_SHIFT);
-/// Bytes of address space for probes.
-const PROBES: u64 = 1 << (48 - PROBE_SHIFT);
 /// Where the host has addresses for programs: not below vm.mmap_min_addr, and not on the last page of the lower half.
 const USABLE: Range<u64> = 1 << 16..(1 << 47) - 4096;
 /// Pages that the windows of all translators in a process may show, each at worst with two of the mappings that the host allows.
@@ -63,39 +59,6 @@ fn shown(ram: u64, write: bool) -> Shown {
 struct Chunk {
     pages: Box<[Shown; CHUNK]>,
     count: usize,
-}
-
-/// What translated code reads before it uses an address: the byte [`PROBE_SHIFT`] says, on a page that can be read if the address's
-/// region is admitted.
-struct Probes {
-    at: u64,
-}
-
-impl Probes {
-    /// Probes of which none passes; an error if the host does not give the address space.
-    fn new() -> io::Result<Probes> {
-        reserve_aside(PROBES).map(|at| Probes { at: at as u64 })
-    }
-
-    /// Lets probes of `region`, one of the lower half, pass; false if the host has no mapping to spare.
-    fn admit(&mut self, region: u64) -> bool {
-        assert!(region < REGIONS);
-        let page = self.at + (region << (REGION_SHIFT - PROBE_SHIFT));
-        // SAFETY: a page of the reservation.
-        unsafe { libc::mprotect(page as *mut libc::c_void, 4096, libc::PROT_READ) == 0 }
-    }
-
-    /// The address, to a page, whose probe reads the byte at `at`, if one does.
-    fn probed(&self, at: u64) -> Option<u64> {
-        let byte = at.wrapping_sub(self.at);
-        (byte < PROBES).then_some(byte << PROBE_SHIFT)
-    }
-}
-
-impl Drop for Probes {
-    fn drop(&mut self) {
-        release(self.at, PROBES);
-    }
 }
 
 /// What a window may show.
@@ -182,42 +145,6 @@ impl Reach {
             (false, _) => Reach::High,
         }
     }
-}
-
-/// Inaccessible address space at `at`, which must be ours with MAP_FIXED, or free with MAP_FIXED_NOREPLACE.
-fn reserve(at: u64, len: u64, how: libc::c_int) -> io::Result<*mut u8> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | how;
-    // SAFETY: a reservation that replaces nothing but what the caller owns.
-    let p = unsafe { libc::mmap(at as *mut libc::c_void, len as usize, libc::PROT_NONE, flags, -1, 0) };
-    if p == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    if p as u64 != at {
-        // Hosts that do not know MAP_FIXED_NOREPLACE take the address for a hint.
-        release(p as u64, len);
-        return Err(io::Error::from(io::ErrorKind::AddrInUse));
-    }
-    Ok(p.cast())
-}
-
-/// Gives address space of ours back.
-fn release(at: u64, len: u64) {
-    // SAFETY: by the caller, the range is ours, and nothing refers to it.
-    unsafe { libc::munmap(at as *mut libc::c_void, len as usize) };
-}
-
-/// Reserves `len` bytes where programs have nothing, if it can be: between where they begin and where randomization puts them.
-/// The host chooses else.
-pub(crate) fn reserve_aside(len: u64) -> io::Result<*mut u8> {
-    const TIB: u64 = 1 << 40;
-    let free = (8..72).map(|n| n * TIB).find_map(|at| reserve(at, len, libc::MAP_FIXED_NOREPLACE).ok());
-    if let Some(p) = free {
-        return Ok(p);
-    }
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a reservation at a place of the kernel's choice.
-    let p = unsafe { libc::mmap(std::ptr::null_mut(), len as usize, libc::PROT_NONE, flags, -1, 0) };
-    if p == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(p.cast()) }
 }
 
 /// Whether the host lets programs set the base of GS.
