@@ -2,7 +2,7 @@
 //! byte at its linear address plus a constant, which is the base of the host's GS, without a look-up.
 //!
 //! A window shows pages of guest memory one by one, as the delta tables have them, when they are first accessed: a host fault
-//! asks for that, which costs some microseconds, so windows are for programs that run for long (`translator::window`
+//! asks for that, which costs some microseconds, so windows are for programs that run for some time (`translator::window`
 //! decides). What is not shown, or shown for reading only, makes the host fault.
 //!
 //! **No address leads elsewhere.** The lower half is divided into *regions*. Translated code *probes* an address before it uses it: it reads
@@ -39,7 +39,7 @@ pub(crate) const REACH: u64 = 1 << 23;
 const USABLE: Range<u64> = 1 << 16..(1 << 47) - 4096;
 /// Pages that the windows of all translators in a process may show, each at worst with two of the mappings that the host allows.
 const ALL_PAGES: usize = 12_288;
-/// Regions that the windows of all translators may have, and those of one; each may take a mapping, too.
+/// Regions that the windows of all translators may have, and those of one; each may take a mapping, too, and two more among the probes.
 const ALL_REGIONS: usize = 4_096;
 const MAX_REGIONS: usize = 1_024;
 /// Pages of a chunk, which one page table shows.

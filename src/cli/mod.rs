@@ -128,7 +128,7 @@ pub struct RunArgs {
     /// What executes guest code.
     #[arg(long, value_enum, default_value_t = EngineKind::Jit)]
     pub engine: EngineKind,
-    /// Let the host's page tables show the memory of programs, 64-bit or 32-bit in flat segments: of those that run for long, of all (slow
+    /// Let the host's page tables show the memory of programs, 64-bit or 32-bit in flat segments: of those that run for some milliseconds, of all (slow
     /// where processes come and go), or of none. By the instruction clock `auto` means never.
     #[arg(long, value_enum, default_value_t = WindowUse::Auto)]
     pub windows: WindowUse,

@@ -15,7 +15,7 @@ pub enum EngineKind {
 /// When the translator lets the host's page tables show a program's memory instead of looking addresses up in tables.
 #[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum WindowUse {
-    /// For programs that run for long, 64-bit or 32-bit in flat segments.
+    /// For programs that run for more than some milliseconds, 64-bit or 32-bit in flat segments.
     #[default]
     Auto,
     /// For these programs from their first instruction on; for testing.

@@ -4,7 +4,7 @@
 use crate::bed::{
     Bed, CODE, DATA, HANDLERS, Kind, MAPPED, PD, PDPT, PML4, PT, Program, Start, both, pf, pte, sel,
 };
-use paravane_cpu::{DebugPlan, DebugStop, Exit, Space, WatchKind, Watchpoint, cr4, flags, gpr};
+use paravane_cpu::{DebugPlan, DebugStop, Exit, Space, WatchKind, Watchpoint, cr0, cr4, flags, gpr};
 
 /// INT 40H does `program`, at CPL 0.
 fn service(bed: &mut Bed, program: &Program) {
@@ -509,6 +509,31 @@ fn pages_of_32_bit_programs_that_are_mapped_elsewhere() {
                 }
             });
         }
+    }
+}
+
+/// Where paging ends, so does what page tables showed.
+#[test]
+fn programs_without_page_tables() {
+    for start in [Start::Pae, Start::Paged32] {
+        both(start, |bed| {
+            bed.put32(DATA, 1);
+            bed.put32(DATA + 0x10_0000, 2);
+            bed.map(DATA, DATA + 0x10_0000, pte::ALL);
+            let p = program!(32: "mov eax, [esi]", "add eax, [esi]", "mov [esi + 4], eax");
+            for (paging, at) in [(true, DATA + 0x10_0000), (false, DATA), (true, DATA + 0x10_0000)] {
+                bed.reset();
+                bed.user();
+                bed.cpu.gpr[gpr::RSI] = DATA;
+                if !paging {
+                    bed.cpu.cr0 &= !cr0::PG;
+                }
+                bed.flush();
+                bed.run(&p);
+                assert_eq!((bed.taken().vector, bed.get32(at + 4)), (13, 2 * bed.get32(at)), "{paging}");
+                bed.put32(at + 4, 0);
+            }
+        });
     }
 }
 
