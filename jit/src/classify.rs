@@ -13,8 +13,10 @@ use paravane_cpu::CpuModel;
 pub(crate) enum Class {
     /// Re-encoded as itself, memory operand translated; needs these [`Mode`] bits.
     Identity(u8),
-    /// No effect at all (NOPs, prefetches).
+    /// No effect at all.
     Nop,
+    /// PREFETCHh, PREFETCHW: no effect but on caches.
+    Prefetch,
     Lea,
     Push,
     Pop,
@@ -240,15 +242,9 @@ fn classify_straight(instr: &Instruction) -> Class {
         return Class::LoadSegment;
     }
     match instr.mnemonic() {
-        M::Nop
-        | M::Endbr64
-        | M::Endbr32
-        | M::Prefetchw
-        | M::Prefetchnta
-        | M::Prefetcht0
-        | M::Prefetcht1
-        | M::Prefetcht2
-        | M::Reservednop => Class::Nop,
+        M::Nop | M::Endbr64 | M::Endbr32 => Class::Nop,
+        M::Reservednop if is_prefetch(instr) => Class::Prefetch,
+        M::Reservednop => Class::Nop,
         M::Lea => Class::Lea,
         M::Push | M::Pop | M::Leave => classify_stack(instr),
         M::Mov => {
@@ -288,6 +284,19 @@ fn classify_straight(instr: &Instruction) -> Class {
         m if general(m) => Class::Identity(0),
         _ => classify_vector(instr),
     }
+}
+
+/// PREFETCHh and PREFETCHW, which are decoded as the reserved NOPs that older processors take them for (SDM vol. 2).
+fn is_prefetch(instr: &Instruction) -> bool {
+    use Code as C;
+    let hint = matches!(
+        instr.code(),
+        C::Reservednop_rm32_r32_0F18
+            | C::Reservednop_rm64_r64_0F18
+            | C::Reservednop_rm32_r32_0F0D
+            | C::Reservednop_rm64_r64_0F0D
+    );
+    hint && instr.op0_kind() == iced_x86::OpKind::Memory
 }
 
 /// String instructions; REP is a prefix, not part of the form, so the emitter refuses it.

@@ -556,6 +556,10 @@ fn emit_one(
             emitter.identity(instr, &source.bytes[at..at + instr.len()], form, site)
         }
         Class::Nop => Ok(()),
+        Class::Prefetch => {
+            emitter.prefetch(instr);
+            Ok(())
+        }
         Class::Pause => {
             emitter.pause(site);
             Ok(())

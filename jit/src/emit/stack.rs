@@ -144,7 +144,7 @@ impl Emitter {
             Class::Pop => !names_rsp && self.stack_member(0, n, false).is_some(),
             Class::Call => self.stack_member(-n, n, true).is_some(),
             Class::Ret => self.stack_member(0, n, false).is_some(),
-            Class::Nop | Class::Cld => true,
+            Class::Nop | Class::Prefetch | Class::Cld => true,
             Class::Identity(0) => {
                 !names_rsp
                     && !memory

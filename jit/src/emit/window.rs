@@ -198,18 +198,42 @@ impl Emitter {
 
     /// [`Self::operand_in_window`] of 32-bit code, in a flat segment.
     fn operand_of_32(&mut self, instr: &Instruction, info: u64, live: FlagSet) -> Result<Memory, Unfit> {
-        let direct = !address16(instr) && !NEED_FS_GS.contains(&instr.memory_segment());
-        if direct && !self.must_be_aligned_in_window(info) {
-            // All registers that 32-bit code has are the host's.
-            let [base, index] = [instr.memory_base(), instr.memory_index()]
-                .map(|r| (r != Register::None).then(|| self.guest(regs::number(r), R11)));
-            let scale = if index.is_none() { 1 } else { instr.memory_index_scale() };
-            let disp = instr.memory_displacement64() as i32;
-            return Ok(Memory { base, index, scale, disp });
+        if let Some(operand) = self.direct_operand_of_32(instr)
+            && !self.must_be_aligned_in_window(info)
+        {
+            return Ok(self.loaded(operand));
         }
         let ea = self.effective_address(instr, true)?;
         let Spot { base, disp, .. } = self.access_in_window(ea, info, live);
         Ok(Memory::behind(base, disp))
+    }
+
+    /// The memory operand of 32-bit code as it is, of guest registers: all that it has are the host's.
+    fn direct_operand_of_32(&self, instr: &Instruction) -> Option<Memory> {
+        let direct = !address16(instr) && !NEED_FS_GS.contains(&instr.memory_segment());
+        let [base, index] = [instr.memory_base(), instr.memory_index()]
+            .map(|r| (direct && r != Register::None).then(|| regs::number(r)));
+        let scale = if index.is_none() { 1 } else { instr.memory_index_scale() };
+        let disp = instr.memory_displacement64() as i32;
+        direct.then_some(Memory { base, index, scale, disp })
+    }
+
+    /// PREFETCHh and PREFETCHW: through a window as the guest has them, where that takes no more than their own operand. They neither
+    /// fault nor say what is there, so that nothing is probed. Where look-ups would be needed they are left out.
+    pub(crate) fn prefetch(&mut self, instr: &Instruction) {
+        let mut new = *instr;
+        if !self.window || super::normalize(&mut new).is_err() {
+            return;
+        }
+        let operand = match self.code64 {
+            true => self.plain_operand(instr),
+            false => self.direct_operand_of_32(instr),
+        };
+        if let Some(operand) = operand {
+            self.loaded(operand).put(&mut new, !self.code64);
+            // What cannot be encoded was none worth having.
+            let _ = self.encode(&new);
+        }
     }
 
     /// Whether misaligned accesses of the kind `info` says leave for the interpreter: those that would not raise the guest's own fault.

@@ -267,6 +267,39 @@ fn negative_indices_into_tables() {
     assert_eq!((bed.cpu.gpr[gpr::RBX], bed.counter("host_faults")), (4950, Some(faults)));
 }
 
+/// Prefetches do nothing that a program can see, wherever they lead.
+#[test]
+fn prefetches() {
+    let p64 = program!(64: "mov ecx, 100", "2: cmp rcx, 100", "prefetcht0 [rdi]", "prefetchnta [rdi + rcx * 8 + 0x1000]", "prefetchw [r12 - 8]",
+        "prefetcht1 [r12 + rcx]", "prefetcht2 fs:[rdi]", "prefetcht0 [edi]", "setc al", "add rbx, rax", "dec ecx", "jnz 2b", "mov rdx, [rsi]");
+    let mut bed = open();
+    for at in [0, DATA, MAPPED, 0x7FFF_FFFF_F000, 1 << 47, u64::MAX, &raw const p64 as u64] {
+        start(&mut bed);
+        let g = &mut bed.cpu.gpr;
+        (g[gpr::RDI], g[12], g[gpr::RAX], g[gpr::RBX]) = (at, at, 0, 0);
+        bed.put64(DATA, at);
+        bed.run(&p64);
+        let (t, g) = (bed.taken(), bed.cpu.gpr);
+        assert_eq!((t.vector, g[gpr::RBX], g[gpr::RDX], g[12]), (13, 99, at, at), "{at:#x}");
+    }
+    let faults = bed.counter("host_faults").expect("a counter");
+    assert!(faults < 10, "{faults}");
+    let p32 = program!(32: "mov ecx, 100", "2: cmp ecx, 100", "prefetcht0 [edi]", "prefetchnta [edi + ecx * 8 + 0x1000]", "setc al", "add ebx, eax",
+        "dec ecx", "jnz 2b");
+    for start in MODES_32 {
+        both(start, |bed| {
+            for at in [0, 0x2000_0000u32, 0xFFFF_FFF0] {
+                bed.reset();
+                bed.user();
+                let g = &mut bed.cpu.gpr;
+                (g[gpr::RDI], g[gpr::RAX], g[gpr::RBX]) = (u64::from(at), 0, 0);
+                bed.run(&p32);
+                assert_eq!((bed.taken().vector, bed.cpu.gpr[gpr::RBX]), (13, 99), "{at:#x}");
+            }
+        });
+    }
+}
+
 /// A register that held an address may hold another one the next moment: the one that counts is reached, or not.
 #[test]
 fn bases_that_change() {
