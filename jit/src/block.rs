@@ -97,18 +97,45 @@ impl Granules {
     }
 }
 
-/// One instruction of a block: where its code begins, and its offset from the block's first byte.
+/// One instruction of a block, in four bytes: where its code begins, its offset from the block's first byte, and how far the guest's
+/// stack pointer is from its host register, which moves once for a run of words.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct InstructionSite {
-    pub(crate) host: u16,
-    /// In a trace it may be negative.
-    pub(crate) guest: i16,
-}
+pub(crate) struct InstructionSite(u32);
 
 impl InstructionSite {
+    const HOST: u32 = 14;
+    const GUEST: u32 = 13;
+    /// Where the code of an instruction begins at most.
+    pub(crate) const MAX_HOST: usize = (1 << Self::HOST) - 1;
+    /// By how many words the stack pointer may be behind.
+    pub(crate) const MAX_PENDING: i32 = (1 << (31 - Self::HOST - Self::GUEST)) - 1;
+
+    /// In a trace, which stays on its page, `guest` may be negative.
+    pub(crate) fn new(host: usize, guest: i64) -> InstructionSite {
+        debug_assert!(host <= Self::MAX_HOST && guest.abs() < 1 << (Self::GUEST - 1));
+        let guest = guest as u32 & ((1 << Self::GUEST) - 1);
+        InstructionSite(guest << Self::HOST | host.min(Self::MAX_HOST) as u32)
+    }
+
+    /// With the stack pointer `words` from its host register.
+    pub(crate) fn with_pending(self, words: i32) -> InstructionSite {
+        debug_assert!(words.abs() <= Self::MAX_PENDING);
+        let rest = Self::HOST + Self::GUEST;
+        InstructionSite(self.0 & ((1 << rest) - 1) | (words as u32) << rest)
+    }
+
+    pub(crate) fn host(self) -> u32 {
+        self.0 & ((1 << Self::HOST) - 1)
+    }
+
+    pub(crate) fn pending(self) -> i32 {
+        self.0 as i32 >> (Self::HOST + Self::GUEST)
+    }
+
     /// Its code address in a block at `key`.
     pub(crate) fn address(self, key: &BlockKey) -> u64 {
-        key.mode.advance(key.address, i64::from(self.guest) as u64)
+        let guest = (self.0 << (32 - Self::HOST - Self::GUEST)) as i32 >> (32 - Self::GUEST);
+        key.mode.advance(key.address, i64::from(guest) as u64)
     }
 }
 
@@ -309,12 +336,24 @@ impl BlockTable {
         self.sites(block).iter().any(|site| block.key.mode.linear(site.address(&block.key)) == lin)
     }
 
-    /// Code address of the instruction of `block` whose code holds `at`, and how many from it on were counted.
-    pub(crate) fn rip_at(&self, block: &Block, at: CodeOffset) -> Option<(u64, u32)> {
+    /// The instruction of `block` whose code holds `at`, and its number.
+    fn site_at(&self, block: &Block, at: CodeOffset) -> Option<(usize, InstructionSite)> {
         let off = at.0 - block.start.0;
         let sites = self.sites(block);
-        let i = sites.partition_point(|s| u32::from(s.host) <= off).checked_sub(1)?;
-        Some((sites[i].address(&block.key), u32::from(block.counted).saturating_sub(i as u32)))
+        let i = sites.partition_point(|s| s.host() <= off).checked_sub(1)?;
+        Some((i, sites[i]))
+    }
+
+    /// Code address of the instruction of `block` whose code holds `at`, and how many from it on were counted.
+    pub(crate) fn rip_at(&self, block: &Block, at: CodeOffset) -> Option<(u64, u32)> {
+        let (i, site) = self.site_at(block, at)?;
+        Some((site.address(&block.key), u32::from(block.counted).saturating_sub(i as u32)))
+    }
+
+    /// How far the guest's stack pointer is from its host register at `at`, where a host instruction of `block` faults.
+    pub(crate) fn pending_rsp_at(&self, block: &Block, at: CodeOffset) -> i64 {
+        let width = if block.key.mode.code64() { 8 } else { 4 };
+        self.site_at(block, at).map_or(0, |(_, site)| i64::from(site.pending()) * width)
     }
 
     /// Records that link `link` jumps to block `to`.
@@ -453,7 +492,7 @@ mod tests {
     ) -> BlockId {
         let n = table.blocks.len() as u32;
         let start = CodeOffset(n * 64);
-        let sites = [InstructionSite { host: 4, guest: 0 }, InstructionSite { host: 9, guest: 3 }];
+        let sites = [InstructionSite::new(4, 0), InstructionSite::new(9, 3)];
         table.insert(NewBlock {
             key,
             start,

@@ -14,6 +14,8 @@ const MAX_INSTRUCTIONS: usize = 64;
 const EXTENDED: usize = 24;
 /// Conditional branches beyond which a block goes on.
 const MAX_BRANCHES: usize = 3;
+/// Bytes of code behind which no instruction begins: far more than a block has, and less than can be told of one by what one takes.
+const MAX_CODE: usize = InstructionSite::MAX_HOST - 4096;
 /// Instructions looked at beyond a direct exit to find which flags are live there.
 const LOOK_AHEAD: usize = 12;
 
@@ -374,6 +376,14 @@ impl Frontend {
             if emitter.rsp_is_pending() && !emitter.tolerates_pending_rsp(instr, form.class) {
                 emitter.sync_rsp();
             }
+            if let Some(site) = self.sites.last_mut() {
+                *site = site.with_pending(emitter.delayed_words());
+            }
+            if emitter.hot_len() > MAX_CODE {
+                emitter.interpret(instr.ip());
+                ended = true;
+                break;
+            }
             if i + 1 < self.instrs.len() && matches!(form.class, Class::Jcc | Class::Jmp) {
                 if !self.go_on(source, emitter, i) {
                     emitter.interpret(instr.ip());
@@ -522,10 +532,9 @@ fn seek(decoder: &mut Decoder<'_>, at: usize, rip: u64) {
     decoder.set_ip(rip);
 }
 
-/// The instruction that comes next, `guest` bytes behind the block's first. A block of [`MAX_INSTRUCTIONS`] is far from 64 KiB of code.
+/// The instruction that comes next, `guest` bytes behind the block's first.
 fn site_at(emitter: &Emitter, guest: u64) -> InstructionSite {
-    debug_assert!(emitter.hot_len() <= usize::from(u16::MAX));
-    InstructionSite { host: emitter.hot_len().min(usize::from(u16::MAX)) as u16, guest: guest as i16 }
+    InstructionSite::new(emitter.hot_len(), guest as i64)
 }
 
 /// Emits one instruction; sets `ended` if it ends the block.

@@ -4,7 +4,7 @@
 use super::window::Spot;
 use super::word::{Op, store_constant, word};
 use super::{Emitter, Site, Unfit};
-use crate::block::Mode;
+use crate::block::{InstructionSite, Mode};
 use crate::classify::{Class, stack_word};
 use crate::context::ctx;
 use crate::flags::{FlagSet, FlagsOut};
@@ -61,6 +61,10 @@ impl Emitter {
             let at = self.spot(m);
             store(self, at);
             self.rsp_pending -= n;
+        } else if self.delays_rsp(n) {
+            let at = self.delayed_spot(-n);
+            store(self, at);
+            self.rsp_pending -= n;
         } else {
             self.sync_rsp();
             let at = self.access_stack(HOST_RSP, -n, n, true, live);
@@ -75,11 +79,30 @@ impl Emitter {
     pub(super) fn load_top(&mut self, r: u8, n: i32, live: FlagSet) {
         let at = if let Some(m) = self.stack_member(0, n, false) {
             self.spot(m)
+        } else if self.delays_rsp(n) {
+            self.delayed_spot(0)
         } else {
             self.sync_rsp();
             self.access_stack(HOST_RSP, 0, n, false, live)
         };
         self.load_word(r, at, n);
+    }
+
+    /// Whether a word of `n` bytes is reached in the window wherever RSP is to move later, with other words. A host fault finds out how
+    /// far it is by then (see [`InstructionSite`]).
+    fn delays_rsp(&self, n: i32) -> bool {
+        self.window && n == self.width() && !self.mode.has(Mode::STACK16)
+    }
+
+    /// The place `disp` behind guest RSP, through the window.
+    fn delayed_spot(&mut self, disp: i32) -> Spot {
+        self.probe_rsp(self.rsp_pending, disp);
+        Spot { base: HOST_RSP, disp: self.rsp_pending + disp, window: true }
+    }
+
+    /// How many words guest RSP is from its host register, where host faults must know that.
+    pub(crate) fn delayed_words(&self) -> i32 {
+        if self.window { self.rsp_pending / self.width() } else { 0 }
     }
 
     fn load_word(&mut self, r: u8, at: Spot, n: i32) {
@@ -130,7 +153,7 @@ impl Emitter {
         self.rsp_pending != 0
     }
 
-    /// Whether the instruction can be emitted while RSP is behind: a grouped PUSH or POP of another register, or a plain
+    /// Whether the instruction can be emitted while RSP is behind: a PUSH or POP of another register, in a group or through a window, or a plain
     /// register operation that can neither fault nor name RSP.
     pub(crate) fn tolerates_pending_rsp(&self, instr: &Instruction, class: Class) -> bool {
         let names_rsp = (0..instr.op_count()).any(|i| {
@@ -139,11 +162,14 @@ impl Emitter {
         });
         let memory = (0..instr.op_count()).any(|i| instr.op_kind(i) == OpKind::Memory);
         let n = stack_word(instr) as i32;
+        let delays = self.delays_rsp(n) && self.delayed_words().abs() < InstructionSite::MAX_PENDING;
+        let pushes = || delays || self.stack_member(-n, n, true).is_some();
+        let pops = || delays || self.stack_member(0, n, false).is_some();
         match class {
-            Class::Push => !names_rsp && !memory && self.stack_member(-n, n, true).is_some(),
-            Class::Pop => !names_rsp && self.stack_member(0, n, false).is_some(),
-            Class::Call => self.stack_member(-n, n, true).is_some(),
-            Class::Ret => self.stack_member(0, n, false).is_some(),
+            Class::Push => !names_rsp && !memory && pushes(),
+            Class::Pop => !names_rsp && pops(),
+            Class::Call => pushes(),
+            Class::Ret => pops(),
             Class::Nop | Class::Prefetch | Class::Cld => true,
             Class::Identity(0) => {
                 !names_rsp
@@ -237,7 +263,7 @@ impl Emitter {
             }
         }
         self.rsp_pending += word;
-        if !self.code64 || self.groups.is_empty() {
+        if !self.delays_rsp(word) && (!self.code64 || self.groups.is_empty()) {
             self.sync_rsp();
         }
         self.rsp_adjusted(word);

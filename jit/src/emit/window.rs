@@ -8,13 +8,15 @@ use super::{Emitter, Unfit};
 use crate::block::Mode;
 use crate::flags::FlagSet;
 use crate::groups::Key;
-use crate::regs::{self, Place, R10, R11};
+use crate::regs::{self, HOST_RSP, Place, R10, R11};
 use crate::windows::{PROBE_SHIFT, REACH};
 use dynasmrt::{DynasmApi, dynasm};
 use iced_x86::{Instruction, Register};
 
 /// Host register of guest RAX: AH and AL hold flags that are saved.
 const RAX: u8 = 0;
+/// Guest RSP.
+const RSP: u8 = 4;
 /// An operand closer to its base register than this is taken for a field of what the register points to, so that the register is
 /// probed. One with a larger displacement may be an element of a table there, with an index in the register, which is no address.
 const FIELD: u32 = 1 << 16;
@@ -172,6 +174,15 @@ impl Emitter {
             let ea = self.guest(register, R11);
             self.probe(ea);
             self.probed.push(Probed { key, at: 0 });
+        }
+    }
+
+    /// The same for RSP, which is `pending` behind its host register.
+    pub(super) fn probe_rsp(&mut self, pending: i32, disp: i32) {
+        let key = Key { base: Some(RSP), index: None, scale: 1, relative: false };
+        if !self.is_probed(key, disp) {
+            self.probe(HOST_RSP);
+            self.probed.push(Probed { key, at: -pending });
         }
     }
 

@@ -43,8 +43,7 @@ impl Translator {
     /// The code of `block`: its entries, its instructions, and the ways out of it.
     pub(super) fn listing(&self, block: &Block) -> Vec<HostCode> {
         let sites = self.blocks.sites(block).iter();
-        let sites =
-            sites.map(|site| (u32::from(site.host), Some(block.key.mode.linear(site.address(&block.key)))));
+        let sites = sites.map(|site| (site.host(), Some(block.key.mode.linear(site.address(&block.key)))));
         let pieces: Vec<_> = std::iter::once((0, None)).chain(sites).collect();
         let ends = pieces.iter().skip(1).map(|p| p.0).chain([block.code_len]);
         let piece = |guest, at: u32, len, cold| {

@@ -10,7 +10,7 @@ use super::{Translator, canonical, level};
 use crate::block::Mode;
 use crate::context::{JitContext, Reason};
 use crate::delta::View;
-use crate::regs::HOMES;
+use crate::regs::{HOMES, HOST_RSP};
 use crate::segments::{self, Bounds, CodeSegment, CodeSegments};
 use crate::signal::{self, FaultContext, FaultScope};
 use crate::vectors;
@@ -55,6 +55,11 @@ unsafe fn fault_callback(data: *mut (), fault: &mut FaultContext) -> bool {
         (*this.context).rip = rip;
         // The block does not execute these after all.
         (*this.context).instructions = (*this.context).instructions.wrapping_sub(u64::from(remaining));
+    }
+    let pending = this.blocks.pending_rsp_at(block, at);
+    if pending != 0 {
+        let rsp = fault.gpr(HOST_RSP as usize).wrapping_add(pending as u64);
+        fault.set_gpr(HOST_RSP as usize, block.key.mode.linear(rsp));
     }
     let saved = at.0 >= block.flags_saved.0;
     let stub = if saved { this.stubs.interpret_saved } else { this.stubs.interpret };

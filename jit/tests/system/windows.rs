@@ -132,6 +132,53 @@ fn accesses_to_two_pages() {
     assert_eq!((bed.get32(DATA + 0xFFC), bed.get32(DATA + 0x8000)), (DATA as u32, (DATA >> 32) as u32));
 }
 
+/// Runs of words on the stack move the host's stack pointer once; one of them that faults finds it where it belongs, and goes on from there
+/// when its page has come.
+#[test]
+fn words_that_fault_in_a_run() {
+    const EDGE: u64 = DATA + 0x1000;
+    let pushes = program!(64: "push 1", "push rbx", "inc rbx", "push 3", "push 4", "push 5", "push 6", "push 7", "push 8", "push 9", "push 10",
+        "push 11", "push 12", "push 13", "push 14", "push 15", "push 16", "push 17", "push 18", "push 19", "push 20", "pop rax", "pop rcx", "pop rdx");
+    let pops = program!(64: "pop rax", "pop rbx", "lea r9, [rbx + 1]", "pop rcx", "pop rdx", "push rdx", "pop rdx", "pop rbp", "pop r8", "pop r10",
+        "pop r11", "pop r12", "pop r13", "pop r14", "pop r15", "pop rax", "pop rax", "pop rax", "pop rax", "pop rax", "push 7");
+    let calls = program!(64: "push 1", "push 2", "call 2f", "2:", "push 3", "ret");
+    both(Start::Long, |bed| {
+        for (n, p) in [&pushes, &pops, &calls].into_iter().enumerate() {
+            let words = [20, 17, 4][n];
+            for done in 0..words {
+                // The word behind `done` of them is on the page that is missing.
+                let down = n != 1;
+                let (missing, rsp) =
+                    if down { (EDGE - 0x1000, EDGE + 8 * done) } else { (EDGE, EDGE - 8 * done) };
+                start(bed);
+                bed.map(missing, 0, 0);
+                bed.flush();
+                bed.cpu.gpr[gpr::RSP] = rsp;
+                bed.cpu.gpr[gpr::RBX] = 2;
+                bed.run(p);
+                let (t, cr2) = (bed.taken(), if down { EDGE - 8 } else { EDGE });
+                let rip = first_word_on(p, missing >> 12, rsp);
+                assert_eq!((t.vector, t.rip, t.sp, bed.cpu.cr2), (14, rip, EDGE, cr2), "program {n}, {done}");
+                bed.map(missing, missing, pte::ALL);
+                bed.flush();
+            }
+        }
+    });
+}
+
+/// Where `program` first pushes or pops a word on `page`, straight on.
+fn first_word_on(program: &Program, page: u64, mut rsp: u64) -> u64 {
+    for instr in &mut iced_x86::Decoder::with_ip(64, program.bytes, CODE, 0) {
+        let by = i64::from(instr.stack_pointer_increment());
+        let word = if by < 0 { rsp.wrapping_add_signed(by) } else { rsp };
+        if by != 0 && word >> 12 == page {
+            return instr.ip();
+        }
+        rsp = rsp.wrapping_add_signed(by);
+    }
+    panic!("no word on the page");
+}
+
 fn p_to_hlt() -> Program {
     program!(64: "mov [rsi + 0xFFC], rsi")
 }
