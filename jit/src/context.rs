@@ -142,6 +142,9 @@ pub(crate) struct Level {
     pub(crate) read_base: u64,
     pub(crate) write_base: u64,
     pub(crate) jump_cache: u64,
+    /// Bits of RSP, and what they must be: else the run loop looks whether code may run with it (see `windows`).
+    pub(crate) stack_mask: u64,
+    pub(crate) stack: u64,
 }
 
 /// Segments that IRET loaded before, and the descriptors that must be in their places still.

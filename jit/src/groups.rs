@@ -33,7 +33,7 @@ pub(crate) struct Key {
 }
 
 impl Key {
-    const STACK: Key = Key { base: Some(RSP), index: None, scale: 1, relative: false };
+    pub(crate) const STACK: Key = Key { base: Some(RSP), index: None, scale: 1, relative: false };
 
     /// By how much addresses move if `register` does by `n`.
     pub(crate) fn step(self, register: u8, n: i32) -> i32 {

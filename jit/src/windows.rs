@@ -10,6 +10,10 @@
 //! its image on the host, and of its two neighbours' images, is our own reservation (or is not for programs at all). Else the probe faults,
 //! with flags and registers as they were. Operands may be [`REACH`] behind an address that was probed, which makes one probe do for most of a block.
 //!
+//! **The stack pointer needs no probe** in most blocks: where a block is entered, it is in an admitted region, or not further than
+//! [`STACK_REACH`] from one. Blocks see to that for the next one: a word that was pushed or popped lies in such a region, and where RSP went
+//! further since, it is probed. Who comes from elsewhere (the run loop, SYSRET, IRET) is checked ([`Windows::stack`]).
+//!
 //! 32-bit code needs no probes: addresses have 32 bits, to which the host cuts them itself, and *all* 4 GiB of its window, with
 //! a region before and behind, are our own reservation. So there are two kinds of windows ([`Reach`]), and code of one size has none
 //! of the other's kind.
@@ -35,6 +39,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 /// How far behind a probed address an operand may begin.
 pub(crate) const REACH: u64 = 1 << 23;
+/// How far the stack pointer may be from an admitted region, in 64-bit code that enters a block.
+pub(crate) const STACK_REACH: u64 = 1 << 17;
 /// Where the host has addresses for programs: not below vm.mmap_min_addr, and not on the last page of the lower half.
 const USABLE: Range<u64> = 1 << 16..(1 << 47) - 4096;
 /// Pages that the windows of all translators in a process may show, each at worst with two of the mappings that the host allows.
@@ -67,6 +73,8 @@ enum Admitted {
     All32,
 }
 
+/// Bits of an address that say which region it is in.
+const REGION: u64 = !((1 << REGION_SHIFT) - 1);
 /// Regions that 32-bit code has.
 const ALL_32: u64 = 1 << (32 - REGION_SHIFT);
 
@@ -97,6 +105,8 @@ struct Window {
     admitted: Admitted,
     /// Ranges of the host's regions that are reserved.
     reserved: Vec<Range<u64>>,
+    /// The first address of the admitted region in which RSP was found last.
+    stack: u64,
     chunks: HashMap<u64, Chunk>,
     pages: usize,
     /// The guest flushed translations: what is shown must be compared with its page tables before it is used.
@@ -338,6 +348,7 @@ impl Windows {
                 root,
                 admitted: Admitted::All32,
                 reserved: Vec::new(),
+                stack: u64::MAX,
                 chunks: HashMap::new(),
                 pages: 0,
                 stale: false,
@@ -405,6 +416,23 @@ impl Windows {
         }
         self.unfit = true;
         false
+    }
+
+    /// Lets 64-bit code run with `rsp` in RSP; false if it must not use the current window then.
+    pub(crate) fn admit_stack(&mut self, rsp: u64) -> bool {
+        let admitted = self.admit(rsp);
+        if let Some(w) = self.spaces[self.active].as_mut().filter(|_| admitted) {
+            w.stack = rsp & REGION;
+        }
+        admitted
+    }
+
+    /// What [`Self::admit_stack`] admitted last, as a mask for RSP and what it leaves of it: nothing where there are no probes.
+    pub(crate) fn stack(&self) -> (u64, u64) {
+        match self.current() {
+            Some(w) if w.admitted.probes().is_some() => (REGION, w.stack),
+            _ => (0, 0),
+        }
     }
 
     /// The address, to a page, that code of the current window probed when it read the host's byte at `at`, if that is a probe's.

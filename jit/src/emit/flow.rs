@@ -43,6 +43,7 @@ impl Emitter {
 
     /// Jumps to `target`; polls for attention first when it may close a loop.
     pub(crate) fn direct_exit(&mut self, target: u64, flags: FlagsOut, polled: bool) {
+        self.settle_stack();
         if polled || target <= self.rip {
             self.poll(target, flags.live());
         }
@@ -65,6 +66,7 @@ impl Emitter {
 
     /// An exit that is taken if condition `cc` holds.
     pub(crate) fn side_exit(&mut self, cc: u8, target: u64, live_taken: FlagsOut) {
+        self.settle_stack();
         if target <= self.rip {
             self.hot.push(0x0F);
             self.hot.push(0x80 | (cc ^ 1));
@@ -88,6 +90,7 @@ impl Emitter {
         taken_flags: FlagsOut,
         next_flags: FlagsOut,
     ) {
+        self.settle_stack();
         match count_size(instr) {
             2 => dynasm!(self.hot ; .arch x64 ; lea r10d, [rcx - 1] ; mov cx, r10w),
             4 => dynasm!(self.hot ; .arch x64 ; lea ecx, [rcx - 1]),
@@ -119,6 +122,7 @@ impl Emitter {
         taken_flags: FlagsOut,
         next_flags: FlagsOut,
     ) {
+        self.settle_stack();
         let site = self.jump_if_zero(count_size(instr));
         self.direct_exit(next, next_flags, false);
         let here = self.hot_here();
@@ -234,6 +238,7 @@ impl Emitter {
 
     /// Jumps to the offset in r11 through the jump cache, with the status flags put aside; polls for attention.
     pub(super) fn indirect_exit(&mut self) {
+        self.settle_stack();
         self.put_flags_aside();
         self.look_up_target(self.stubs.second, |_| {});
         load(&mut self.hot, R9, ctx!(attention));

@@ -258,6 +258,7 @@ impl Emitter {
         for p in &mut self.probed {
             p.at = p.at.saturating_sub(p.key.step(register, n));
         }
+        self.stack_adjusted(register, n);
     }
 }
 

@@ -20,6 +20,10 @@ const FRAME: i32 = 40;
 const KERNEL: i32 = 0;
 const USER: i32 = size_of::<Level>() as i32;
 
+/// Where a level says which RSP code may have.
+const STACK_MASK: i32 = std::mem::offset_of!(Level, stack_mask) as i32;
+const STACK: i32 = std::mem::offset_of!(Level, stack) as i32;
+
 impl Emitter {
     /// SYSCALL at CPL 3 (SDM 2B).
     pub(crate) fn syscall(&mut self, next: u64) {
@@ -74,6 +78,10 @@ impl Emitter {
         self.slow_if_unusual(!(PLAIN as i32), slow);
         dynasm!(self.hot ; .arch x64 ; mov r11, rcx);
         self.slow_unless_canonical(slow);
+        let user = ctx!(levels) + USER;
+        dynasm!(self.hot ; .arch x64 ; mov r10, r8 ; and r10, [rsp + user + STACK_MASK] ; cmp r10, [rsp + user + STACK]);
+        self.hot_jcc(5, slow);
+        dynasm!(self.hot ; .arch x64 ; mov r10, [rsp + R11_HOME]);
         self.load_flags();
         self.load_call_segments(1);
         dynasm!(self.hot ; .arch x64 ; mov r11d, USER);
@@ -99,9 +107,19 @@ impl Emitter {
         for n in 0..2 {
             self.check_descriptor(n, slow);
         }
+        dynasm!(self.hot
+            ; .arch x64
+            ; mov [rsp + ctx!(tmp)], r11
+            ; mov r11d, [r11 + std::mem::offset_of!(Return, level) as i32]
+            ; lea r11, [rsp + r11 + ctx!(levels)]
+            ; mov r10, [r9 + 24]
+            ; and r10, [r11 + STACK_MASK]
+            ; cmp r10, [r11 + STACK]
+        );
+        self.hot_jcc(5, slow);
         dynasm!(self.hot ; .arch x64 ; mov r10, [r9 + 16]);
         self.slow_if_unusual(!((PLAIN | flags::RF) as i32), slow);
-        dynasm!(self.hot ; .arch x64 ; mov [rsp + ctx!(tmp)], r11 ; mov r11, [r9]);
+        dynasm!(self.hot ; .arch x64 ; mov r11, [r9]);
         self.slow_unless_canonical(slow);
         self.load_flags();
         let (level, number) = (std::mem::offset_of!(Return, level), std::mem::offset_of!(Return, number));

@@ -38,7 +38,7 @@ use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpAccess, OpCodeOperandKind
 use paravane_cpu::operand_alignment;
 use paravane_memory::split_locks_are_dear;
 use shape::Shapes;
-use window::Probed;
+use window::{Probed, Stack};
 
 /// Where in the block's code something is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -118,6 +118,8 @@ pub(crate) struct Emitter {
     groups: Vec<Group>,
     /// Addresses that were probed, in a window.
     probed: Vec<Probed>,
+    /// What is known of where RSP is, in a window of 64-bit code.
+    stack: Option<Stack>,
     /// Locked accesses that cross a cache line are the interpreter's.
     splits_are_dear: bool,
     /// A group keeps its delta in r9.
@@ -151,6 +153,7 @@ impl Emitter {
             rip: 0,
             groups: Vec::new(),
             probed: Vec::new(),
+            stack: None,
             splits_are_dear: split_locks_are_dear(),
             r9_busy: false,
             remaining: 0,
@@ -176,6 +179,7 @@ impl Emitter {
         self.rip = rip;
         self.groups.clear();
         self.probed.clear();
+        self.stack = (self.window && self.code64).then_some(Stack::ENTRY);
         self.r9_busy = false;
         self.remaining = 0;
         self.flags_saved = None;
@@ -418,6 +422,7 @@ impl Emitter {
             self.high_byte_access(&mut new)?;
         } else {
             self.encode(&new)?;
+            self.accessed_stack_by(instr, form);
         }
         for &(n, host) in &stores[..stored] {
             self.set_guest(n, host);

@@ -97,6 +97,7 @@ impl Emitter {
     /// The place `disp` behind guest RSP, through the window.
     fn delayed_spot(&mut self, disp: i32) -> Spot {
         self.probe_rsp(self.rsp_pending, disp);
+        self.accessed_stack(disp);
         Spot { base: HOST_RSP, disp: self.rsp_pending + disp, window: true }
     }
 

@@ -6,12 +6,13 @@ use super::access::{Keep, NEED_FS_GS, address16};
 use super::shape::Memory;
 use super::{Emitter, Unfit};
 use crate::block::Mode;
+use crate::classify::Form;
 use crate::flags::FlagSet;
 use crate::groups::Key;
 use crate::regs::{self, HOST_RSP, Place, R10, R11};
-use crate::windows::{PROBE_SHIFT, REACH};
+use crate::windows::{PROBE_SHIFT, REACH, STACK_REACH};
 use dynasmrt::{DynasmApi, dynasm};
-use iced_x86::{Instruction, Register};
+use iced_x86::{Instruction, OpAccess, Register};
 
 /// Host register of guest RAX: AH and AL hold flags that are saved.
 const RAX: u8 = 0;
@@ -35,6 +36,23 @@ pub(super) struct Probed {
     pub(super) key: Key,
     /// How far behind the registers as they are now.
     pub(super) at: i32,
+}
+
+/// What is known of where RSP is: `at` behind it is an address in an admitted region.
+#[derive(Clone, Copy)]
+pub(super) struct Stack {
+    at: i32,
+    /// It may be up to [`STACK_REACH`] from one: RSP as it was when the block was entered.
+    entry: bool,
+}
+
+impl Stack {
+    pub(super) const ENTRY: Stack = Stack { at: 0, entry: true };
+
+    /// Whether the next block may be entered with RSP as it is.
+    fn is_settled(self) -> bool {
+        if self.entry { self.at == 0 } else { u64::from(self.at.unsigned_abs()) <= STACK_REACH }
+    }
 }
 
 impl Spot {
@@ -156,14 +174,14 @@ impl Emitter {
             return self.probed_behind(R11, key, disp);
         }
         self.probe(base);
-        self.probed.push(Probed { key, at: 0 });
+        self.passed(key, 0);
         operand
     }
 
     /// Probes host register `ea`, which is `disp` behind the registers of `key`.
     fn probed_behind(&mut self, ea: u8, key: Key, disp: i32) -> Memory {
         self.probe(ea);
-        self.probed.push(Probed { key, at: disp });
+        self.passed(key, disp);
         Memory::behind(ea, 0)
     }
 
@@ -173,16 +191,59 @@ impl Emitter {
         if !self.is_probed(key, disp) {
             let ea = self.guest(register, R11);
             self.probe(ea);
-            self.probed.push(Probed { key, at: 0 });
+            self.passed(key, 0);
         }
     }
 
     /// The same for RSP, which is `pending` behind its host register.
     pub(super) fn probe_rsp(&mut self, pending: i32, disp: i32) {
-        let key = Key { base: Some(RSP), index: None, scale: 1, relative: false };
-        if !self.is_probed(key, disp) {
+        if !self.is_probed(Key::STACK, disp) {
             self.probe(HOST_RSP);
-            self.probed.push(Probed { key, at: -pending });
+            self.passed(Key::STACK, -pending);
+        }
+    }
+
+    /// The address `at` behind the registers of `key` was probed.
+    fn passed(&mut self, key: Key, at: i32) {
+        match &mut self.stack {
+            stack if key == Key::STACK => *stack = Some(Stack { at, entry: false }),
+            _ => self.probed.push(Probed { key, at }),
+        }
+    }
+
+    /// Guest `register` changed by `n`.
+    pub(super) fn stack_adjusted(&mut self, register: u8, n: i32) {
+        if let Some(stack) = self.stack.as_mut().filter(|_| register == RSP) {
+            stack.at = stack.at.saturating_sub(n);
+        }
+    }
+
+    /// A word `disp` behind RSP is accessed through the window, which shows pages of admitted regions only.
+    pub(super) fn accessed_stack(&mut self, disp: i32) {
+        if self.code64 {
+            self.stack = Some(Stack { at: disp, entry: false });
+        }
+    }
+
+    /// Likewise by `instr`, if it surely accesses memory behind RSP.
+    pub(super) fn accessed_stack_by(&mut self, instr: &Instruction, form: &Form) {
+        use OpAccess as A;
+        let plain = instr.memory_base() == Register::RSP
+            && instr.memory_index() == Register::None
+            && !NEED_FS_GS.contains(&instr.memory_segment());
+        let surely = |n: u8| matches!(form.access[usize::from(n)], A::Read | A::Write | A::ReadWrite);
+        if self.window && self.code64 && plain && form.memory.is_some_and(surely) {
+            self.accessed_stack(instr.memory_displacement64() as i32);
+        }
+    }
+
+    /// Behind this point blocks may be entered, which expect RSP where it is known to be.
+    pub(super) fn settle_stack(&mut self) {
+        let probing = self.window && self.code64;
+        if probing && !self.stack.is_some_and(Stack::is_settled) {
+            debug_assert_eq!(self.rsp_pending, 0);
+            self.probe(HOST_RSP);
+            self.passed(Key::STACK, 0);
         }
     }
 
@@ -196,14 +257,21 @@ impl Emitter {
 
     /// Whether what is `disp` behind the registers of `key` is close enough to an address that was probed.
     fn is_probed(&self, key: Key, disp: i32) -> bool {
-        let close = |p: &Probed| reaches(i64::from(disp) - i64::from(p.at));
-        !self.code64 || self.probed.iter().any(|p| p.key == key && close(p))
+        let close = |at: i32| reaches(i64::from(disp) - i64::from(at));
+        match self.stack {
+            _ if !self.code64 => true,
+            stack if key == Key::STACK => stack.is_some_and(|stack| close(stack.at)),
+            _ => self.probed.iter().any(|p| p.key == key && close(p.at)),
+        }
     }
 
     /// An instruction of the block wrote some guest registers, one bit each.
     pub(crate) fn forget_probes(&mut self, registers: u16) {
         if registers != 0 {
             self.probed.retain(|p| !p.key.names_any(registers));
+        }
+        if registers & 1 << RSP != 0 {
+            self.stack = None;
         }
     }
 

@@ -56,10 +56,13 @@ impl Translator {
             read_base: self.delta.read_base(view),
             write_base: self.delta.write_base(view),
             jump_cache,
+            stack_mask: 0,
+            stack: 0,
         };
         let mut levels = [level(View::Supervisor, kernel), level(View::User, user)];
         if modes[1].has(Mode::WINDOW) {
             levels[1].write_base = self.windows.base();
+            (levels[1].stack_mask, levels[1].stack) = self.windows.stack();
         }
         let c = self.context();
         c.levels = levels;

@@ -391,6 +391,10 @@ impl Translator {
         }
         self.core.passed(mode.linear(address));
         loop {
+            if !self.may_enter(mode) {
+                self.store_registers(cpu);
+                return Rest::Interpret;
+            }
             let reason = self.enter(cpu, entry);
             self.follow_level(cpu);
             // A miss since the level changed may have followed it before.
@@ -480,6 +484,21 @@ impl Translator {
                 self.prepare_levels(cpu, mode);
             }
         }
+    }
+
+    /// Whether RSP is where code of `mode` expects it to be (see [`crate::windows`]).
+    fn may_enter(&mut self, mode: Mode) -> bool {
+        if !(mode.has(Mode::WINDOW) && mode.code64()) {
+            return true;
+        }
+        let rsp = self.context().spill[gpr::RSP];
+        let (mask, stack) = self.windows.stack();
+        if rsp & mask == stack {
+            return true;
+        }
+        let admitted = self.admit_stack(rsp);
+        self.context().levels[1].stack = self.windows.stack().1;
+        admitted
     }
 
     fn leads_to(&self, link: u32, address: u64) -> bool {

@@ -150,9 +150,12 @@ impl Translator {
     }
 
     fn open_window(&mut self, cpu: &CpuState, root: u64) {
+        let code64 = cpu.code64();
+        if code64 && cpu.gpr[gpr::RSP] >> 47 != 0 {
+            return;
+        }
         let mut known = vec![cpu.rip, cpu.gpr[gpr::RSP]];
         self.delta.known(&mut known);
-        let code64 = cpu.code64();
         known.retain(|lin| lin >> if code64 { 47 } else { 32 } == 0);
         let c = self.candidate();
         (c.polls, c.credit) = (0, CREDIT);
@@ -242,6 +245,15 @@ impl Translator {
             self.unfit();
         }
         false
+    }
+
+    /// Whether 64-bit code may use the current window with `rsp` in RSP. If not it goes without one.
+    pub(super) fn admit_stack(&mut self, rsp: u64) -> bool {
+        let admitted = self.windows.admit_stack(rsp);
+        if !admitted {
+            self.unfit();
+        }
+        admitted
     }
 
     fn unfit(&mut self) {
