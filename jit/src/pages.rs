@@ -16,7 +16,7 @@ type Cells = [u32; XSLOTS];
 /// Where `lin` is in a jump cache: translated code computes the same (`emit::flow`). The 65,536 multiples of 16 in 1 MiB differ,
 /// and so do neighbours.
 fn index(lin: u64) -> usize {
-    usize::from((lin.rotate_left(4).wrapping_add(lin) >> 4) as u16)
+    usize::from((lin.wrapping_mul(17) >> 4) as u16)
 }
 
 /// Where `lin` is when another one took its place there: the way in `stubs` computes the same.

@@ -264,8 +264,7 @@ impl Emitter {
         }
         dynasm!(self.hot
             ; .arch x64
-            ; rorx r10, r11, 60
-            ; add r10d, r11d
+            ; imul r10d, r11d, BYTE 17
             ; and r10d, 0xF_FFF0
             ; add r10, [BYTE rsp + ctx!(jump_cache) as i8]
             ; cmp r11, [r10]
