@@ -94,6 +94,8 @@ mod segmented;
 mod segments;
 #[path = "system/spaces.rs"]
 mod spaces;
+#[path = "system/stacks_away.rs"]
+mod stacks_away;
 #[path = "system/switches.rs"]
 mod switches;
 #[path = "system/syscalls.rs"]

@@ -7,7 +7,7 @@ use crate::bed::{
 use paravane_cpu::{DebugPlan, DebugStop, Exit, Space, WatchKind, Watchpoint, cr0, cr4, flags, gpr};
 
 /// INT 40H does `program`, at CPL 0.
-fn service(bed: &mut Bed, program: &Program) {
+pub fn service(bed: &mut Bed, program: &Program) {
     let at = HANDLERS + 0x40 * 16;
     bed.gate(0x40, 14, 3, at);
     bed.put(at, program.bytes);
@@ -23,7 +23,7 @@ fn open() -> Bed {
     bed
 }
 
-fn start(bed: &mut Bed) {
+pub fn start(bed: &mut Bed) {
     bed.reset();
     bed.user();
     bed.cpu.gpr[gpr::RSI] = DATA;
@@ -164,96 +164,6 @@ fn words_that_fault_in_a_run() {
             }
         }
     });
-}
-
-/// The stack pointer walks out of where it was known to be, by steps of which none is large, with and without words in between: what the
-/// host has there stays as it is.
-#[test]
-fn stacks_that_walk_away() {
-    /// Windows for programs below 4 GiB may begin at multiples; there is a page of the host's own then at [`AWAY`].
-    const STEP: usize = 1 << 41;
-    const AWAY: u64 = 0x1_0600_0000;
-    let page = |n: usize| {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-        let at = (n * STEP + AWAY as usize) as *mut libc::c_void;
-        // SAFETY: nothing is replaced.
-        let p = unsafe { libc::mmap(at, 4096, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-        (p != libc::MAP_FAILED).then(|| p.cast::<u64>())
-    };
-    let secrets: Vec<*mut u64> = (0..40).filter_map(page).collect();
-    assert!(secrets.len() > 30, "{}", secrets.len());
-    let fill = |p: &*mut u64| {
-        // SAFETY: mapped above, and nobody else's.
-        (0..512).for_each(|n| unsafe { p.add(n).write_volatile(0x5EC2_E7A5_0000 + n as u64) });
-    };
-    secrets.iter().for_each(fill);
-    let programs = [
-        program!(64: "2: add rsp, 0x10000", "dec ecx", "jnz 2b"; "push rax"),
-        program!(64: "2: add rsp, 0x10000", "dec ecx", "jnz 2b"; "pop rax"),
-        program!(64: "2: add rsp, 0x10000", "dec ecx", "jnz 2b"; "mov rax, [rsp]"),
-        program!(64: "2: lea rsp, [rsp + 0x10000]", "loop 2b"; "call 3f", "3:"),
-        program!(64: "shl rcx, 16", "mov rdx, rsp", "add rdx, rcx", "mov rsp, rdx", "jmp 2f", "2:"; "push 5"),
-        program!(64: "shl rcx, 16", "lea rbp, [rsp + rcx - 8]", "mov rsp, rbp", "nop", "add rsp, 8", "test rsp, rsp", "jz 2f", "2:"; "mov [rsp + 8], rax"),
-        program!(64: "shl rcx, 16", "add rcx, rsp", "mov rdx, rsp", "xchg rcx, rsp", "xor eax, eax", "jrcxz 2f", "2:"; "ret"),
-        program!(64: "2: add rsp, 0x10000", "lea rbp, [rip + 3f]", "jmp rbp", "3: dec ecx", "jnz 2b"; "push qword ptr [rsi]"),
-    ];
-    both(Start::Long, |bed| {
-        for turn in 0..2 {
-            for (n, p) in programs.iter().enumerate() {
-                for to in [AWAY + 0x800, AWAY + 0x40_0000, 0x7FFF_0000_0000] {
-                    start(bed);
-                    let steps = (to - DATA) >> 16;
-                    let steps = if matches!(n, 4..=6) { steps } else { steps.min(0x2_0000) };
-                    bed.cpu.gpr[gpr::RSP] = DATA + (to & 0xFFFF);
-                    (bed.cpu.gpr[gpr::RCX], bed.cpu.gpr[gpr::RSI]) = (steps, DATA);
-                    let rsp = DATA + (to & 0xFFFF) + (steps << 16);
-                    bed.run(p);
-                    let t = bed.taken();
-                    let word = match n {
-                        0 | 3 | 4 | 7 => rsp - 8,
-                        5 => rsp + 8,
-                        _ => rsp,
-                    };
-                    let seen = (t.vector, t.rip, t.sp, bed.cpu.cr2);
-                    assert_eq!(seen, (14, CODE + p.at, rsp, word), "program {n}, {to:#x}, turn {turn}");
-                }
-            }
-        }
-    });
-    // The kernel puts it there, when it has returned to the program a few times, or a debugger does.
-    let programs = [
-        program!(64: "mov ebx, 9", "2: dec ebx", "mov rdx, rsp", "cmovz rdx, rdi", "int 0x40"; "push rax", "pop rcx", "test ebx, ebx", "jnz 2b"),
-        program!(64: "mov ebx, 9", "2: dec ebx", "mov rdx, rsp", "cmovz rdx, rdi", "syscall"; "push rax", "pop rcx", "test ebx, ebx", "jnz 2b"),
-        program!(64: ; "push rax"),
-    ];
-    both(Start::Long, |bed| {
-        for (n, p) in programs.iter().enumerate() {
-            for to in [AWAY + 0x800, AWAY + 0x40_0000, 0x7FFF_0000_0000, 0x7FFF_FFFF_FFF8, 1 << 63] {
-                start(bed);
-                service(bed, &program!(64: "mov [rsp + 24], rdx", "iretq"));
-                bed.cpu.msr.star = 0x0023_0010 << 32;
-                (bed.cpu.msr.lstar, bed.cpu.msr.sfmask) = (CODE + 0x800, flags::IF);
-                bed.put(CODE + 0x800, program!(64: "mov rsp, rdx", "sysretq").bytes);
-                bed.cpu.gpr[gpr::RDI] = to;
-                if n == 2 {
-                    bed.cpu.gpr[gpr::RSP] = to;
-                }
-                bed.run(p);
-                let t = bed.taken();
-                // Through RSP what is not canonical is the stack segment's fault.
-                let vector = if to >> 47 != 0 { 12 } else { 14 };
-                assert_eq!((t.vector, t.rip, t.sp), (vector, CODE + p.at, to), "program {n}, {to:#x}");
-            }
-        }
-    });
-    for p in secrets {
-        for n in 0..512 {
-            // SAFETY: as above.
-            assert_eq!(unsafe { p.add(n).read_volatile() }, 0x5EC2_E7A5_0000 + n as u64, "{p:p}");
-        }
-        // SAFETY: mapped above.
-        unsafe { libc::munmap(p.cast(), 4096) };
-    }
 }
 
 /// Where `program` first pushes or pops a word on `page`, straight on.
