@@ -104,13 +104,13 @@ pub(crate) struct InstructionSite(u32);
 
 impl InstructionSite {
     const HOST: u32 = 14;
-    const GUEST: u32 = 13;
+    const GUEST: u32 = 14;
     /// Where the code of an instruction begins at most.
     pub(crate) const MAX_HOST: usize = (1 << Self::HOST) - 1;
     /// By how many words the stack pointer may be behind.
     pub(crate) const MAX_PENDING: i32 = (1 << (31 - Self::HOST - Self::GUEST)) - 1;
 
-    /// In a trace, which stays on its page, `guest` may be negative.
+    /// In a trace, which stays on its page but for what comes behind it, `guest` may be negative.
     pub(crate) fn new(host: usize, guest: i64) -> InstructionSite {
         debug_assert!(host <= Self::MAX_HOST && guest.abs() < 1 << (Self::GUEST - 1));
         let guest = guest as u32 & ((1 << Self::GUEST) - 1);
@@ -533,6 +533,22 @@ mod tests {
         let left = table.take(page, written, &mut taken);
         taken.iter().for_each(|&id| table.retire(id));
         (taken, left)
+    }
+
+    #[test]
+    fn sites_keep_what_they_were_made_of() {
+        let key = BlockKey { at: RamOffset(0), address: 0x7FFF_0000_1000, mode: Mode(0) };
+        for host in [0, 1, InstructionSite::MAX_HOST] {
+            for guest in [0i64, 1, 960, 4095, 4096, -1, -4096] {
+                for words in [0, 1, -1, InstructionSite::MAX_PENDING, -InstructionSite::MAX_PENDING] {
+                    let site = InstructionSite::new(host, guest).with_pending(words);
+                    let address = key.address.wrapping_add_signed(guest);
+                    let seen = (site.host() as usize, site.address(&key), site.pending());
+                    assert_eq!(seen, (host, address, words));
+                    assert_eq!(site.with_pending(0), InstructionSite::new(host, guest));
+                }
+            }
+        }
     }
 
     #[test]
