@@ -111,8 +111,8 @@ impl InstructionSite {
     pub(crate) const MAX_PENDING: i32 = (1 << (31 - Self::HOST - Self::GUEST)) - 1;
 
     /// In a trace, which stays on its page but for what comes behind it, `guest` may be negative.
-    pub(crate) fn new(host: usize, guest: i64) -> InstructionSite {
-        debug_assert!(host <= Self::MAX_HOST && guest.abs() < 1 << (Self::GUEST - 1));
+    pub(crate) fn new(host: usize, guest: i16) -> InstructionSite {
+        debug_assert!(host <= Self::MAX_HOST && guest.unsigned_abs() < 1 << (Self::GUEST - 1));
         let guest = guest as u32 & ((1 << Self::GUEST) - 1);
         InstructionSite(guest << Self::HOST | host.min(Self::MAX_HOST) as u32)
     }
@@ -539,10 +539,10 @@ mod tests {
     fn sites_keep_what_they_were_made_of() {
         let key = BlockKey { at: RamOffset(0), address: 0x7FFF_0000_1000, mode: Mode(0) };
         for host in [0, 1, InstructionSite::MAX_HOST] {
-            for guest in [0i64, 1, 960, 4095, 4096, -1, -4096] {
+            for guest in [0, 1, 960, 4095, 4096, -1, -4096] {
                 for words in [0, 1, -1, InstructionSite::MAX_PENDING, -InstructionSite::MAX_PENDING] {
                     let site = InstructionSite::new(host, guest).with_pending(words);
-                    let address = key.address.wrapping_add_signed(guest);
+                    let address = key.address.wrapping_add_signed(i64::from(guest));
                     let seen = (site.host() as usize, site.address(&key), site.pending());
                     assert_eq!(seen, (host, address, words));
                     assert_eq!(site.with_pending(0), InstructionSite::new(host, guest));

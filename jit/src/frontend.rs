@@ -532,9 +532,9 @@ fn seek(decoder: &mut Decoder<'_>, at: usize, rip: u64) {
     decoder.set_ip(rip);
 }
 
-/// The instruction that comes next, `guest` bytes behind the block's first.
+/// The instruction that comes next, `guest` bytes behind the block's first, but for whole turns of an IP of 16 or 32 bits.
 fn site_at(emitter: &Emitter, guest: u64) -> InstructionSite {
-    InstructionSite::new(emitter.hot_len(), guest as i64)
+    InstructionSite::new(emitter.hot_len(), guest as i16)
 }
 
 /// Emits one instruction; sets `ended` if it ends the block.
